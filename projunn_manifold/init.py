@@ -1,0 +1,91 @@
+"""In-place initialisers of unitary weights; like torch.nn.init they draw from torch's default generator.
+
+Every function fills its argument with a point of the manifold, keeps its shape, dtype, device and memory
+order, accepts leading batch dimensions (one draw for each matrix) and returns it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from projunn_manifold import linalg
+from projunn_manifold.validation import check_point
+
+__all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
+
+
+@torch.no_grad()
+def haar_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``(*batch, n, m)``, n >= m, with Haar-distributed matrices (uniform on the manifold)."""
+    check_point(tensor, "tensor")
+    return tensor.copy_(linalg.haar(*tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator))
+
+
+@torch.no_grad()
+def identity_(tensor: Tensor) -> Tensor:
+    """Fill ``(*batch, n, m)``, n >= m, with the first m columns of the identity."""
+    check_point(tensor, "tensor")
+    return tensor.copy_(linalg.columns_of_identity(*tensor.shape, dtype=tensor.dtype, device=tensor.device))
+
+
+@torch.no_grad()
+def henaff_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``(*batch, n, n)`` with 2 x 2 rotations on the diagonal, angles uniform in (-π, π).
+
+    The exponential of random skew block-diagonal matrices (Henaff, Szlam, LeCun 2016), a usual start for
+    memory tasks.  For odd n the last row and column are those of the identity.
+    """
+    return _block_rotations_(tensor, -math.pi, math.pi, generator)
+
+
+@torch.no_grad()
+def cayley_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """Fill ``(*batch, n, n)`` with 2 x 2 rotations on the diagonal, angles uniform in (-π/2, 0).
+
+    The start of scoRNN (Helfrich, Willmott, Ye 2018): the Cayley transform of skew blocks with entry
+    -tan(θ/2), θ uniform in (0, π/2), rotates by -θ.  For odd n the last row and column are the identity's.
+    """
+    return _block_rotations_(tensor, -math.pi / 2, 0.0, generator)
+
+
+@torch.no_grad()
+def nearest_unitary_(tensor: Tensor) -> Tensor:
+    """Replace each matrix of ``(*batch, n, m)``, n >= m, by the closest one with orthonormal columns (polar factor).
+
+    Raises
+    ------
+    ValueError
+        Non-finite entries, or a rank-deficient matrix, whose closest point is not unique.
+    """
+    check_point(tensor, "tensor")
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
+    u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
+    if (s[..., -1] <= torch.finfo(tensor.dtype).eps * s[..., 0] * tensor.shape[-2]).any():
+        raise ValueError(
+            f"`tensor` of shape {tuple(tensor.shape)} is rank deficient (smallest singular value "
+            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
+        )
+    return tensor.copy_(u @ vh)
+
+
+def _block_rotations_(tensor: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:
+    check_point(tensor, "tensor")
+    *batch, n, m = tensor.shape
+    if n != m:
+        raise ValueError(f"`tensor` must be square to hold rotation blocks, got shape {tuple(tensor.shape)}")
+    theta = (
+        torch.rand(*batch, n // 2, dtype=tensor.real.dtype, device=tensor.device, generator=generator) * (high - low)
+        + low
+    )
+    first, second = torch.arange(0, n - 1, 2), torch.arange(1, n, 2)
+    identity_(tensor)
+    cosine, sine = theta.cos().to(tensor.dtype), theta.sin().to(tensor.dtype)
+    tensor[..., first, first] = cosine
+    tensor[..., second, second] = cosine
+    tensor[..., first, second] = -sine
+    tensor[..., second, first] = sine
+    return tensor

@@ -1,0 +1,147 @@
+r"""Dense linear algebra shared by every other module: products with thin matrices, polar, Haar, skew exponential.
+
+Nothing here knows about ranks, manifolds or optimisers.  ``^H`` is the conjugate transpose, so every
+function covers the real case; leading dimensions are batch dimensions.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "add_product_",
+    "adjoint_times",
+    "columns_of_identity",
+    "frobenius_inner",
+    "haar",
+    "high_precision",
+    "log_unitary",
+    "phase_core",
+    "polar",
+    "rotation_angles",
+    "skew",
+    "sym",
+    "tolerance",
+    "unitarity_error",
+]
+
+
+def high_precision(dtype: torch.dtype) -> torch.dtype:
+    """Return the double-precision dtype (float64 or complex128) in which the small cores are computed."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def tolerance(dtype: torch.dtype, n: int) -> float:
+    r"""Largest :math:`\|X^H X - I\|_F/\sqrt{m}` that counts as "on the manifold" for side ``n``.
+
+    Rounding alone leaves about :math:`3\epsilon` (a Haar sample, a drift-corrected point); ``n`` enters
+    as the slow growth of a sum's rounding error.
+    """
+    return torch.finfo(dtype).eps * (6.0 + math.sqrt(n) / 4.0)
+
+
+def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """Skew-Hermitian part ``(x - x^H) / 2``."""
+    return (x - x.mH) / 2
+
+
+def sym(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """Hermitian part ``(x + x^H) / 2``."""
+    return (x + x.mH) / 2
+
+
+def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n, k) -> (*batch, m, k)
+    """Return ``x^H q``, conjugating the thin side: ``x.mH`` of a complex batch would copy the big matrix."""
+    return (q.mH @ x).mH.resolve_conj()
+
+
+def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add ``left @ right^H`` to ``x`` in place and return ``x``; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
+    if x.dim() == 2:
+        return x.addmm_(left, right.mH)
+    if x.dim() == 3 and left.dim() == 3 and right.dim() == 3:
+        return x.baddbmm_(left, right.mH)
+    return x.add_(left @ right.mH)
+
+
+def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> (*batch,), real
+    """Real inner product ``Re tr(x^H y)`` in one read of each, without an intermediate of their size."""
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()).flatten(-2), torch.view_as_real(y.resolve_conj()).flatten(-2)
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # read a column-major matrix in its own order
+        x, y = x.mT, y.mT
+    x, y = x.flatten(-2), y.flatten(-2)
+    return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+
+
+def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Closest matrix with orthonormal columns (unitary polar factor), by a dense SVD; contiguous."""
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return (u @ vh).contiguous()
+
+
+def columns_of_identity(
+    *size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """First ``m`` columns of the ``n x n`` identity, repeated over the batch dimensions; contiguous."""
+    eye = torch.zeros(size, dtype=dtype, device=device)
+    eye.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return eye
+
+
+def haar(
+    *size: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Uniformly (Haar) distributed matrices with orthonormal columns, ``(*batch, n, m)`` with ``n >= m``.
+
+    QR of a Gaussian matrix, the phases of R's diagonal moved into Q (Mezzadri 2007), which makes the
+    factorisation unique and the law invariant.
+    """
+    gaussian = torch.randn(size, dtype=dtype, device=device, generator=generator)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.sgn(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)).contiguous()
+
+
+def unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
+    r"""Distance from the manifold, :math:`\|X^H X - I\|_F/\sqrt{m}`, computed in double precision."""
+    x = x.detach().to(high_precision(x.dtype))
+    gram = x.mH @ x
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.matrix_norm(gram) / math.sqrt(x.shape[-1])
+
+
+def phase_core(omega: Tensor, angle: str) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
+    r"""Return :math:`f(\Omega) - I` of a skew-Hermitian Ω without losing small increments.
+
+    Ω has eigenvalues iθ; the result has eigenvalues :math:`e^{i\alpha} - 1`, evaluated as
+    :math:`2i\sin(\alpha/2)e^{i\alpha/2}`, with α = θ (``angle="exp"``, the exponential) or
+    α = arctan θ (``angle="polar"``, the polar factor of I + Ω).
+    """
+    theta, q = torch.linalg.eigh(-1j * omega)
+    alpha = theta if angle == "exp" else torch.atan(theta)
+    phases = 2j * torch.sin(alpha / 2) * torch.exp(0.5j * alpha)
+    core = (q * phases.unsqueeze(-2)) @ q.mH
+    return core if omega.is_complex() else core.real
+
+
+def rotation_angles(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n) in (-pi, pi]
+    """Angles of the eigenvalues of a unitary matrix."""
+    return torch.linalg.eigvals(w).angle()
+
+
+def log_unitary(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n, n) skew-Hermitian
+    r"""Principal logarithm of a unitary matrix, by two unitary square roots and an arcsine.
+
+    :math:`W^{1/2}` is the polar factor of I + W.  After two roots every angle is at most π/4, where
+    :math:`\theta = \arcsin(\lambda)`, λ the eigenvalues of the root's skew part, is one-to-one and well
+    conditioned, so that only truly repeated angles share an eigenspace; real input stays real.
+    """
+    eye = columns_of_identity(*w.shape, dtype=w.dtype, device=w.device)
+    root = polar(eye + polar(eye + w))
+    sine, q = torch.linalg.eigh(-1j * skew(root))
+    log = (q * (4j * torch.arcsin(sine.clamp(-1, 1))).unsqueeze(-2)) @ q.mH
+    return skew(log if w.is_complex() else log.real)

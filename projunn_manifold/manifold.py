@@ -1,0 +1,437 @@
+r"""The manifold of unitary, orthogonal and orthonormal-column matrices with rank-k moves, for geoopt.
+
+This module translates: geoopt's names and contract on one side, samplers, tangents and moves on the
+other.  A gradient becomes rank-k factors (:mod:`~projunn_manifold.sampling`), the factors a tangent
+(:mod:`~projunn_manifold.pair` for k = 1, :mod:`~projunn_manifold.frame` otherwise), and the tangent a move
+(:mod:`~projunn_manifold.moves`).  Between ``egrad2rgrad`` and ``retr`` the tangent travels through geoopt's
+unmodified optimisers as a :class:`~projunn_manifold.factors.FactoredTensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from geoopt import ManifoldTensor
+from geoopt.manifolds.base import Manifold
+from geoopt.utils import size2shape
+from torch import Tensor
+
+from projunn_manifold import linalg, sampling, validation
+from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.frame import Frame
+from projunn_manifold.moves import Move
+from projunn_manifold.pair import Pair
+
+__all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
+
+_PROBES = 4  # columns of the fixed random matrix by which projx recognises a point
+
+
+class UnitaryLowRank(Manifold):
+    r"""Matrices with orthonormal columns, :math:`\{X : X^H X = I\}`, moved by rank-k updates (projUNN).
+
+    Square X is unitary U(n) or orthogonal O(n), tall X a point of the Stiefel manifold, real or complex,
+    with any leading batch dimensions.  ``retr`` is projUNN-D, the closest unitary to X + u; ``expmap`` is
+    projUNN-T, the geodesic.  Both use the rank-k part of what an optimiser hands them and cost
+    :math:`O(k n^2)`; nothing of side n is factorised.
+
+    The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
+    product on square X, twice the canonical one on tall X.  Its gradient is :math:`\tfrac12(G - X G^H X)`,
+    half of what geoopt's canonical Stiefel uses: at equal learning rate that one steps twice as far.
+
+    Parameters
+    ----------
+    k : int or None
+        Rank of a gradient's sketch; a move has rank at most 2k.  None: full rank, dense and exact, in
+        :math:`O(n^3)`.  Where 2k >= m a move is not truncated, and where k >= m the gradient is not either.
+    sampler : str or callable
+        How a gradient becomes rank-k factors: ``"lsi"`` (default), ``"column"``, ``"subspace"``, ``"svd"`` or
+        a callable ``(gradient, k, generator) -> LowRank``; see :mod:`projunn_manifold.sampling`.
+    seed : int
+        Seed of the manifold's own generator, from which the sketches draw.  The global generator is
+        never touched; replicas with equal seeds draw equal sketches.
+
+    Raises
+    ------
+    TypeError, ValueError
+        k not an int or below 1, unknown sampler.
+
+    References
+    ----------
+    Kiani, Balestriero, LeCun, Lloyd, *projUNN: efficient method for training deep networks with unitary
+    matrices*, NeurIPS 2022, Theorems 4.2 and 4.4.
+
+    Examples
+    --------
+    >>> import geoopt, torch
+    >>> from projunn_manifold import UnitaryLowRank
+    >>> manifold = UnitaryLowRank(k=1)
+    >>> w = geoopt.ManifoldParameter(manifold.random(64, 64), manifold=manifold)
+    >>> optimizer = geoopt.optim.RiemannianSGD([w], lr=0.1)
+    >>> (w - torch.eye(64)).square().sum().backward()
+    >>> optimizer.step()
+    >>> manifold.check_point_on_manifold(w.detach())
+    True
+    """
+
+    name = "UnitaryLowRank"
+    ndim = 2
+    reversible = False  # the polar retraction of a truncated tangent is not
+    __scaling__ = Manifold.__scaling__.copy()
+
+    def __init__(self, k: int | None = 1, *, sampler: str | sampling.Sampler = "lsi", seed: int = 0) -> None:
+        super().__init__()
+        validation.check_rank(k)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
+        self.k = k
+        self.seed = seed
+        self.sampler = sampling.resolve_sampler(sampler)
+        self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def extra_repr(self) -> str:
+        """Return the rank and the path it takes, as geoopt prints it."""
+        if self.k is None:
+            return "k=None, dense"
+        return f"k={self.k}, sampler={self._sampler_name}, dense where 2k >= m"
+
+    # -- checks -------------------------------------------------------------------------------------
+
+    def _check_shape(self, shape: Any, name: str) -> tuple[bool, str | None]:
+        problem = validation.shape_problem(shape, name)
+        return problem is None, problem
+
+    def check_point(self, x: Tensor, *, explain: bool = False) -> Any:
+        """Tell whether x has a point's shape and dtype (its values are not looked at)."""
+        problem = validation.shape_problem(x.shape, "x") or validation.dtype_problem(x.dtype, "x")
+        return (problem is None, problem) if explain else problem is None
+
+    def assert_check_point(self, x: Tensor) -> None:
+        """Raise ValueError (shape) or TypeError (dtype) unless x can be a point."""
+        validation.check_point(x)
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
+        gram = linalg.adjoint_times(x, x)
+        eye = linalg.columns_of_identity(*gram.shape, dtype=x.dtype, device=x.device)
+        if torch.allclose(gram, eye, atol=atol, rtol=rtol):
+            return True, None
+        return False, f"`X^H X != I` with atol={atol}, rtol={rtol}"
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        normal = linalg.sym(linalg.adjoint_times(x, _plain(u)))
+        if torch.allclose(normal, torch.zeros_like(normal), atol=atol, rtol=rtol):
+            return True, None
+        return False, f"`X^H u + u^H X != 0` with atol={atol}, rtol={rtol}"
+
+    # -- gradients and tangent vectors --------------------------------------------------------------
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""Riemannian gradient of the rank-k part of the Euclidean gradient u: :math:`\tfrac12(G_k - X G_k^H X)`.
+
+        Cost: two products of u and two of X with k to 2k columns.  Under ``torch.no_grad()``, as in
+        geoopt's optimisers, the result is a :class:`~projunn_manifold.factors.FactoredTensor`; with
+        gradients enabled it is a plain dense tensor.
+
+        Raises
+        ------
+        ValueError
+            A gradient of another shape or device; on CPU, a gradient with non-finite entries.
+        """
+        self._accept(x, u, "gradient")
+        gradient = u.factors if isinstance(u, FactoredTensor) and isinstance(u.factors, LowRank) else None
+        if self._keeps_gradient(x):
+            g = _plain(u)
+            tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
+            if not x.is_cuda and not torch.isfinite(tangent).all():
+                raise _non_finite(g, "gradient")
+            return tangent
+        x, u = validation.broadcast(x, u)
+        tangent_factors = self._tangent(x, self._sketch(x, u if gradient is None else gradient))
+        if torch.is_grad_enabled():
+            left, right = tangent_factors.outer()
+            return left @ right.mH
+        return FactoredTensor(tangent_factors)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""Orthogonal projection on the tangent space at x: :math:`u - X\,\mathrm{sym}(X^H u)`; :math:`O(n m^2)`."""
+        self._accept(x, u, "u")
+        if self._factors_at(x, u) is not None:
+            return u
+        u = _plain(u)
+        return u - x @ linalg.sym(linalg.adjoint_times(x, u))
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        r"""Inner product :math:`\mathrm{Re}\,\mathrm{tr}\,u^H(2I - XX^H)v`, real, ``(*batch,)`` or ``(*batch, 1, 1)``.
+
+        Cost: :math:`O(k n)` for a factored u alone, one read of u and v on square X, :math:`O(n m^2)` on tall X.
+        """
+        self._accept(x, u, "u")
+        factors = self._factors_at(x, u) if v is None or v is u else None
+        if factors is not None:
+            value = factors.squared_norm()
+        else:
+            u = _plain(u)
+            v = u if v is None else _plain(v)
+            x, u, v = validation.broadcast(x, u, v)
+            value = linalg.frobenius_inner(u, v)
+            if x.shape[-2] != x.shape[-1]:
+                value = 2 * value - linalg.frobenius_inner(linalg.adjoint_times(x, u), linalg.adjoint_times(x, v))
+        return value[..., None, None] if keepdim else value
+
+    # -- moves --------------------------------------------------------------------------------------
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""projUNN-D: the polar factor of X + u, :math:`(X+u)(I + u^H u)^{-1/2}`, for the rank-2k part of u.
+
+        A tangent of higher rank (momentum, Adam), or a vector that is not tangent, is first reduced to
+        the tangent :math:`X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H`, Q an orthonormal basis of
+        2k columns sketched from u; a tangent of rank at most 2k stays as it is.
+        On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
+        Cost: 4 passes over X for a factored u, 3 more for a dense one.
+        """
+        return self._retraction(x, u).apply(x)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""projUNN-T: the geodesic :math:`\exp(A) X`, A skew-Hermitian with A X = u; u reduced as in ``retr``."""
+        return self._geodesic(x, u).apply(x)
+
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Move along ``retr`` and carry v by the same group element g (see :meth:`transp_follow_retr`)."""
+        move = self._retraction(x, u)
+        return move.apply(x), self._carry(move, x, v)
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
+        move = self._geodesic(x, u)
+        return move.apply(x), self._carry(move, x, v)
+
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
+
+        Left translation, not parallel transport: an isometry onto the tangent space at Y, at the cost
+        of two products of v with at most 4k (tall X: 6k) columns.
+        """
+        return self._carry(self._retraction(x, u), x, v)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Carry v along ``expmap(x, u)``: exp(A) v, left translation by the geodesic's own one-parameter group."""
+        return self._carry(self._geodesic(x, u), x, v)
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        r"""Carry v from x to any y by a unitary g with g X = Y: :math:`Y X^H v` on square X.
+
+        On tall X, g maps range(X) to range(Y) by :math:`Y X^H` and its complement by the closest unitary
+        to the projection.  An isometry; :math:`O(n m^2)`, for when the move that led to y is not known.
+        """
+        self._accept(x, y, "y")
+        self._accept(x, v, "v")
+        v = _plain(v)
+        if x.shape[-2] == x.shape[-1]:
+            return y @ linalg.adjoint_times(x, v)
+        x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
+        along = linalg.adjoint_times(x, y)
+        outside, r_out = torch.linalg.qr(y - x @ along)
+        image = torch.cat((along, r_out), -2)
+        start = linalg.columns_of_identity(*image.shape, dtype=x.dtype, device=x.device)
+        return Move(torch.cat((x, outside), -1), image - start, x, None).carry(v)
+
+    # -- geodesic distance ----------------------------------------------------------------------------
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        r"""Geodesic distance on square X: the norm of the rotation angles of :math:`X^H Y`; :math:`O(n^3)`.
+
+        Raises
+        ------
+        ValueError
+            Orthogonal matrices of different determinant: no geodesic joins them.
+        NotImplementedError
+            Tall X, where no closed form is known.
+        """
+        distance: Tensor = torch.linalg.vector_norm(linalg.rotation_angles(self._quotient(x, y)), dim=-1).to(
+            x.real.dtype
+        )
+        return distance[..., None, None] if keepdim else distance
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        r"""Tangent :math:`X \log(X^H Y)` with ``expmap(x, logmap(x, y)) = y`` at full rank; square X, :math:`O(n^3)`.
+
+        Errors as in :meth:`dist`.  At a rotation angle of exactly π the shortest path is not unique.
+        """
+        return x @ linalg.log_unitary(self._quotient(x, y)).to(x.dtype)
+
+    # -- points ---------------------------------------------------------------------------------------
+
+    def projx(self, x: Tensor) -> Tensor:
+        r"""Closest point of the manifold (polar factor), exact.
+
+        x itself is returned, after :math:`O(n m)` work, if it is on the manifold to working precision,
+        :math:`\|X^H X - I\|_F/\sqrt m` within :func:`~projunn_manifold.linalg.tolerance`, as told by a few fixed
+        random probes z of :math:`X^H X z - z`.  Otherwise the matrices of a batch that are not, and only
+        these, are replaced through an SVD.
+        """
+        validation.check_point(x)
+        off = self._residual(x) > linalg.tolerance(x.dtype, x.shape[-2])
+        if not off.any():
+            return x
+        bad = int((~torch.isfinite(x)).sum())
+        if bad:
+            raise ValueError(f"cannot project a point with {bad} non-finite entries, shape {tuple(x.shape)}")
+        if x.dim() == 2:
+            return linalg.polar(x)
+        y = x.contiguous(memory_format=torch.contiguous_format).clone()
+        y[off] = linalg.polar(x[off])
+        return y
+
+    def random(
+        self,
+        *size: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> ManifoldTensor:
+        """Haar-distributed points of shape ``size``, from torch's default generator unless one is given."""
+        shape = self._accept_size(size, dtype)
+        return ManifoldTensor(linalg.haar(*shape, dtype=dtype, device=device, generator=generator), manifold=self)
+
+    def origin(
+        self,
+        *size: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> ManifoldTensor:
+        """Identity matrices (first columns of the identity on tall shapes); ``seed`` is ignored, nothing is drawn."""
+        shape = self._accept_size(size, dtype)
+        return ManifoldTensor(linalg.columns_of_identity(*shape, dtype=dtype, device=device), manifold=self)
+
+    # -- internals --------------------------------------------------------------------------------------
+
+    def _keeps_gradient(self, x: Tensor) -> bool:
+        return self.k is None or self.k >= x.shape[-1]
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+    def _accept(self, x: Tensor, u: Tensor, name: str) -> None:
+        validation.check_point(x)
+        validation.check_same_matrix(x, u, name)
+
+    def _accept_size(self, size: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[int, ...]:
+        shape: tuple[int, ...] = size2shape(*size)
+        validation.check_point(torch.empty(shape, dtype=dtype, device="meta"), "size")
+        return shape
+
+    def _sketch(self, x: Tensor, u: Tensor | LowRank) -> LowRank:
+        """Rank-k factors of the gradient."""
+        assert self.k is not None
+        if isinstance(u, LowRank) and u.rank <= self.k:
+            factors = u
+        else:
+            gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(_plain(u), x, self.k)
+            try:
+                factors = self.sampler(gradient, self.k, self._generator(x.device))
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                dense = gradient.dense()
+                raise (_non_finite(dense, "gradient") if not torch.isfinite(dense).all() else _failed(dense)) from None
+        if not x.is_cuda and not sampling.finite(factors):
+            raise _non_finite(u.dense() if isinstance(u, LowRank) else _plain(u), "gradient")
+        return factors
+
+    def _tangent(self, x: Tensor, factors: LowRank) -> Pair | Frame:
+        closed_form = factors.rank == 1 and x.shape[-2] == x.shape[-1]
+        return Pair.of_gradient(x, factors) if closed_form else Frame.of_gradient(x, factors)
+
+    def _factors_at(self, x: Tensor, u: Tensor) -> Pair | Frame | None:
+        """Return the factors u carries, if they are a tangent at this very point."""
+        if isinstance(u, FactoredTensor) and isinstance(u.factors, Pair | Frame) and u.factors.base.is_at(x):
+            return u.factors
+        return None
+
+    def _reduced(self, x: Tensor, u: Tensor) -> Pair | Frame:
+        """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
+        self._accept(x, u, "u")
+        factors = self._factors_at(x, u)
+        if factors is not None:
+            return factors
+        x, u = validation.broadcast(x, _plain(u))
+        if self.k is None or 2 * self.k >= x.shape[-1]:
+            if not x.is_cuda and not torch.isfinite(u).all():
+                raise _non_finite(u, "step")
+            return Frame.of_dense(x, u, None)
+        test = torch.randn(x.shape[-2], 2 * self.k, dtype=x.dtype, device=x.device, generator=self._generator(x.device))
+        sketch = linalg.adjoint_times(u, test.expand(*u.shape[:-2], *test.shape))
+        if not x.is_cuda and not torch.isfinite(sketch).all():
+            raise _non_finite(u, "step")
+        return Frame.of_dense(x, u, torch.linalg.qr(sketch).Q.contiguous())
+
+    def _retraction(self, x: Tensor, u: Tensor) -> Move:
+        return self._reduced(x, u).retraction()
+
+    def _geodesic(self, x: Tensor, u: Tensor) -> Move:
+        return self._reduced(x, u).geodesic()
+
+    def _carry(self, move: Move, x: Tensor, v: Tensor) -> Tensor:
+        self._accept(x, v, "v")
+        return move.carry(_plain(v))
+
+    def _residual(self, x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,)
+        """Estimate ``‖X^H X - I‖_F / √m`` by fixed random probes."""
+        generator = torch.Generator(x.device).manual_seed(0)
+        z = torch.randn(x.shape[-1], _PROBES, dtype=x.dtype, device=x.device, generator=generator)
+        residual = linalg.adjoint_times(x, x @ z) - z
+        norms = torch.linalg.vector_norm(residual, dim=(-2, -1)) / torch.linalg.vector_norm(z)
+        return torch.where(torch.isfinite(norms), norms, math.inf)
+
+    def _quotient(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return ``X^H Y`` in double precision, after checking that a geodesic joins the points."""
+        self._accept(x, y, "y")
+        if x.shape[-2] != x.shape[-1]:
+            raise NotImplementedError(
+                f"dist and logmap are known in closed form for square matrices only, got shape {tuple(x.shape)}"
+            )
+        wide = linalg.high_precision(x.dtype)
+        w = x.to(wide).mH @ y.to(wide)
+        if not w.is_complex() and (torch.linalg.det(w) < 0).any():
+            raise ValueError("the determinants of x and y differ in sign: no geodesic joins the two components of O(n)")
+        return w
+
+
+class UnitaryLowRankExact(UnitaryLowRank):
+    """:class:`UnitaryLowRank` whose optimisers move along ``expmap`` (projUNN-T), geoopt's "Exact" convention.
+
+    geoopt's optimisers call ``retr`` and ``retr_transp`` only; here these are the geodesic ones.
+    """
+
+    name = "UnitaryLowRankExact"
+
+    retr = UnitaryLowRank.expmap
+    retr_transp = UnitaryLowRank.expmap_transp
+    transp_follow_retr = UnitaryLowRank.transp_follow_expmap
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute
+        """Whether moving on and back returns: true of the geodesic, unless k truncates it."""
+        return self.k is None
+
+
+def _plain(u: Tensor) -> Tensor:
+    """Return u as an ordinary dense tensor."""
+    return u.clone() if isinstance(u, FactoredTensor) else u
+
+
+def _non_finite(u: Tensor, what: str) -> ValueError:
+    bad = int((~torch.isfinite(u)).sum())
+    return ValueError(
+        f"{what} of shape {tuple(u.shape)} has {bad} non-finite entries of {u.numel()}; the parameter was not changed"
+    )
+
+
+def _failed(u: Tensor) -> RuntimeError:
+    return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")

@@ -1,0 +1,109 @@
+"""Checks of what users pass in; every message says what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "broadcast",
+    "check_factors",
+    "check_point",
+    "check_rank",
+    "check_same_matrix",
+    "dtype_problem",
+    "shape_problem",
+]
+
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def shape_problem(shape: Sequence[int], name: str) -> str | None:
+    """Return why ``shape`` is no batch of square or tall matrices, or None."""
+    if len(shape) < 2:
+        return f"`{name}` must have at least 2 dimensions (*batch, n, m), got shape {tuple(shape)}"
+    if shape[-2] < shape[-1]:
+        return f"`{name}` must be square or tall, shape[-2] >= shape[-1], got shape {tuple(shape)}"
+    return None
+
+
+def dtype_problem(dtype: torch.dtype, name: str) -> str | None:
+    """Return why ``dtype`` cannot hold a point, or None."""
+    if dtype in DTYPES:
+        return None
+    advice = ""
+    if dtype in (torch.float16, torch.bfloat16, torch.complex32):
+        advice = "; keep the parameter in float32 or complex64 and run the forward pass under torch.autocast"
+    return f"`{name}` must be float32, float64, complex64 or complex128, got {dtype}{advice}"
+
+
+def check_point(x: Tensor, name: str = "x") -> None:
+    """Raise unless x has the shape and dtype of a point."""
+    problem = shape_problem(x.shape, name)
+    if problem:
+        raise ValueError(problem)
+    problem = dtype_problem(x.dtype, name)
+    if problem:
+        raise TypeError(problem)
+
+
+def check_rank(k: object) -> None:
+    """Raise unless k is None or an integer of at least 1."""
+    if k is None:
+        return
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int >= 1, or None for full rank, got {k!r} of type {type(k).__name__}")
+    if k < 1:
+        raise ValueError(f"k must be an int >= 1, or None for full rank, got {k}")
+
+
+def check_same_matrix(x: Tensor, u: Tensor, name: str) -> None:
+    """Raise unless u has x's dtype, device and matrix shape, and a batch shape that broadcasts with x's."""
+    if u.dtype != x.dtype:
+        raise TypeError(f"`{name}` must have the point's dtype {x.dtype}, got {u.dtype}")
+    if u.device != x.device:
+        raise ValueError(f"`{name}` must be on the point's device {x.device}, got {u.device}")
+    if u.shape == x.shape:
+        return
+    if u.shape[-2:] != x.shape[-2:]:
+        raise ValueError(f"`{name}` must have the point's matrix shape {tuple(x.shape[-2:])}, got {tuple(u.shape)}")
+    try:
+        broadcast(x, u)
+    except RuntimeError:
+        raise ValueError(
+            f"the batch shape of `{name}` must broadcast with the point's {tuple(x.shape[:-2])}, "
+            f"got {tuple(u.shape[:-2])}"
+        ) from None
+
+
+def broadcast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Expand all to their common shape; the very tensors are returned where the shapes agree already."""
+    if all(t.shape == x.shape for t in others):
+        return (x, *others)
+    return tuple(torch.broadcast_tensors(x, *others))  # type: ignore[no-untyped-call]
+
+
+def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
+    """Raise unless x is a point's shape and ``a b^H`` a step of that shape."""
+    for name, t in (("x", x), ("a", a), ("b", b)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(t).__name__}")
+    check_point(x)
+    *batch, n, m = x.shape
+    for name, t, rows in (("a", a, n), ("b", b, m)):
+        if t.dtype != x.dtype:
+            raise TypeError(f"`{name}` must have the dtype of `x`, {x.dtype}, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"`{name}` must be on the device of `x`, {x.device}, got {t.device}")
+        if t.dim() != x.dim() or list(t.shape[:-2]) != batch or t.shape[-2] != rows or t.shape[-1] < 1:
+            expected = ", ".join(map(str, [*batch, rows, "k"]))
+            raise ValueError(f"`{name}` must have shape ({expected}) with k >= 1, got {tuple(t.shape)}")
+    if a.shape[-1] != b.shape[-1]:
+        raise ValueError(f"`a` and `b` must have the same number of columns k, got {a.shape[-1]} and {b.shape[-1]}")
+    if not x.is_cuda and not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        bad = sum(int((~torch.isfinite(t)).sum()) for t in (a, b))
+        raise ValueError(
+            f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"
+        )
