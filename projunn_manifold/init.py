@@ -63,13 +63,13 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
     check_point(tensor, "tensor")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
-    u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
+    s = torch.linalg.svdvals(tensor)
     if (s[..., -1] <= torch.finfo(tensor.dtype).eps * s[..., 0] * tensor.shape[-2]).any():
         raise ValueError(
             f"`tensor` of shape {tuple(tensor.shape)} is rank deficient (smallest singular value "
             f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
         )
-    return tensor.copy_(u @ vh)
+    return tensor.copy_(linalg.polar(tensor))
 
 
 def _block_rotations_(tensor: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:

@@ -35,10 +35,10 @@ def high_precision(dtype: torch.dtype) -> torch.dtype:
 def tolerance(dtype: torch.dtype, n: int) -> float:
     r"""Largest :math:`\|X^H X - I\|_F/\sqrt{m}` that counts as "on the manifold" for side ``n``.
 
-    Rounding alone leaves about :math:`3\epsilon` (a Haar sample, a drift-corrected point); ``n`` enters
-    as the slow growth of a sum's rounding error.
+    Rounding alone leaves 3 to 7 eps from n = 8 to n = 1024 (a Haar sample, :func:`polar`); the tolerance is
+    about twice that, and grows with ``n`` as a sum's rounding error does.
     """
-    return torch.finfo(dtype).eps * (6.0 + math.sqrt(n) / 4.0)
+    return torch.finfo(dtype).eps * (8.0 + math.sqrt(n) / 4.0)
 
 
 def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
@@ -76,9 +76,15 @@ def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> 
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
-    """Closest matrix with orthonormal columns (unitary polar factor), by a dense SVD; contiguous."""
+    """Closest matrix with orthonormal columns (unitary polar factor); contiguous.
+
+    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; one Newton-Schulz step takes that back.
+    """
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return (u @ vh).contiguous()
+    y = u @ vh
+    defect = adjoint_times(y, y)
+    defect.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return (y - y @ defect / 2).contiguous()
 
 
 def columns_of_identity(
@@ -138,10 +144,12 @@ def log_unitary(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n, n
 
     :math:`W^{1/2}` is the polar factor of I + W.  After two roots every angle is at most π/4, where
     :math:`\theta = \arcsin(\lambda)`, λ the eigenvalues of the root's skew part, is one-to-one and well
-    conditioned, so that only truly repeated angles share an eigenspace; real input stays real.
+    conditioned, so that only truly repeated angles share an eigenspace; real input stays real.  A Newton
+    step on :math:`e^{-L} W = I` takes back the rounding of the two SVDs.
     """
     eye = columns_of_identity(*w.shape, dtype=w.dtype, device=w.device)
     root = polar(eye + polar(eye + w))
     sine, q = torch.linalg.eigh(-1j * skew(root))
     log = (q * (4j * torch.arcsin(sine.clamp(-1, 1))).unsqueeze(-2)) @ q.mH
-    return skew(log if w.is_complex() else log.real)
+    log = skew(log if w.is_complex() else log.real)
+    return log + skew(torch.linalg.matrix_exp(-log) @ w)

@@ -59,12 +59,18 @@ class Move:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the moved point in fresh memory of x's layout."""
-        return self.apply_(x.clone())
+        return self.apply_(self._whole(x).clone())
 
     def carry(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X transported to Y."""
         group = completed(self.core) if self.group is None else self.group
+        v = self._whole(v)
         return linalg.add_product_(v.clone(), self.left @ group, linalg.adjoint_times(v, self.left))
+
+    def _whole(self, x: Tensor) -> Tensor:
+        """Expand x to the batch of the move; of x unless geoopt broadcasts."""
+        batch = self.left.shape[:-2]
+        return x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:])
 
 
 def completed(core: Tensor) -> Tensor:  # (*batch, w, r) -> (*batch, w, w)
