@@ -122,24 +122,40 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     r"""Return G without the multiple of X that weight decay added to it.
 
     A real multiple of X is normal to the manifold: it does not move the point, but it has full rank and
-    would spoil a rank-k sketch.  The multiple is measured on a sample I of rows,
-    :math:`c = \mathrm{Re}\langle X_I, G_I\rangle / \|X_I\|_F^2`, so that adding λX to G adds exactly λ to c.
-    A gradient of rank at most k has :math:`|\langle X_I, G_I\rangle| \le \sqrt{k}\,\|G_I\|_F`; where this
-    holds nothing is removed, and such gradients are sketched exactly.
+    would spoil a rank-k sketch.  The multiple c is measured on a sample I of rows, such that adding λX to
+    G adds exactly λ to c.  A gradient of rank at most k has
+    :math:`|\mathrm{Re}\langle X_I, G_I\rangle| \le \sqrt{k}\,\|G_I\|_F`; where this holds nothing is removed, and such
+    gradients are sketched exactly.
     Cost: a sample of 64 k rows (or columns), and one product with X for each product with G where c is not zero.
     """
     axis = -2 if x.stride(-1) == 1 else -1  # whole rows of a row-major matrix, whole columns of a column-major one
     step = max(1, x.shape[axis] // (64 * k))
     sample = (..., slice(None, None, step), slice(None)) if axis == -2 else (..., slice(None, None, step))
     x_part, g_part = x[sample], g[sample]
-    double = linalg.high_precision(g.dtype)
-    overlap = linalg.frobenius_inner(x_part, g_part).double()
-    energy = torch.linalg.vector_norm(g_part, dim=(-2, -1), dtype=double).real
-    excess = overlap.abs() > math.sqrt(k) * energy
+    energy = torch.linalg.vector_norm(g_part, dim=(-2, -1), dtype=linalg.high_precision(g.dtype)).real
+    excess = linalg.frobenius_inner(x_part, g_part).abs().double() > 1.01 * math.sqrt(k) * energy  # 1.01: rounding
     if not x.is_cuda and not excess.any():
         return Dense(g)
-    c = torch.where(excess, overlap / linalg.frobenius_inner(x_part, x_part), 0.0)
-    return Shifted(g, x, c[..., None, None].to(g.real.dtype))
+    c = torch.where(excess[..., None, None], _multiple(x_part, g_part, k), 0.0)
+    return Shifted(g, x, c)
+
+
+def _multiple(x: Tensor, g: Tensor, k: int) -> Tensor:  # (*batch, n, m) twice -> (*batch, 1, 1), real
+    r"""Return c with :math:`G \approx S + c X`, S of rank k.
+
+    :math:`c = \mathrm{Re}\langle X, G - S\rangle/\|X\|_F^2` with S the leading part of G - cX, in turn; if G - λX has
+    rank k, each turn divides the error c - λ by about the number of rows over k.
+    """
+    norm = linalg.frobenius_inner(x, x)
+    c = (linalg.frobenius_inner(x, g) / norm)[..., None, None]
+    for _ in range(2):
+        rest = g - c * x
+        heaviest = torch.linalg.vector_norm(rest, dim=-2).topk(k, dim=-1).indices
+        start = rest.gather(-1, heaviest.unsqueeze(-2).expand(*rest.shape[:-1], k))
+        basis = orthonormal(rest @ linalg.adjoint_times(rest, orthonormal(start)))
+        main_part = basis @ linalg.adjoint_times(rest, basis).mH
+        c = (linalg.frobenius_inner(x, g - main_part) / norm)[..., None, None]
+    return c
 
 
 def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)

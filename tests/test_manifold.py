@@ -151,9 +151,7 @@ def test_transport_is_an_isometry_onto_the_new_tangent_space(draw, shape, k, dty
             assert (before - after).abs().max().item() <= bound(dtype)
             general = manifold.transp(x, y, v)  # not told which move led to y
             assert error(linalg.sym(double(y).mH @ double(general)), torch.zeros_like(normal)) <= bound(dtype)
-            squares = [
-                reference.inner(double(p), double(t), double(t)) for p, t in ((x, v), (y, general))
-            ]
+            squares = [reference.inner(double(p), double(t), double(t)) for p, t in ((x, v), (y, general))]
             assert (squares[0] - squares[1]).abs().max().item() <= bound(dtype)
             if shape[-1] == shape[-2] or dense is reference.transport_retraction:
                 assert error(general, carried) <= bound(dtype)
@@ -236,7 +234,7 @@ def test_inner_and_norm_of_dense_and_factored_tangents(draw, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_projx_is_the_closest_point_and_leaves_points_alone(draw, shape, dtype):
     manifold = UnitaryLowRank()
-    for noise in (1.0, 1e-2, 50 * torch.finfo(dtype).eps**0.5):
+    for noise in (1.0, 1e-2, 50 * torch.finfo(dtype).eps ** 0.5):
         a = draw.point(*shape, dtype=dtype) + noise * draw.matrix(*shape, dtype=dtype) / shape[-2] ** 0.5
         smallest = torch.linalg.svdvals(double(a)).min().item()
         projected = manifold.projx(a)

@@ -1,0 +1,271 @@
+"""FactoredTensor never loses a term: every operation gives what the dense tensor gives, written in either state.
+
+The oracle is the same operation on plain dense tensors.  The wrapper's danger is silent (PyTorch hands back
+the tensor an in-place operator was called on), so in-place operators, views, aliases, lists of tensors and
+the optimisers that combine them are all run on it.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import DTYPES, bound, error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from projunn_manifold import UnitaryLowRank
+from projunn_manifold.factors import FactoredTensor, LowRank
+
+SHAPES = [(6, 6), (3, 7, 4)]
+
+
+def is_factored(t):
+    return isinstance(t, FactoredTensor) and t.factors is not None
+
+
+@pytest.fixture(params=["LowRank", "Pair", "Frame"])
+def pair(request, draw):
+    """A factored tensor with the dense tensor it stands for."""
+
+    def make(shape=(6, 6), dtype=torch.float64):
+        a, b = draw.factors(shape, 1 if request.param == "Pair" else 2, dtype)
+        if request.param == "LowRank":
+            t = FactoredTensor(LowRank(a, b))
+            return t, a @ b.mH
+        x = draw.point(*shape, dtype=dtype)
+        with torch.no_grad():
+            t = UnitaryLowRank(a.shape[-1]).egrad2rgrad(x, a @ b.mH)
+        return t, t.clone()
+
+    return make
+
+
+READING = {
+    "norm": torch.linalg.matrix_norm,
+    "sum": torch.sum,
+    "product with a matrix": lambda t: t @ torch.ones(t.shape[-1], 2, dtype=t.dtype),
+    "elementwise product": lambda t: t * t,
+    "to another dtype": lambda t: t.to(torch.complex64),
+    "stack": lambda t: torch.stack([t, t]),
+    "cat": lambda t: torch.cat([t, t], -1),
+    "zeros_like": torch.zeros_like,
+    "complex scalar": lambda t: t * 1j,
+    "matrix-shaped scale": lambda t: t * torch.full((1, 1), 2.0, dtype=torch.float64),
+    "division by zero": lambda t: (t / 0.0).nan_to_num(7.0),
+    "addcmul": lambda t: torch.ones_like(t).addcmul_(t, t, value=0.5),
+    "lerp": lambda t: torch.ones_like(t).lerp_(t, 0.25),
+    "copy_ into": lambda t: torch.ones_like(t).copy_(t),
+    "add_ other dtype": lambda t: torch.zeros(t.shape, dtype=torch.complex128).add_(t),
+    "add_ broadcast": lambda t: torch.zeros(2, *t.shape, dtype=t.dtype).add_(t),
+    "foreach add": lambda t: torch._foreach_add([torch.ones_like(t)], [t], alpha=2.0)[0],
+    "foreach norm": lambda t: torch._foreach_norm([t])[0],
+    "get_total_norm": lambda t: torch.nn.utils.get_total_norm([t]),
+    "isfinite": torch.isfinite,
+    "max": lambda t: t.real.max() if t.is_complex() else t.max(),
+}
+
+MAY_VIEW = {"product with a matrix", "isfinite", "max"}  # these take views, for batches or complex numbers
+
+KEEPING = {
+    "negative": lambda t: -t,
+    "python scale": lambda t: -0.5 * t,
+    "integer scale": lambda t: t * 3,
+    "tensor scale": lambda t: torch.tensor(0.3) * t,
+    "quotient": lambda t: t / 4,
+    "tensor quotient": lambda t: t / torch.tensor(4.0, dtype=torch.float64),
+    "detach": lambda t: t.detach(),
+    "data": lambda t: t.data,
+    "mul_": lambda t: t.mul_(0.5),
+    "mul_ tensor": lambda t: t.mul_(torch.tensor(0.25)),
+    "div_": lambda t: t.div_(3.0),
+    "add_ of nothing": lambda t: t.add_(torch.ones_like(t), alpha=0),
+}
+
+WRITING = {
+    "add_": lambda t: t.add_(torch.ones(t.shape, dtype=t.dtype)),
+    "add_ itself": lambda t: t.add_(t, alpha=0.5),
+    "sub_": lambda t: t.sub_(2),
+    "mul_ elementwise": lambda t: t.mul_(torch.full(t.shape, 2.0, dtype=t.dtype)),
+    "zero_": lambda t: t.zero_(),
+    "copy_": lambda t: t.copy_(torch.ones(t.shape, dtype=t.dtype)),
+    "copy_ reduced": lambda t: t.copy_(t.detach().clone() / 2),
+    "addcmul_": lambda t: t.addcmul_(torch.ones(t.shape, dtype=t.dtype), torch.ones(t.shape, dtype=t.dtype)),
+    "lerp_": lambda t: t.lerp_(torch.ones(t.shape, dtype=t.dtype), 0.5),
+    "setitem": lambda t: t.__setitem__((..., 0), 5.0),
+    "write through a view": lambda t: t.flatten().mul_(2.0),
+    "write through a row": lambda t: t[..., 0, :].add_(1.0),
+    "write through detach": lambda t: t.detach().add_(1.0),
+    "write through data": lambda t: t.data.add_(1.0),
+    "scale through detach": lambda t: t.detach().mul_(2.0),
+    "out=": lambda t: torch.add(t.clone(), 1.0, out=t),
+    "foreach mul": lambda t: torch._foreach_mul_([t], torch.tensor(0.5, dtype=torch.float64)),
+    "foreach add": lambda t: torch._foreach_add_([t], 1.0),
+    "clip by norm": lambda t: torch.nn.utils.clip_grads_with_norm_([with_grad(t)], 1e-3, t.norm(), foreach=False),
+    "clip by norm, foreach": lambda t: torch.nn.utils.clip_grads_with_norm_(
+        [with_grad(t)], 1e-3, t.norm(), foreach=True
+    ),
+}
+
+
+def with_grad(t):
+    p = torch.nn.Parameter(torch.zeros(t.shape, dtype=t.dtype))
+    p.grad = t
+    return p
+
+
+@pytest.mark.parametrize("operation", READING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_reading_sees_the_matrix_and_keeps_the_factors(pair, operation, shape, dtype):
+    t, dense = pair(shape, dtype)
+    result, expected = READING[operation](t), READING[operation](dense)
+    assert type(result) is torch.Tensor
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(t.clone(), dense)
+    assert is_factored(t) or operation in MAY_VIEW
+
+
+@pytest.mark.parametrize("operation", KEEPING)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_keeps_the_factors(pair, operation, dtype):
+    t, dense = pair((6, 6), dtype)
+    result, expected = KEEPING[operation](t), KEEPING[operation](dense)
+    assert is_factored(result)
+    assert error(result.clone(), expected) <= bound(dtype)
+    assert error(t.clone(), dense) <= bound(dtype)  # changed only where the dense one was
+
+
+@pytest.mark.parametrize("operation", WRITING)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_writing_reaches_the_tensor_and_every_alias(pair, operation, shape, dtype):
+    t, dense = pair(shape, dtype)
+    alias = t.detach()
+    WRITING[operation](t)
+    WRITING[operation](dense)
+    torch.testing.assert_close(t.clone(), dense)
+    torch.testing.assert_close(alias.clone(), dense)
+    t.add_(1.0)  # a second write, in whatever state the first one left
+    torch.testing.assert_close(t.clone(), dense.add_(1.0))
+
+
+@pytest.mark.parametrize("operation", ["add_", "sub_", "zero_", "copy_", "out="])
+def test_writing_returns_the_tensor_itself(pair, operation):
+    t, _ = pair()
+    assert WRITING[operation](t) is t
+
+
+class NoNewMatrix(TorchDispatchMode):
+    """Fail if an operator returns a new matrix of the whole shape."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.buffer = buffer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert result.shape != self.buffer.shape or result.data_ptr() == self.buffer.data_ptr(), func
+        return result
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("alpha", [1, -0.25, 0.0])
+def test_adding_to_a_buffer_uses_the_factors(pair, shape, alpha, dtype):
+    t, dense = pair(shape, dtype)
+    for buffer in (torch.ones(shape, dtype=dtype), torch.ones(shape, dtype=dtype).mT.contiguous().mT):
+        expected = buffer + alpha * dense
+        with NoNewMatrix(buffer):
+            assert buffer.add_(t, alpha=alpha) is buffer
+        assert error(buffer, expected) <= bound(dtype)
+    assert is_factored(t)
+
+
+def test_adding_to_a_buffer_of_any_batch(pair):
+    t, dense = pair((2, 2, 5, 3), torch.float64)
+    assert error(torch.ones_like(dense).add_(t, alpha=2.0), 1 + 2 * dense) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_clones_and_copies_are_plain_and_contiguous(pair, dtype):
+    t, dense = pair((3, 7, 4), dtype)
+    buffer = io.BytesIO()
+    torch.save(t, buffer)
+    buffer.seek(0)
+    copies = [t.clone(), copy.deepcopy(t), pickle.loads(pickle.dumps(t)), torch.load(buffer), torch.clone(t)]
+    for other in copies:
+        assert type(other) is torch.Tensor
+        assert other.is_contiguous()
+        assert error(other, dense) <= bound(dtype)
+    assert is_factored(t)
+    assert "factor" in repr(t).lower()
+
+
+def test_it_passes_through_autograd_as_grad(draw):
+    """Two backward calls accumulate exactly, whatever state .grad is in."""
+    a, b = draw.factors((5, 5), 2, torch.float64)
+
+    class Weight(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            return w.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return FactoredTensor(LowRank(a, b))
+
+    for calls in (1, 2, 3):
+        w = torch.nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
+        for _ in range(calls):
+            Weight.apply(w).backward()
+        assert error(w.grad.clone(), calls * (a @ b.mH)) <= bound(torch.float64)
+    w.grad.zero_()
+    assert not w.grad.any()
+    w.grad = None
+    (Weight.apply(w) + w.square().sum() + w.sum()).backward()  # a factored and a dense gradient in one call
+    assert error(w.grad.clone(), a @ b.mH + 1) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda p, f: torch.optim.SGD(p, lr=0.1, foreach=f),
+        lambda p, f: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=f),
+        lambda p, f: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, foreach=f),
+        lambda p, f: torch.optim.RMSprop(p, lr=0.1, momentum=0.5, centered=True, foreach=f),
+        lambda p, f: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, foreach=f),
+        lambda p, f: torch.optim.AdamW(p, lr=0.1, amsgrad=True, foreach=f),
+    ],
+    ids=["sgd", "momentum", "nesterov", "rmsprop", "adam", "adamw"],
+)
+def test_torch_optimizers_step_as_with_the_dense_gradient(draw, optimizer, foreach, dtype):
+    start = draw.matrix(6, 6, dtype=dtype)
+    gradients = [draw.factors((6, 6), 2, dtype) for _ in range(4)]
+    weights = []
+    for wrap in (True, False):
+        w = torch.nn.Parameter(start.clone())
+        opt = optimizer([w], foreach)
+        for i, (a, b) in enumerate(gradients):
+            w.grad = FactoredTensor(LowRank(a, b)) if wrap else a @ b.mH
+            if i % 2:
+                torch.nn.utils.clip_grad_norm_([w], 0.5, foreach=foreach)
+            opt.step()
+        for state in opt.state[w].values():
+            assert not isinstance(state, FactoredTensor)
+        weights.append(w.detach())
+    assert error(*weights) <= bound(dtype, 10.0)
+
+
+def test_two_optimizers_share_one_gradient(draw):
+    start, (a, b) = draw.matrix(6, 6, dtype=torch.float64), draw.factors((6, 6), 1, torch.float64)
+    weights = []
+    for grad in (FactoredTensor(LowRank(a, b)), a @ b.mH):
+        w = torch.nn.Parameter(start.clone())
+        w.grad = grad
+        for opt in (torch.optim.SGD([w], lr=0.1, weight_decay=0.3), torch.optim.Adam([w], lr=0.1)):
+            opt.step()
+        weights.append(w.detach())
+    assert error(*weights) <= bound(torch.float64)
