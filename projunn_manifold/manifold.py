@@ -365,8 +365,10 @@ class UnitaryLowRank(Manifold):
             if not x.is_cuda and not torch.isfinite(u).all():
                 raise _non_finite(u, "step")
             return Frame.of_dense(x, u, None)
-        test = torch.randn(x.shape[-2], 2 * self.k, dtype=x.dtype, device=x.device, generator=self._generator(x.device))
-        sketch = linalg.adjoint_times(u, test.expand(*u.shape[:-2], *test.shape))
+        size = (x.shape[-2], 2 * self.k)
+        test = torch.randn(size, dtype=x.dtype, device=x.device, generator=self._generator(x.device))
+        # geoopt's first momentum buffer is the Euclidean gradient, weight decay and all
+        sketch = sampling.without_normal_part(u, x, self.k).adjoint_times(test)
         if not x.is_cuda and not torch.isfinite(sketch).all():
             raise _non_finite(u, "step")
         return Frame.of_dense(x, u, torch.linalg.qr(sketch).Q.contiguous())

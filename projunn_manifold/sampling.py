@@ -122,40 +122,30 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     r"""Return G without the multiple of X that weight decay added to it.
 
     A real multiple of X is normal to the manifold: it does not move the point, but it has full rank and
-    would spoil a rank-k sketch.  The multiple c is measured on a sample I of rows, such that adding λX to
-    G adds exactly λ to c.  A gradient of rank at most k has
-    :math:`|\mathrm{Re}\langle X_I, G_I\rangle| \le \sqrt{k}\,\|G_I\|_F`; where this holds nothing is removed, and such
-    gradients are sketched exactly.
-    Cost: a sample of 64 k rows (or columns), and one product with X for each product with G where c is not zero.
+    would spoil a rank-k sketch.  On a set J of 4k columns :math:`\mathrm{sym}(X_J^H G_J)` has c as its
+    middle 2k eigenvalues if :math:`G = S + cX`, S of rank at most k plus any tangent; c is their mean over 16
+    such sets.  So adding λX to G adds exactly λ to c, and c is zero for a gradient of rank at most k.
+    A part along X of less than 1/64 of G cannot turn the step and is left where it is.
+    Cost: a read of at most 64 k columns; where c counts, one product with X for each product with G.
     """
-    axis = -2 if x.stride(-1) == 1 else -1  # whole rows of a row-major matrix, whole columns of a column-major one
-    step = max(1, x.shape[axis] // (64 * k))
-    sample = (..., slice(None, None, step), slice(None)) if axis == -2 else (..., slice(None, None, step))
-    x_part, g_part = x[sample], g[sample]
-    energy = torch.linalg.vector_norm(g_part, dim=(-2, -1), dtype=linalg.high_precision(g.dtype)).real
-    excess = linalg.frobenius_inner(x_part, g_part).abs().double() > 1.01 * math.sqrt(k) * energy  # 1.01: rounding
-    if not x.is_cuda and not excess.any():
+    m = g.shape[-1]
+    size = min(4 * k, m)
+    sets = min(16, m // size)
+    x_sets, g_sets = (_column_sets(t, sets, size) for t in (x, g))
+    double = linalg.high_precision(g.dtype)
+    overlap = linalg.sym(linalg.adjoint_times(x_sets, g_sets).to(double))  # (*batch, sets, size, size)
+    if not x.is_cuda and not torch.isfinite(overlap).all():
+        return Dense(g)  # the sketch will see it and tell
+    c = torch.linalg.eigvalsh(overlap)[..., k : size - k].mean((-2, -1))
+    energy = torch.linalg.vector_norm(g_sets, dim=(-3, -2, -1), dtype=double).real
+    counts = c.abs() * (64 * math.sqrt(sets * size)) > energy
+    if not x.is_cuda and not counts.any():
         return Dense(g)
-    c = torch.where(excess[..., None, None], _multiple(x_part, g_part, k), 0.0)
-    return Shifted(g, x, c)
+    return Shifted(g, x, torch.where(counts, c, 0.0)[..., None, None].to(g.real.dtype))
 
 
-def _multiple(x: Tensor, g: Tensor, k: int) -> Tensor:  # (*batch, n, m) twice -> (*batch, 1, 1), real
-    r"""Return c with :math:`G \approx S + c X`, S of rank k.
-
-    :math:`c = \mathrm{Re}\langle X, G - S\rangle/\|X\|_F^2` with S the leading part of G - cX, in turn; if G - λX has
-    rank k, each turn divides the error c - λ by about the number of rows over k.
-    """
-    norm = linalg.frobenius_inner(x, x)
-    c = (linalg.frobenius_inner(x, g) / norm)[..., None, None]
-    for _ in range(2):
-        rest = g - c * x
-        heaviest = torch.linalg.vector_norm(rest, dim=-2).topk(k, dim=-1).indices
-        start = rest.gather(-1, heaviest.unsqueeze(-2).expand(*rest.shape[:-1], k))
-        basis = orthonormal(rest @ linalg.adjoint_times(rest, orthonormal(start)))
-        main_part = basis @ linalg.adjoint_times(rest, basis).mH
-        c = (linalg.frobenius_inner(x, g - main_part) / norm)[..., None, None]
-    return c
+def _column_sets(t: Tensor, sets: int, size: int) -> Tensor:  # (*batch, n, m) -> (*batch, sets, n, size)
+    return t[..., : sets * size].reshape(*t.shape[:-1], sets, size).movedim(-2, -3)
 
 
 def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)

@@ -164,12 +164,12 @@ def test_sketches_come_from_the_manifolds_own_generator(draw):
 @pytest.mark.parametrize("shape", [(64, 64), (256, 256), (96, 48), (3, 64, 64)], ids=str)
 @pytest.mark.parametrize("rank", [1, 8, 48])
 def test_weight_decay_does_not_turn_the_step(draw, shape, rank, dtype):
-    """Cosine above 0.999 between the steps with and without λX, ‖λX‖ = ‖G‖, same sketch."""
+    """Cosine above 0.999 between the steps with and without λX, same sketch, for ‖λX‖ from ‖G‖/10 to 10 ‖G‖."""
     x = draw.point(*shape, dtype=dtype)
     a, b = draw.factors(shape, rank, dtype)
     g = a @ b.mH
     size = torch.linalg.matrix_norm(g)[..., None, None] / shape[-1] ** 0.5
-    steps = [UnitaryLowRank(1).egrad2rgrad(x, grad) for grad in (g, g + size * x, g - size * x)]
+    steps = [UnitaryLowRank(1).egrad2rgrad(x, g + share * size * x) for share in (0.0, 1.0, -1.0, 0.1, 10.0)]
     for decayed in steps[1:]:
         inner = (steps[0].conj() * decayed).sum((-2, -1)).real
         cosine = inner / (torch.linalg.matrix_norm(steps[0]) * torch.linalg.matrix_norm(decayed))
