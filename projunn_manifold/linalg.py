@@ -17,6 +17,7 @@ __all__ = [
     "haar",
     "high_precision",
     "log_unitary",
+    "newton_schulz",
     "phase_core",
     "polar",
     "rotation_angles",
@@ -78,13 +79,20 @@ def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Closest matrix with orthonormal columns (unitary polar factor); contiguous.
 
-    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; one Newton-Schulz step takes that back.
+    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; :func:`newton_schulz` takes that back.
     """
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    y = u @ vh
-    defect = adjoint_times(y, y)
+    return newton_schulz(u @ vh).contiguous()
+
+
+def newton_schulz(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    r"""One Newton-Schulz step :math:`X - X E/2`, E = X^H X - I, towards the polar factor.
+
+    The error left is :math:`\tfrac38\|E\|_2^2`: rounding, where :math:`\|E\|_2 \le \sqrt\epsilon`.
+    """
+    defect = adjoint_times(x, x)
     defect.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return (y - y @ defect / 2).contiguous()
+    return x - x @ defect / 2
 
 
 def columns_of_identity(

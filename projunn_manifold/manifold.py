@@ -272,19 +272,29 @@ class UnitaryLowRank(Manifold):
         x itself is returned, after :math:`O(n m)` work, if it is on the manifold to working precision,
         :math:`\|X^H X - I\|_F/\sqrt m` within :func:`~projunn_manifold.linalg.tolerance`, as told by a few fixed
         random probes z of :math:`X^H X z - z`.  Otherwise the matrices of a batch that are not, and only
-        these, are replaced through an SVD.
+        these, are replaced: by a Newton-Schulz step (three matrix products) where that is exact, else
+        through an SVD.
+
+        Raises
+        ------
+        ValueError
+            A point with non-finite entries.
         """
         validation.check_point(x)
-        off = self._residual(x) > linalg.tolerance(x.dtype, x.shape[-2])
+        error = self._residual(x)
+        off = error > linalg.tolerance(x.dtype, x.shape[-2])
         if not off.any():
             return x
         bad = int((~torch.isfinite(x)).sum())
         if bad:
             raise ValueError(f"cannot project a point with {bad} non-finite entries, shape {tuple(x.shape)}")
+        # the spectral norm of X^H X - I is at most its Frobenius norm, which the probes know within a factor of two
+        near = 2 * error.amax() * math.sqrt(x.shape[-1]) < math.sqrt(torch.finfo(x.dtype).eps)
+        project = linalg.newton_schulz if near else linalg.polar
         if x.dim() == 2:
-            return linalg.polar(x)
-        y = x.contiguous(memory_format=torch.contiguous_format).clone()
-        y[off] = linalg.polar(x[off])
+            return project(x).contiguous()
+        y = x.clone(memory_format=torch.contiguous_format)
+        y[off] = project(x[off])
         return y
 
     def random(

@@ -234,7 +234,8 @@ def test_inner_and_norm_of_dense_and_factored_tangents(draw, shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_projx_is_the_closest_point_and_leaves_points_alone(draw, shape, dtype):
     manifold = UnitaryLowRank()
-    for noise in (1.0, 1e-2, 50 * torch.finfo(dtype).eps ** 0.5):
+    eps = torch.finfo(dtype).eps
+    for noise in (1.0, 1e-2, 50 * eps**0.5, eps**0.5 / 20, 60 * eps):
         a = draw.point(*shape, dtype=dtype) + noise * draw.matrix(*shape, dtype=dtype) / shape[-2] ** 0.5
         smallest = torch.linalg.svdvals(double(a)).min().item()
         projected = manifold.projx(a)
