@@ -64,14 +64,11 @@ class Step:
                 "projunn_d: X + a b^H is numerically singular (smallest singular value "
                 f"{smallest.min().item():.1e}), so its closest unitary is not unique; take a smaller step"
             )
-        return Move(self._basis(), core.to(self.p.dtype), self.q, None)
+        return Move(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
 
     def tangent(self, base: Base) -> Frame:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
         return Frame(base, self.p, self.b, self.q, linalg.skew(self.h), None if self.c is None else self.c / 2)
-
-    def _basis(self) -> Tensor:
-        return self.p if self.b is None else torch.cat((self.p, self.b), -1)
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class Frame:
         """Move along the geodesic (projUNN-T)."""
         r = self.omega.shape[-1]
         group = linalg.phase_core(self._lift(), "exp").to(self.p.dtype)
-        return Move(self._basis(), group[..., :r].contiguous(), self.q, group)
+        return Move(_basis(self.p, self.b), group[..., :r].contiguous(), self.q, group)
 
     def retraction(self) -> Move:
         """Move to the polar factor of X + u (projUNN-D): on square X every angle θ becomes arctan θ."""
@@ -152,10 +149,7 @@ class Frame:
             group = linalg.phase_core(self.omega, "polar").to(self.p.dtype)
             return Move(self.p, group, self.q, group)
         core, _, _ = _polar_increment(self.omega, self.c)
-        return Move(self._basis(), core.to(self.p.dtype), self.q, None)
-
-    def _basis(self) -> Tensor:
-        return self.p if self.b is None else torch.cat((self.p, self.b), -1)
+        return Move(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
 
     def _lift(self) -> Tensor:
         if self.c is None:
@@ -164,6 +158,10 @@ class Frame:
         top = torch.cat((self.omega, -self.c.mH), -1)
         bottom = torch.cat((self.c, self.c.new_zeros((*self.c.shape[:-1], j))), -1)
         return torch.cat((top, bottom), -2)
+
+
+def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]
+    return p if b is None else torch.cat((p, b), -1)
 
 
 def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

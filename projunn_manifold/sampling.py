@@ -88,22 +88,11 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Shifted:
+class Shifted(Dense):
     """The gradient ``G - c X``, never formed; ``c`` is real, one number per matrix, ``(*batch, 1, 1)``."""
 
-    g: Tensor
     x: Tensor
     c: Tensor
-
-    @property
-    def like(self) -> Tensor:
-        """A tensor with the matrix's dtype and device."""
-        return self.g
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape ``(*batch, n, m)``."""
-        return self.g.shape
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``G q - c X q``."""

@@ -11,7 +11,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import DTYPES, bound, error
+from helpers import DTYPES, bound, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from projunn_manifold import UnitaryLowRank

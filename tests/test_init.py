@@ -5,7 +5,7 @@ import math
 import geoopt
 import pytest
 import torch
-from conftest import DTYPES, SHAPES, bound, double, error
+from helpers import DTYPES, SHAPES, bound, double, error
 
 from projunn_manifold import UnitaryLowRank, init, reference
 

@@ -1,7 +1,7 @@
 """UnitaryLowRank as a manifold: geoopt's laws, the metric, moves and transport against dense references.
 
 geoopt's own laws are stated for full-rank tangents: they hold for k = None and 2k >= m, and at k = 1 for the
-tangents of rank-one gradients.  Everything is compared in ‖·‖_F/√m with the promise of conftest.bound.
+tangents of rank-one gradients.  Everything is compared in ‖·‖_F/√m with the promise of helpers.bound.
 """
 
 import copy
@@ -11,7 +11,7 @@ import pickle
 import geoopt
 import pytest
 import torch
-from conftest import DTYPES, SHAPES, bound, double, error
+from helpers import DTYPES, SHAPES, bound, double, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, reference
 from projunn_manifold.factors import FactoredTensor, LowRank

@@ -9,7 +9,7 @@ import copy
 import geoopt
 import pytest
 import torch
-from conftest import DTYPES, bound, double, error
+from helpers import DTYPES, bound, double, error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from conftest import DTYPES, SHAPES, Draw, bound, double, error, norm2, ranks
+from helpers import DTYPES, SHAPES, Draw, bound, double, error, norm2, ranks
 
 from projunn_manifold import projunn_d, projunn_d_, projunn_t, projunn_t_, reference
 

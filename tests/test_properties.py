@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import torch
-from conftest import DTYPES, Draw, bound, double, error
+from helpers import DTYPES, Draw, bound, double, error
 from hypothesis import given, settings
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_t, reference
