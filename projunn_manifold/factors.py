@@ -11,7 +11,8 @@ or dense, held in a cell that all its aliases share, and three rules (``tests/te
 1. ``detach`` and multiplication by a real scalar keep the factors; ``clone`` returns a plain dense tensor,
    so that no optimiser state is ever a :class:`FactoredTensor`;
 2. an operator that only reads sees a temporary dense copy;
-3. any other operator that writes to it, or returns a view of it, first turns it dense for good.
+3. any other operator that writes to it, or returns a view of it, first turns it dense for good; so does every
+   operator from outside ATen (collectives among them), whose schema does not say what it writes to.
 """
 
 from __future__ import annotations
@@ -152,6 +153,22 @@ class FactoredTensor(Tensor):
         state = type(self.factors).__name__ if self.factors is not None else "dense"
         return f"FactoredTensor({state}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    @property
+    def data(self) -> Tensor:
+        """An alias of this tensor outside autograd, as for any tensor; assigning copies into it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._cell.own().copy_(value)
+
+    def share_memory_(self) -> Any:
+        """Refuse: there is no storage to share."""
+        raise TypeError("a FactoredTensor has no storage to share; share its clone()")
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise TypeError("a FactoredTensor has no storage to export; export its clone()")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.clone()
 
@@ -185,7 +202,10 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def read(t: Any) -> Any:
         return t._cell.read() if isinstance(t, FactoredTensor) else t
 
-    touched = {s.name: s.alias_info is not None for s in func._schema.arguments}
+    if torch.Tag.inplace_view in func.tags:
+        raise TypeError(f"{func} changes a tensor's shape in place, which a FactoredTensor cannot; use its clone()")
+    foreign = func.namespace != "aten"  # such schemas do not say what they write to
+    touched = {s.name: foreign or s.alias_info is not None for s in func._schema.arguments}
     names = [s.name for s in func._schema.arguments]
     args = tuple(tree_map(owned if touched[name] else read, arg) for name, arg in zip(names, args, strict=False))
     kwargs = {name: tree_map(owned if touched[name] else read, arg) for name, arg in kwargs.items()}
@@ -235,6 +255,9 @@ def _add_(t: Tensor, other: Any, alpha: Any = 1) -> Any:
     if not _is_real_scalar(alpha):
         return NotImplemented
     left, right = other.factors.scaled(alpha).outer()
+    storage = t.untyped_storage().data_ptr()
+    if storage in (left.untyped_storage().data_ptr(), right.untyped_storage().data_ptr()):
+        return NotImplemented  # a product must not read what it writes
     return add_product_(t, left, right)
 
 

@@ -130,12 +130,12 @@ class Frame:
             left = left + self.b @ self.c.to(self.p.dtype)
         return left, self.q
 
-    def squared_norm(self) -> Tensor:  # (*batch,)
+    def squared_norm(self) -> Tensor:  # (*batch,), double
         """Squared norm of the lift, ``‖Ω‖² + 2‖C‖²``."""
         squares = torch.linalg.matrix_norm(self.omega).square()
         if self.c is not None:
             squares = squares + 2 * torch.linalg.matrix_norm(self.c).square()
-        return squares.to(self.p.real.dtype)
+        return squares
 
     def geodesic(self) -> Move:
         """Move along the geodesic (projUNN-T)."""

@@ -45,7 +45,7 @@ class UnitaryLowRank(Manifold):
     ----------
     k : int or None
         Rank of a gradient's sketch; a move has rank at most 2k.  None: full rank, dense and exact, in
-        :math:`O(n^3)`.  Where 2k >= m a move is not truncated, and where k >= m the gradient is not either.
+        :math:`O(n^3)`; so is every matrix of m <= 2k columns, where a sketch would save nothing.
     sampler : str or callable
         How a gradient becomes rank-k factors: ``"lsi"`` (default), ``"column"``, ``"subspace"``, ``"svd"`` or
         a callable ``(gradient, k, generator) -> LowRank``; see :mod:`projunn_manifold.sampling`.
@@ -83,11 +83,8 @@ class UnitaryLowRank(Manifold):
 
     def __init__(self, k: int | None = 1, *, sampler: str | sampling.Sampler = "lsi", seed: int = 0) -> None:
         super().__init__()
-        validation.check_rank(k)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
-        self.k = k
-        self.seed = seed
+        self.k = validation.check_rank(k)
+        self.seed = validation.check_seed(seed)
         self.sampler = sampling.resolve_sampler(sampler)
         self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -144,11 +141,11 @@ class UnitaryLowRank(Manifold):
         """
         self._accept(x, u, "gradient")
         gradient = u.factors if isinstance(u, FactoredTensor) and isinstance(u.factors, LowRank) else None
-        if self._keeps_gradient(x):
+        if self._is_dense(x):
             g = _plain(u)
             tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
             if not x.is_cuda and not torch.isfinite(tangent).all():
-                raise _non_finite(g, "gradient")
+                raise _non_finite(g, "gradient") if torch.isfinite(x).all() else _non_finite(x, "point")
             return tangent
         x, u = validation.broadcast(x, u)
         tangent_factors = self._tangent(x, self._sketch(x, u if gradient is None else gradient))
@@ -173,7 +170,7 @@ class UnitaryLowRank(Manifold):
         self._accept(x, u, "u")
         factors = self._factors_at(x, u) if v is None or v is u else None
         if factors is not None:
-            value = factors.squared_norm()
+            value = factors.squared_norm().to(x.real.dtype)
         else:
             u = _plain(u)
             v = u if v is None else _plain(v)
@@ -190,7 +187,8 @@ class UnitaryLowRank(Manifold):
 
         A tangent of higher rank (momentum, Adam), or a vector that is not tangent, is first reduced to
         the tangent :math:`X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H`, Q an orthonormal basis of
-        2k columns sketched from u; a tangent of rank at most 2k stays as it is.
+        2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
+        equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
         Cost: 4 passes over X for a factored u, 3 more for a dense one.
         """
@@ -260,9 +258,17 @@ class UnitaryLowRank(Manifold):
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Tangent :math:`X \log(X^H Y)` with ``expmap(x, logmap(x, y)) = y`` at full rank; square X, :math:`O(n^3)`.
 
-        Errors as in :meth:`dist`.  At a rotation angle of exactly π the shortest path is not unique.
+        Raises
+        ------
+        ValueError
+            As in :meth:`dist`; also at a rotation angle of π, where the shortest path is not unique.
+        NotImplementedError
+            Tall X.
         """
-        return x @ linalg.log_unitary(self._quotient(x, y)).to(x.dtype)
+        w = self._quotient(x, y)
+        if (math.pi - linalg.rotation_angles(w).abs() < 1e-10).any():
+            raise ValueError("x and y are a rotation by π apart: the shortest geodesic between them is not unique")
+        return x @ linalg.log_unitary(w).to(x.dtype)
 
     # -- points ---------------------------------------------------------------------------------------
 
@@ -321,13 +327,17 @@ class UnitaryLowRank(Manifold):
 
     # -- internals --------------------------------------------------------------------------------------
 
-    def _keeps_gradient(self, x: Tensor) -> bool:
-        return self.k is None or self.k >= x.shape[-1]
+    def _is_dense(self, x: Tensor) -> bool:
+        return self.k is None or 2 * self.k >= x.shape[-1]
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
             self._generators[device] = torch.Generator(device).manual_seed(self.seed)
         return self._generators[device]
+
+    def _generator_for_moves(self, device: torch.device) -> torch.Generator:
+        """Return a copy of the generator: between two gradients, equal moves use equal sketches."""
+        return torch.Generator(device).set_state(self._generator(device).get_state())
 
     def _accept(self, x: Tensor, u: Tensor, name: str) -> None:
         validation.check_point(x)
@@ -350,6 +360,7 @@ class UnitaryLowRank(Manifold):
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 dense = gradient.dense()
                 raise (_non_finite(dense, "gradient") if not torch.isfinite(dense).all() else _failed(dense)) from None
+            validation.check_sample(factors, gradient.shape, x, self.k)
         if not x.is_cuda and not sampling.finite(factors):
             raise _non_finite(u.dense() if isinstance(u, LowRank) else _plain(u), "gradient")
         return factors
@@ -371,23 +382,30 @@ class UnitaryLowRank(Manifold):
         if factors is not None:
             return factors
         x, u = validation.broadcast(x, _plain(u))
-        if self.k is None or 2 * self.k >= x.shape[-1]:
-            if not x.is_cuda and not torch.isfinite(u).all():
-                raise _non_finite(u, "step")
+        if self.k is None or self._is_dense(x):
             return Frame.of_dense(x, u, None)
-        size = (x.shape[-2], 2 * self.k)
-        test = torch.randn(size, dtype=x.dtype, device=x.device, generator=self._generator(x.device))
         # geoopt's first momentum buffer is the Euclidean gradient, weight decay and all
-        sketch = sampling.without_normal_part(u, x, self.k).adjoint_times(test)
-        if not x.is_cuda and not torch.isfinite(sketch).all():
-            raise _non_finite(u, "step")
+        gradient = sampling.without_normal_part(u, x, self.k)
+        size, generator = (x.shape[-2], 2 * self.k), self._generator_for_moves(x.device)
+        sketch = gradient.adjoint_times(torch.randn(size, dtype=x.dtype, device=x.device, generator=generator))
         return Frame.of_dense(x, u, torch.linalg.qr(sketch).Q.contiguous())
 
+    def _moving(self, x: Tensor, u: Tensor) -> Pair | Frame:
+        """Return u as a tangent to move along; on CPU, refuse one that is not finite or beyond all rounding."""
+        tangent = self._reduced(x, u)
+        if not x.is_cuda and x.numel():
+            size = math.sqrt(tangent.squared_norm().max().item())
+            if not size <= math.sqrt(2 * x.shape[-1]) / torch.finfo(x.dtype).eps:
+                if not torch.isfinite(x).all():
+                    raise _non_finite(x, "point")
+                raise _non_finite(_plain(u), "step")
+        return tangent
+
     def _retraction(self, x: Tensor, u: Tensor) -> Move:
-        return self._reduced(x, u).retraction()
+        return self._moving(x, u).retraction()
 
     def _geodesic(self, x: Tensor, u: Tensor) -> Move:
-        return self._reduced(x, u).geodesic()
+        return self._moving(x, u).geodesic()
 
     def _carry(self, move: Move, x: Tensor, v: Tensor) -> Tensor:
         self._accept(x, v, "v")
@@ -440,9 +458,8 @@ def _plain(u: Tensor) -> Tensor:
 
 def _non_finite(u: Tensor, what: str) -> ValueError:
     bad = int((~torch.isfinite(u)).sum())
-    return ValueError(
-        f"{what} of shape {tuple(u.shape)} has {bad} non-finite entries of {u.numel()}; the parameter was not changed"
-    )
+    problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
+    return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
 
 
 def _failed(u: Tensor) -> RuntimeError:

@@ -22,6 +22,7 @@ class Base(NamedTuple):
     """The point a factored tangent belongs to: its tensor and the version of its values.
 
     A tangent's factors hold X b and X^H a; at another point, or after X was written to, they are wrong.
+    (Writing through ``x.data`` is invisible to PyTorch's version counter, and so to this check.)
     """
 
     x: Tensor
@@ -41,6 +42,8 @@ class Base(NamedTuple):
             and self.x.data_ptr() == x.data_ptr()
             and self.x.shape == x.shape
             and self.x.stride() == x.stride()
+            and self.x.is_conj() == x.is_conj()
+            and self.x.is_neg() == x.is_neg()
         )
 
 
@@ -68,9 +71,16 @@ class Move:
         return linalg.add_product_(v.clone(), self.left @ group, linalg.adjoint_times(v, self.left))
 
     def _whole(self, x: Tensor) -> Tensor:
-        """Expand x to the batch of the move; of x unless geoopt broadcasts."""
+        """Expand x to the batch of the move, where they differ."""
         batch = self.left.shape[:-2]
-        return x if x.shape[:-2] == batch else x.expand(*batch, *x.shape[-2:])
+        if x.shape[:-2] == batch:
+            return x
+        try:
+            return x.expand(*batch, *x.shape[-2:])
+        except RuntimeError:
+            raise ValueError(
+                f"a matrix of batch shape {tuple(x.shape[:-2])} cannot follow a move of batch shape {tuple(batch)}"
+            ) from None
 
 
 def completed(core: Tensor) -> Tensor:  # (*batch, w, r) -> (*batch, w, w)

@@ -84,11 +84,11 @@ class Pair:
         xb, a = self.left[..., :1], self.left[..., 1:]
         return torch.cat((a, -xb), -1) * (0.5 * self.scale), self.right
 
-    def squared_norm(self) -> Tensor:  # (*batch,)
+    def squared_norm(self) -> Tensor:  # (*batch,), double
         """Squared norm of the lift, ``½ τ² (p² + s²)``."""
         p = self.norm_a * self.norm_b
         squares = p * p if self.s is None else p * p + self.s * self.s
-        return (0.5 * self.scale * self.scale * squares).to(self.left.real.dtype)
+        return 0.5 * self.scale * self.scale * squares
 
     def geodesic(self) -> Move:
         """Move along the geodesic (projUNN-T)."""

@@ -14,7 +14,7 @@ from projunn_manifold.factors import LowRank
 from projunn_manifold.frame import Frame, Step
 from projunn_manifold.moves import Move
 from projunn_manifold.pair import Pair
-from projunn_manifold.validation import check_factors
+from projunn_manifold.validation import check_factors, check_writable
 
 __all__ = ["projunn_d", "projunn_d_", "projunn_t", "projunn_t_"]
 
@@ -102,10 +102,12 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def projunn_d_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Like :func:`projunn_d`, in place: x becomes Y and is returned.  An error leaves x untouched."""
     with torch.no_grad():
+        check_writable(x)
         return _move_d(x, a, b).apply_(x)
 
 
 def projunn_t_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Like :func:`projunn_t`, in place: x becomes Y and is returned.  An error leaves x untouched."""
     with torch.no_grad():
+        check_writable(x)
         return _move_t(x, a, b).apply_(x)

@@ -262,7 +262,6 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
 
 
 def finite(factors: LowRank) -> bool:
-    """Tell whether the sketch saw only finite numbers: an inf or NaN in G spreads into b."""
-    return math.isfinite(
-        torch.linalg.vector_norm(factors.b, ord=1, dtype=linalg.high_precision(factors.b.dtype)).real.item()
-    )
+    """Tell whether the sketch saw only finite numbers: an inf or NaN in G spreads into the factors."""
+    wide = linalg.high_precision(factors.a.dtype)
+    return all(math.isfinite(torch.linalg.vector_norm(t, ord=1, dtype=wide).item()) for t in factors)

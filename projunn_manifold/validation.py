@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
+
+from projunn_manifold.factors import LowRank
 
 __all__ = [
     "broadcast",
@@ -13,6 +17,9 @@ __all__ = [
     "check_point",
     "check_rank",
     "check_same_matrix",
+    "check_sample",
+    "check_seed",
+    "check_writable",
     "dtype_problem",
     "shape_problem",
 ]
@@ -49,14 +56,45 @@ def check_point(x: Tensor, name: str = "x") -> None:
         raise TypeError(problem)
 
 
-def check_rank(k: object) -> None:
-    """Raise unless k is None or an integer of at least 1."""
+def check_rank(k: object) -> int | None:
+    """Return k as an int, or None for full rank; raise unless it is an integer of at least 1."""
     if k is None:
-        return
-    if isinstance(k, bool) or not isinstance(k, int):
+        return None
+    if isinstance(k, bool | Tensor) or not isinstance(k, SupportsIndex):
         raise TypeError(f"k must be an int >= 1, or None for full rank, got {k!r} of type {type(k).__name__}")
-    if k < 1:
+    if operator.index(k) < 1:
         raise ValueError(f"k must be an int >= 1, or None for full rank, got {k}")
+    return operator.index(k)
+
+
+def check_seed(seed: object) -> int:
+    """Return the seed; raise unless it is an int that torch.Generator takes."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")
+    return seed
+
+
+def check_writable(x: Tensor) -> None:
+    """Raise if several elements of x share one place in memory, as in an expanded tensor."""
+    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError(f"`x` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
+
+
+def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> LowRank:
+    """Return what a sampler gave; raise unless it is a LowRank of the gradient's shape and rank at most k."""
+    if not isinstance(factors, LowRank):
+        raise TypeError(f"a sampler must return a LowRank(a, b), got {type(factors).__name__}")
+    if factors.shape != shape or factors.rank > k or factors.b.shape[-1] != factors.rank:
+        raise ValueError(
+            f"a sampler must return factors of a {tuple(shape)} matrix with at most k={k} columns, "
+            f"got a {tuple(factors.a.shape)} and b {tuple(factors.b.shape)}"
+        )
+    for t in factors:
+        if t.dtype != like.dtype or t.device != like.device:
+            raise TypeError(f"a sampler must return {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
+    return factors
 
 
 def check_same_matrix(x: Tensor, u: Tensor, name: str) -> None:

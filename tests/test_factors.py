@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.factors import FactoredTensor, LowRank
 
-SHAPES = [(6, 6), (3, 7, 4)]
+SHAPES = [(6, 6), (3, 9, 6)]
 
 
 def is_factored(t):
@@ -98,6 +98,7 @@ WRITING = {
     "write through detach": lambda t: t.detach().add_(1.0),
     "write through data": lambda t: t.data.add_(1.0),
     "scale through detach": lambda t: t.detach().mul_(2.0),
+    "assign data": lambda t: setattr(t, "data", torch.full(t.shape, 7.0, dtype=t.dtype)),
     "out=": lambda t: torch.add(t.clone(), 1.0, out=t),
     "foreach mul": lambda t: torch._foreach_mul_([t], torch.tensor(0.5, dtype=torch.float64)),
     "foreach add": lambda t: torch._foreach_add_([t], 1.0),
@@ -183,13 +184,13 @@ def test_adding_to_a_buffer_uses_the_factors(pair, shape, alpha, dtype):
 
 
 def test_adding_to_a_buffer_of_any_batch(pair):
-    t, dense = pair((2, 2, 5, 3), torch.float64)
+    t, dense = pair((2, 2, 7, 5), torch.float64)
     assert error(torch.ones_like(dense).add_(t, alpha=2.0), 1 + 2 * dense) <= bound(torch.float64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_clones_and_copies_are_plain_and_contiguous(pair, dtype):
-    t, dense = pair((3, 7, 4), dtype)
+    t, dense = pair((3, 9, 6), dtype)
     buffer = io.BytesIO()
     torch.save(t, buffer)
     buffer.seek(0)
@@ -257,6 +258,73 @@ def test_torch_optimizers_step_as_with_the_dense_gradient(draw, optimizer, forea
             assert not isinstance(state, FactoredTensor)
         weights.append(w.detach())
     assert error(*weights) <= bound(dtype, 10.0)
+
+
+def test_adding_a_view_of_the_buffer_to_it(draw):
+    x = draw.matrix(5, 5, dtype=torch.float64)
+    a = draw.matrix(5, 1, dtype=torch.float64)
+    expected = x + a @ x[:, :1].mT.clone()
+    assert error(x.add_(FactoredTensor(LowRank(a, x[:, :1]))), expected) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize("change", [lambda t: t.unsqueeze_(0), lambda t: t.t_(), lambda t: t.share_memory_()])
+def test_what_it_cannot_do_it_refuses(pair, change):
+    t, dense = pair()
+    with pytest.raises(TypeError, match="clone"):
+        change(t)
+    with pytest.raises(TypeError, match="clone"):
+        torch.from_dlpack(t)
+    assert error(t.clone(), dense) <= bound(torch.float64)
+
+
+def reduce_gradients(rank, address, queue):
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    ones = torch.ones(4, 1, dtype=torch.float64)
+    results = []
+    for reduce in (
+        torch.distributed.all_reduce,
+        lambda t: torch.distributed.all_reduce(t.data),
+        lambda t: torch.distributed.broadcast(t, 1),
+    ):
+        t = FactoredTensor(LowRank((rank + 1) * ones, ones))
+        reduce(t)
+        results.append(t.clone()[0, 0].item())
+    model = torch.nn.Linear(4, 4, bias=False).double()
+    torch.nn.init.zeros_(model.weight)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    FactoredGradient.apply(parallel(torch.ones(1, 4, dtype=torch.float64)), model.weight, rank + 1.0).backward()
+    results.append(model.weight.grad[0, 0].item())
+    queue.put((rank, results))
+    torch.distributed.destroy_process_group()
+
+
+class FactoredGradient(torch.autograd.Function):
+    """Give the weight a factored gradient of the given size, beside the dense one of the output."""
+
+    @staticmethod
+    def forward(ctx, output, weight, size):
+        ctx.size = size
+        return output.sum() + weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ones = torch.ones(4, 1, dtype=torch.float64)
+        return torch.zeros(1, 4, dtype=torch.float64), FactoredTensor(LowRank(ctx.size * ones, ones)), None
+
+
+def test_collectives_and_ddp_reach_it(tmp_path):
+    """Two gloo processes: a sum of 1 and 2, a broadcast of the second, and DDP's mean."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    address = f"file://{tmp_path / 'rendezvous'}"
+    workers = [context.Process(target=reduce_gradients, args=(rank, address, queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    results = dict(queue.get(timeout=120) for _ in workers)
+    for worker in workers:
+        worker.join(timeout=60)
+        assert worker.exitcode == 0
+    assert results[0] == results[1] == [3.0, 3.0, 2.0, 1.5]
 
 
 def test_two_optimizers_share_one_gradient(draw):

@@ -9,6 +9,7 @@ import math
 import pickle
 
 import geoopt
+import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, SHAPES, bound, double, error
@@ -187,7 +188,8 @@ def test_proju_is_the_orthogonal_projection(draw, shape, dtype):
     scale = bound(dtype, float(torch.linalg.matrix_norm(u).max()))
     assert manifold.check_vector_on_tangent(x, once / torch.linalg.matrix_norm(once).max().clamp_min(1.0))
     assert error(manifold.proju(x, once), once) <= scale
-    assert error(manifold.proju(x, draw.tangent(x)), draw.tangent(x)) < math.inf
+    tangent = draw.tangent(x)
+    assert error(manifold.proju(x, tangent), tangent) <= bound(dtype)
     self_adjoint = manifold.inner(x, once, v) - manifold.inner(x, u, manifold.proju(x, v))
     assert self_adjoint.abs().max().item() <= 10 * scale * float(torch.linalg.matrix_norm(v).max())
 
@@ -343,6 +345,9 @@ def test_dist_at_an_angle_of_pi_and_errors(draw):
     half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0], dtype=torch.float64))
     assert manifold.dist(eye, half_turn).item() == pytest.approx(math.pi * 2**0.5)
     reflection = torch.diag(torch.tensor([-1.0, 1.0, 1.0, 1.0], dtype=torch.float64))
+    for y in (half_turn, -eye, half_turn.to(torch.complex128)):
+        with pytest.raises(ValueError, match="not unique"):
+            manifold.logmap(eye.to(y.dtype), y)
     for function in (manifold.dist, manifold.logmap):
         with pytest.raises(ValueError, match="determinant"):
             function(eye, reflection)
@@ -410,6 +415,24 @@ def test_repr_and_copies_say_and_keep_what_they_are(draw):
         assert torch.equal(other.egrad2rgrad(x, g), expected)
 
 
+def test_separate_calls_agree_until_the_next_gradient(draw):
+    """A full-rank tangent at k = 1: retr twice, and transp_follow_retr after retr, use one sketch."""
+    manifold = UnitaryLowRank(1)
+    x = draw.point(20, 20, dtype=torch.float64)
+    u, v = draw.tangent(x, 2.0), draw.tangent(x)
+    y = manifold.retr(x, u)
+    assert torch.equal(manifold.retr(x, u.clone()), y)
+    carried = manifold.transp_follow_retr(x, u, v)
+    assert manifold.check_vector_on_tangent(y, carried)
+    assert torch.equal(carried, manifold.retr_transp(x, u, v)[1])
+    manifold.egrad2rgrad(x, u)
+    assert error(manifold.retr(x, u), y) > 1e-3
+
+
+def test_numpy_integers_are_ranks():
+    assert UnitaryLowRank(np.int64(2)).k == 2
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.5, "1", True, torch.tensor(1)])
 def test_bad_ranks_are_refused(rank):
     with pytest.raises((TypeError, ValueError), match="k must be an int >= 1"):
@@ -421,6 +444,8 @@ def test_bad_arguments_are_refused():
         UnitaryLowRank(1, sampler="lsy")
     with pytest.raises(TypeError, match="seed must be an int"):
         UnitaryLowRank(1, seed=0.5)
+    with pytest.raises(ValueError, match="64 bits"):
+        UnitaryLowRank(1, seed=2**70)
     manifold = UnitaryLowRank()
     for size, dtype, kind in (
         ((3, 5), None, ValueError),
@@ -458,6 +483,26 @@ def test_bad_points_and_vectors_are_refused():
                 method(x, u)
     with pytest.raises(ValueError, match="broadcast"):
         manifold.retr(torch.eye(4).expand(2, 4, 4), torch.zeros(3, 4, 4))
+    with pytest.raises(ValueError, match="cannot follow a move"):
+        manifold.retr_transp(x, torch.zeros(4, 4), torch.zeros(3, 4, 4))
+
+
+@pytest.mark.parametrize("k", [1, 2, None])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e30])
+def test_steps_beyond_all_rounding_are_refused(draw, variant, k, scale):
+    """A learning rate of inf, nan or 1e30: the point is not touched, whichever way u comes."""
+    manifold = variant(k)
+    x, g = draw.point(12, 12, dtype=torch.float32), draw.matrix(12, 12, dtype=torch.float32)
+    with torch.no_grad():
+        u = manifold.egrad2rgrad(x, g)
+        for step in (scale * u, scale * u.clone()):
+            with pytest.raises(ValueError, match=r"step of shape .* has"):
+                manifold.retr(x, step)
+        with pytest.raises(ValueError, match="point of shape"):
+            manifold.retr(x * math.nan, u.clone())
+    with pytest.raises(ValueError, match=r"gradient of shape .* has"):
+        manifold.egrad2rgrad(x, 3e38 * g.sign())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -328,6 +328,12 @@ def test_a_tangent_is_not_used_at_another_point(draw):
         assert manifold._factors_at(x.detach(), u) is not None
         assert manifold._factors_at(y, u) is None
         assert linalg.unitarity_error(manifold.retr(y, u)).item() <= bound(torch.float64)
+        assert manifold._factors_at(x[:9, :9], u) is None
+        assert manifold._factors_at(x.mT, u) is None
+        z = draw.point(10, 10, dtype=torch.complex128)
+        w = manifold.egrad2rgrad(z, draw.matrix(10, 10, dtype=z.dtype))
+        assert manifold._factors_at(z, w) is not None
+        assert manifold._factors_at(z.conj(), w) is None
         x.copy_(y)
         assert manifold._factors_at(x, u) is None
         assert linalg.unitarity_error(manifold.expmap(x, u)).item() <= bound(torch.float64)

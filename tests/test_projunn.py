@@ -162,6 +162,16 @@ def test_memory_order_is_kept(draw):
     assert error(y, projunn_t(x.contiguous(), a, b)) <= bound(torch.float64)
 
 
+def test_an_expanded_point_is_not_written_to(draw):
+    a, b = draw.factors((2, 4, 4), 1, torch.float32)
+    x = torch.eye(4).expand(2, 4, 4)
+    for function in (projunn_d_, projunn_t_):
+        with pytest.raises(ValueError, match="expanded"):
+            function(x, a, b)
+    assert torch.equal(x[0], torch.eye(4))
+    assert error(projunn_t(x, a, b), projunn_t(x.clone(), a, b)) == 0
+
+
 def test_gradients_flow_through_the_pure_functions():
     draw = Draw(0)
     x = draw.point(5, 5, dtype=torch.float64)

@@ -128,7 +128,7 @@ def test_column_prefers_heavy_columns_by_squared_norm():
     assert abs(first / 2000 - 0.9) < 5 * (0.09 / 2000) ** 0.5
 
 
-def test_a_callable_sampler_sees_only_products():
+def test_a_callable_sampler():
     """A sampler of one's own: the k heaviest rows of G."""
 
     def heaviest_rows(gradient, k, generator):
@@ -146,6 +146,23 @@ def test_a_callable_sampler_sees_only_products():
     assert "heaviest_rows" in repr(manifold)
 
 
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (None, TypeError),
+        ((torch.zeros(6, 1), torch.zeros(6, 1)), TypeError),
+        (LowRank(torch.zeros(6, 1), torch.zeros(5, 1)), ValueError),
+        (LowRank(torch.zeros(6, 2), torch.zeros(6, 2)), ValueError),
+        (LowRank(torch.zeros(6, 1), torch.zeros(6, 1, dtype=torch.float64)), TypeError),
+        (LowRank(torch.full((6, 1), torch.nan), torch.zeros(6, 1)), ValueError),
+    ],
+)
+def test_what_a_sampler_returns_is_checked(result, kind):
+    manifold = UnitaryLowRank(1, sampler=lambda gradient, k, generator: result)
+    with pytest.raises(kind, match=r"sampler must return|non-finite|too large"):
+        manifold.egrad2rgrad(torch.eye(6), torch.ones(6, 6))
+
+
 def test_sketches_come_from_the_manifolds_own_generator(draw):
     x, g = draw.point(12, 12, dtype=torch.float64), draw.matrix(12, 12, dtype=torch.float64)
     state = torch.get_rng_state()
@@ -161,7 +178,7 @@ def test_sketches_come_from_the_manifolds_own_generator(draw):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (96, 48), (3, 64, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (96, 48), (3, 64, 64), (5, 2, 2)], ids=str)
 @pytest.mark.parametrize("rank", [1, 8, 48])
 def test_weight_decay_does_not_turn_the_step(draw, shape, rank, dtype):
     """Cosine above 0.999 between the steps with and without λX, same sketch, for ‖λX‖ from ‖G‖/10 to 10 ‖G‖."""
