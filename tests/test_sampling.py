@@ -128,6 +128,19 @@ def test_column_prefers_heavy_columns_by_squared_norm():
     assert abs(first / 2000 - 0.9) < 5 * (0.09 / 2000) ** 0.5
 
 
+def test_column_rescales_what_it_draws():
+    """One column of norm 3 against four equal ones of norm 2: σ² is 9 against 16, so the four must win.
+
+    Without the factor 1/√(c p_j) a draw's energy would count twice, 81 against 4 x 16, and the one would.
+    """
+    g = torch.zeros(2, 5, dtype=torch.float64)
+    g[0, 0], g[1, 1:] = 3.0, 2.0
+    generator = torch.Generator().manual_seed(0)
+    sampler = Column(columns_per_rank=5)
+    wins = sum(sampler(Dense(g), 1, generator).a[1, 0].abs().item() > 0.5 for _ in range(500))
+    assert wins > 300  # a binomial majority of five draws with p = 16/25 wins 76 % of the time
+
+
 def test_a_callable_sampler():
     """A sampler of one's own: the k heaviest rows of G."""
 
