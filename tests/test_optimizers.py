@@ -228,6 +228,19 @@ def test_a_step_factorises_nothing_big_and_counts_few_flops(draw, name, variant,
         assert counter.get_total_flops() <= 64 * k * n * n * (batch[0] if batch else 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_long_run_under_the_main_branch_factorises_nothing_big(draw, variant):
+    """2000 steps in float32 drift past projx's tolerance; it repairs them without a factorisation."""
+    w = parameter(draw, variant, 1, (128, 128), torch.float32)
+    optimizer = AdamOfMainBranch([w], lr=0.1)
+    with NoBigFactorisation(4):
+        for _ in range(2000):
+            w.grad = draw.matrix(128, 128, dtype=torch.float32)
+            optimizer.step()
+    assert linalg.unitarity_error(w).item() <= 1.1 * linalg.tolerance(torch.float32, 128)
+
+
 def test_the_spy_sees_what_it_should(draw):
     x = draw.matrix(20, 20, dtype=torch.float64)
     for forbidden in (
