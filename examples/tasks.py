@@ -1,23 +1,23 @@
 """The two tasks of the comparison: copying memory, and handwritten digits read pixel by pixel.
 
-Every task draws its data from generators of its own seed, so all methods see the same batches in the same order.
+A task's weights and batches follow from its seed, so all methods start alike and see the same data in the same order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, Protocol
 
 import torch
 from geoopt.manifolds.base import Manifold
+from recurrent import RecurrentNetwork
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-
-from recurrent import RecurrentNetwork
 
 Batch = tuple[Tensor, Tensor]
 
@@ -117,22 +117,16 @@ class Digits:
     batch: int
     epochs: int
     seed: int
-    train: Batch = field(init=False, repr=False)
-    test: Batch = field(init=False, repr=False)
 
     name: ClassVar[str] = "digits"
     classes: ClassVar[int] = 10
     baseline: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
-        train, test = _permuted_digits(self.seed)
-        object.__setattr__(self, "train", train)
-        object.__setattr__(self, "test", test)
-
     @property
     def steps(self) -> int:
         """Number of optimiser steps; an epoch's last batch may be smaller."""
-        return self.epochs * math.ceil(len(self.train[1]) / self.batch)
+        (_, labels), _ = permuted_digits()
+        return self.epochs * math.ceil(len(labels) / self.batch)
 
     def network(self, manifold: Manifold) -> RecurrentNetwork:
         """Return a network that reads one grey value a step."""
@@ -141,7 +135,7 @@ class Digits:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the training images, reshuffled every epoch."""
-        images, labels = self.train
+        (images, labels), _ = permuted_digits()
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
             for chosen in torch.randperm(len(labels), generator=generator).split(self.batch):
@@ -154,15 +148,16 @@ class Digits:
     @torch.no_grad()
     def accuracy(self, network: RecurrentNetwork) -> float:
         """Return the test accuracy."""
-        images, labels = self.test
+        _, (images, labels) = permuted_digits()
         return (network(images)[-1].argmax(-1) == labels).float().mean().item()
 
 
-def _permuted_digits(seed: int) -> tuple[Batch, Batch]:
-    """Return the training and test images ``(64, images, 1)``, pixels permuted, with their labels."""
+@cache
+def permuted_digits() -> tuple[Batch, Batch]:
+    """Return the training and test images ``(64, images, 1)`` with their labels; order and split never change."""
     digits = load_digits()
-    order = torch.randperm(digits.data.shape[1], generator=torch.Generator().manual_seed(seed))
-    pixels = torch.tensor(digits.data / 16, dtype=torch.float32)[:, order]
+    order = torch.randperm(digits.data.shape[1], generator=torch.Generator().manual_seed(0))
+    pixels = torch.tensor(digits.data / 16, dtype=torch.float32)[:, order].T.unsqueeze(-1)
     labels = torch.tensor(digits.target)
-    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
-    return tuple((pixels[rows].T.unsqueeze(-1).contiguous(), labels[rows]) for rows in (train, test))
+    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return (pixels[:, train], labels[train]), (pixels[:, test], labels[test])

@@ -27,6 +27,7 @@ from projunn_manifold.pair import Pair
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
 _PROBES = 4  # columns of the fixed random matrix by which projx recognises a point
+_POWER = 1  # power iterations when a dense tangent is reduced: Adam at small k needs half the steps it needs without
 
 
 class UnitaryLowRank(Manifold):
@@ -39,7 +40,7 @@ class UnitaryLowRank(Manifold):
 
     The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
     product on square X, twice the canonical one on tall X.  Its gradient is :math:`\tfrac12(G - X G^H X)`,
-    half of what geoopt's canonical Stiefel uses: at equal learning rate that one steps twice as far.
+    half of what geoopt's canonical Stiefel uses: at equal learning rate that one steps (at least) twice as far.
 
     Parameters
     ----------
@@ -190,7 +191,7 @@ class UnitaryLowRank(Manifold):
         2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
         equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
-        Cost: 4 passes over X for a factored u, 3 more for a dense one.
+        Cost: 4 passes over X for a factored u; for a dense one also one over X and four over u.
         """
         return self._retraction(x, u).apply(x)
 
@@ -212,7 +213,7 @@ class UnitaryLowRank(Manifold):
         r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
 
         Left translation, not parallel transport: an isometry onto the tangent space at Y, at the cost
-        of two products of v with at most 4k (tall X: 6k) columns.
+        of two products of v with at most 2k (tall X: 4k) columns.
         """
         return self._carry(self._retraction(x, u), x, v)
 
@@ -387,7 +388,8 @@ class UnitaryLowRank(Manifold):
             return Frame.of_dense(x, u, None)
         size, generator = (x.shape[-2], 2 * self.k), self._generator_for_moves(x.device)
         test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)
-        return Frame.of_dense(x, u, torch.linalg.qr(linalg.adjoint_times(u, test)).Q.contiguous())
+        rows = sampling.Dense(u)
+        return Frame.of_dense(x, u, sampling.range_basis(rows.adjoint_times, rows.times, test, _POWER))
 
     def _moving(self, x: Tensor, u: Tensor) -> Pair | Frame:
         """Return u as a tangent to move along; on CPU, refuse one that is not finite or beyond all rounding."""
@@ -446,7 +448,7 @@ class UnitaryLowRankExact(UnitaryLowRank):
 
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute
-        """Whether moving on and back returns: true of the geodesic, unless k truncates it."""
+        """Whether moving on and back returns to the start; the geodesic does, unless k truncates it."""
         return self.k is None
 
 

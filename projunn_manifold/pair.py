@@ -1,14 +1,14 @@
 r"""k = 1 in closed form: a rank-one gradient's tangent, its geodesic and (square X) its polar retraction.
 
-A pair (a, b) gives the tangent :math:`u = \tfrac12(a b^H - X b\,a^H X) = V K S^H` with
-V = [X b, a], S = [b, X^H a], K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
+A pair (a, b) gives the tangent :math:`u = \tfrac12(a b^H - X b\,a^H X) = W K S^H` with
+W = [X b, a], S = [b, X^H a], K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
 X b to a does not change u; the multiple that makes :math:`\mathrm{Re}\, b^H X^H a = 0` is taken out first.
-Then :math:`V^H V = \begin{pmatrix}\|b\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
-the lift :math:`A = V K V^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖b‖, and
+Then :math:`W^H W = \begin{pmatrix}\|b\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
+the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖b‖, and
 
 .. math::
 
-    Y = X + V F S^H,\quad g = I + V F V^H,\quad
+    Y = X + W F S^H,\quad g = I + W F W^H,\quad
     F = \tfrac{\tau}{2}\Big(c J - d \begin{pmatrix}\|a\|/\|b\| & 0\\ 0 & \|b\|/\|a\|\end{pmatrix}\Big),
 
 where c and d are the half sum and half difference over i of :math:`\varphi(\theta_\pm)`,
@@ -38,7 +38,7 @@ class Pair:
     """The tangent ``½ τ (a b^H - X b a^H X)`` of a rank-one gradient; see the module's text."""
 
     base: Base
-    left: Tensor  # V = [X b, a]    (*batch, n, 2)
+    left: Tensor  # W = [X b, a]    (*batch, n, 2)
     right: Tensor  # S = [b, X^H a]  (*batch, m, 2)
     norm_a: Tensor  # (*batch,) double
     norm_b: Tensor  # (*batch,) double
@@ -80,7 +80,7 @@ class Pair:
         return replace(self, scale=self.scale * c)
 
     def outer(self) -> tuple[Tensor, Tensor]:
-        """Return ``V K`` and ``S``."""
+        """Return ``W K`` and ``S``."""
         xb, a = self.left[..., :1], self.left[..., 1:]
         return torch.cat((a, -xb), -1) * (0.5 * self.scale), self.right
 
@@ -107,7 +107,7 @@ class Pair:
             (c_plus, d_plus), (c_minus, d_minus) = phi(half * (self.s + p)), phi(half * (self.s - p))
             c = torch.complex(c_plus + c_minus, d_plus + d_minus) / 2
             d = torch.complex(d_plus - d_minus, c_minus - c_plus) / 2
-        d_over_p = d / torch.where(p == 0, 1.0, p)  # p = 0: V or S is zero in the column d multiplies
+        d_over_p = d / torch.where(p == 0, 1.0, p)  # p = 0: W or S is zero in the column d multiplies
         diagonal = d_over_p * self.norm_a.square(), d_over_p * self.norm_b.square()
         entries = torch.stack((-diagonal[0], -c, c, -diagonal[1]), -1) * half
         core = entries.reshape(*entries.shape[:-1], 2, 2).to(self.left.dtype)

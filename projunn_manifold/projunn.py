@@ -47,7 +47,7 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Y, in fresh memory.  Cost: 4 reads or writes of X and :math:`O(k^2 n)`.
+        Y, in fresh memory.  Cost: 6 reads or writes of X (4 in place) and :math:`O(k^2 n)`.
 
     Raises
     ------
@@ -79,7 +79,7 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     .. math:: Y = \exp(A)\,X,\qquad A = \tfrac12\,(a b^H X^H - X b a^H)
 
     Parameters and errors are those of :func:`projunn_d`, without the singular case: the exponential
-    always exists.  Cost: 4 reads or writes of X and :math:`O(k^2 n)`; at k = 1 the cores are scalars.
+    always exists.  Cost: 6 reads or writes of X (4 in place) and :math:`O(k^2 n)`; at k = 1 the cores are scalars.
 
     Notes
     -----

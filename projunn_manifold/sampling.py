@@ -1,7 +1,7 @@
 r"""From a gradient G to rank-k factors: samplers that return (a, b) with :math:`G \approx a b^H`.
 
-Every sampler finds an orthonormal basis Q of k columns for the part of G's range that matters and returns
-the projection :math:`Q Q^H G`, that is a = Q and :math:`b = G^H Q`.  They differ in how Q is found.
+Every sampler finds an orthonormal a of k columns for the part of G's range that matters and returns the
+projection :math:`a a^H G`, that is :math:`b = G^H a`.  They differ in how a is found.
 
 A sampler is a callable ``(gradient, k, generator) -> LowRank``.  ``gradient`` is anything with the three
 methods of :class:`Gradient`; the matrix itself need not exist.  Random numbers come from ``generator``
@@ -146,6 +146,16 @@ def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     return (wide / torch.where(norm == 0, 1.0, norm)).to(y.dtype)
 
 
+def range_basis(
+    times: Callable[[Tensor], Tensor], adjoint_times: Callable[[Tensor], Tensor], test: Tensor, power: int
+) -> Tensor:
+    """Orthonormal basis of ``(G G^H)^power G test``, from products with G and its adjoint."""
+    basis = orthonormal(times(test))
+    for _ in range(power):
+        basis = orthonormal(times(orthonormal(adjoint_times(basis))))
+    return basis
+
+
 def leading(basis: Tensor, gradient: Gradient, k: int) -> LowRank:
     """Project G on ``basis`` (orthonormal, at least k columns) and keep the best k directions inside it."""
     b = gradient.adjoint_times(basis)
@@ -162,10 +172,10 @@ def leading(basis: Tensor, gradient: Gradient, k: int) -> LowRank:
 class Subspace:
     r"""Randomised range finder with oversampling and power iterations (Halko, Martinsson, Tropp 2011).
 
-    :math:`Q = \mathrm{orth}((G G^H)^p\, G\, \Omega)` for a Gaussian Ω of k + ``oversample`` columns, then the
-    best k directions inside Q.  ``power=0, oversample=0`` is the one-pass range finder, which equals the
-    LSI sampler of the projUNN paper (section 4.3).  Cost: ``2 + 2 power`` products of G with k + ``oversample``
-    columns.
+    :math:`\mathrm{orth}((G G^H)^p\, G\, Z)` for a Gaussian Z of k + ``oversample`` columns, then the best k
+    directions inside.  ``power=0, oversample=0`` is the one-pass range finder, which is the LSI sampler of
+    the projUNN paper (section 4.3) from the left instead of the right.  Cost: ``2 + 2 power`` products of G
+    with k + ``oversample`` columns.
 
     Parameters
     ----------
@@ -189,9 +199,7 @@ class Subspace:
         like = gradient.like
         columns = min(k + self.oversample, n, m)
         test = torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
-        basis = orthonormal(gradient.times(test))
-        for _ in range(self.power):
-            basis = orthonormal(gradient.times(orthonormal(gradient.adjoint_times(basis))))
+        basis = range_basis(gradient.times, gradient.adjoint_times, test, self.power)
         return leading(basis, gradient, k)
 
 
@@ -200,7 +208,7 @@ class Column:
     r"""Linear-time SVD by column sampling (Drineas, Kannan, Mahoney 2006), the sampler of the paper's Fig. 2b and 4.
 
     Draws c columns of G with replacement, with probability proportional to their squared norms, rescales
-    them by :math:`1/\sqrt{c\,p_j}`, and takes the k leading left singular vectors of the result as Q.
+    them by :math:`1/\sqrt{c\,p_j}`, and takes the k leading left singular vectors of the result as a.
     Cost: one read of G for the norms, c columns, one product.  A zero gradient is sampled uniformly.
 
     Parameters
