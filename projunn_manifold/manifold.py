@@ -26,7 +26,6 @@ from projunn_manifold.pair import Pair
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
-_PROBES = 4  # columns of the fixed random matrix by which projx recognises a point
 _POWER = 1  # power iterations when a dense tangent is reduced: Adam at small k needs half the steps it needs without
 
 
@@ -146,7 +145,11 @@ class UnitaryLowRank(Manifold):
             g = _plain(u)
             tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
             if not x.is_cuda and not torch.isfinite(tangent).all():
-                raise _non_finite(g, "gradient") if torch.isfinite(x).all() else _non_finite(x, "point")
+                raise (
+                    validation.non_finite(g, "gradient")
+                    if torch.isfinite(x).all()
+                    else validation.non_finite(x, "point")
+                )
             return tangent
         x, u = validation.broadcast(x, u)
         tangent_factors = self._tangent(x, self._sketch(x, u if gradient is None else gradient))
@@ -233,11 +236,7 @@ class UnitaryLowRank(Manifold):
         if x.shape[-2] == x.shape[-1]:
             return y @ linalg.adjoint_times(x, v)
         x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
-        along = linalg.adjoint_times(x, y)
-        outside, r_out = torch.linalg.qr(y - x @ along)
-        image = torch.cat((along, r_out), -2)
-        start = linalg.columns_of_identity(*image.shape, dtype=x.dtype, device=x.device)
-        return Move(torch.cat((x, outside), -1), image - start, x, None).carry(v)
+        return Move.between(x, y).carry(v)
 
     # -- geodesic distance ----------------------------------------------------------------------------
 
@@ -289,7 +288,7 @@ class UnitaryLowRank(Manifold):
             A point with non-finite entries.
         """
         validation.check_point(x)
-        error = self._residual(x)
+        error = linalg.probed_unitarity_error(x)
         off = error > linalg.tolerance(x.dtype, x.shape[-2])
         if not off.any():
             return x
@@ -361,10 +360,14 @@ class UnitaryLowRank(Manifold):
                 factors = self.sampler(gradient, self.k, self._generator(x.device))
             except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
                 dense = gradient.dense()
-                raise (_non_finite(dense, "gradient") if not torch.isfinite(dense).all() else _failed(dense)) from None
+                raise (
+                    validation.non_finite(dense, "gradient")
+                    if not torch.isfinite(dense).all()
+                    else validation.not_converged(dense)
+                ) from None
             validation.check_sample(factors, gradient.shape, x, self.k)
         if not x.is_cuda and not sampling.finite(factors):
-            raise _non_finite(u.dense() if isinstance(u, LowRank) else _plain(u), "gradient")
+            raise validation.non_finite(u.dense() if isinstance(u, LowRank) else _plain(u), "gradient")
         return factors
 
     def _tangent(self, x: Tensor, factors: LowRank) -> Pair | Frame:
@@ -398,8 +401,8 @@ class UnitaryLowRank(Manifold):
             size = math.sqrt(tangent.squared_norm().max().item())
             if not size <= math.sqrt(2 * x.shape[-1]) / torch.finfo(x.dtype).eps:
                 if not torch.isfinite(x).all():
-                    raise _non_finite(x, "point")
-                raise _non_finite(_plain(u), "step")
+                    raise validation.non_finite(x, "point")
+                raise validation.non_finite(_plain(u), "step")
         return tangent
 
     def _retraction(self, x: Tensor, u: Tensor) -> Move:
@@ -411,14 +414,6 @@ class UnitaryLowRank(Manifold):
     def _carry(self, move: Move, x: Tensor, v: Tensor) -> Tensor:
         self._accept(x, v, "v")
         return move.carry(_plain(v))
-
-    def _residual(self, x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,)
-        """Estimate ``‖X^H X - I‖_F / √m`` by fixed random probes."""
-        generator = torch.Generator(x.device).manual_seed(0)
-        z = torch.randn(x.shape[-1], _PROBES, dtype=x.dtype, device=x.device, generator=generator)
-        residual = linalg.adjoint_times(x, x @ z) - z
-        norms = torch.linalg.vector_norm(residual, dim=(-2, -1)) / torch.linalg.vector_norm(z)
-        return torch.where(torch.isfinite(norms), norms, math.inf)
 
     def _quotient(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``X^H Y`` in double precision, after checking that a geodesic joins the points."""
@@ -455,13 +450,3 @@ class UnitaryLowRankExact(UnitaryLowRank):
 def _plain(u: Tensor) -> Tensor:
     """Return u as an ordinary dense tensor."""
     return u.clone() if isinstance(u, FactoredTensor) else u
-
-
-def _non_finite(u: Tensor, what: str) -> ValueError:
-    bad = int((~torch.isfinite(u)).sum())
-    problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
-    return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
-
-
-def _failed(u: Tensor) -> RuntimeError:
-    return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")

@@ -56,6 +56,17 @@ class Move:
     right: Tensor  # S  (*batch, m, r)
     group: Tensor | None  # Γ  (*batch, w, w); None: to be completed from F (see completed)
 
+    @classmethod
+    def between(cls, x: Tensor, y: Tensor) -> Move:
+        """Return a move from x to any y of its shape: dense, in the basis [X, rest of Y]."""
+        along = linalg.adjoint_times(x, y)
+        outside, r = torch.linalg.qr(y - x @ along)
+        image = torch.cat((along, r), -2)
+        start = linalg.columns_of_identity(*image.shape, dtype=x.dtype, device=x.device)
+        m = x.shape[-1]
+        right = linalg.columns_of_identity(*x.shape[:-2], m, m, dtype=x.dtype, device=x.device)
+        return cls(torch.cat((x, outside), -1), image - start, right, None)
+
     def apply_(self, x: Tensor) -> Tensor:
         """Move x in place."""
         return linalg.add_product_(x, self.left @ self.core, self.right)

@@ -21,6 +21,8 @@ __all__ = [
     "check_seed",
     "check_writable",
     "dtype_problem",
+    "non_finite",
+    "not_converged",
     "shape_problem",
 ]
 
@@ -145,3 +147,15 @@ def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
         raise ValueError(
             f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"
         )
+
+
+def non_finite(u: Tensor, what: str) -> ValueError:
+    """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
+    bad = int((~torch.isfinite(u)).sum())
+    problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
+    return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
+
+
+def not_converged(u: Tensor) -> RuntimeError:
+    """Return the error for a factorisation that failed on a finite gradient."""
+    return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")

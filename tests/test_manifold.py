@@ -16,6 +16,7 @@ from helpers import DTYPES, SHAPES, bound, double, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, reference
 from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.moves import Move
 
 VARIANTS = [UnitaryLowRank, UnitaryLowRankExact]
 BIG = [(12, 12), (3, 9, 9), (14, 6)]
@@ -156,6 +157,15 @@ def test_transport_is_an_isometry_onto_the_new_tangent_space(draw, shape, k, dty
             assert (squares[0] - squares[1]).abs().max().item() <= bound(dtype)
             if shape[-1] == shape[-2] or dense is reference.transport_retraction:
                 assert error(general, carried) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*BIG, (5, 1)], ids=str)
+def test_the_move_between_two_points_arrives(draw, shape, dtype):
+    x, y = draw.point(*shape, dtype=dtype), draw.point(*shape, dtype=dtype)
+    move = Move.between(x, y)
+    assert error(move.apply(x), y) <= bound(dtype)
+    assert error(move.carry(x), y) <= bound(dtype)  # g X = Y
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
