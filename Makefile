@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs clean
+.PHONY: help demo bench test test-all lint docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -20,6 +20,9 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 
 demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, draw a plot (under 10 minutes)
 	$(BIN)/python examples/compare_stiefel.py
+
+bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
+	$(BIN)/python examples/benchmark/run.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from projunn_manifold.linalg import add_product_, adjoint_times
+from projunn_manifold.linalg import adjoint_times, of_unit_norm
+from projunn_manifold.passes import add_product_
 
 __all__ = ["FactoredTensor", "Factors", "LowRank", "Scalar"]
 
@@ -93,6 +94,11 @@ class LowRank(NamedTuple):
     def adjoint_times(self, q: Tensor) -> Tensor:  # (*batch, n, j) -> (*batch, m, j)
         """Return ``b (a^H q)``."""
         return self.b @ adjoint_times(self.a, q)
+
+    def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y, the product with the matrix at unit norm, and its adjoint's product with y."""
+        y = of_unit_norm(self.times(q))
+        return y, self.adjoint_times(y)
 
     def dense(self) -> Tensor:
         """Return the matrix itself, in fresh memory."""

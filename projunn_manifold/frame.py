@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, passes
 from projunn_manifold.factors import LowRank, Scalar
 from projunn_manifold.moves import Base, Move
 
@@ -41,9 +41,9 @@ class Step:
         """Bring ``a b^H`` into a frame: two products with X and thin QRs; Q spans b and X^H a."""
         a, b = factors
         wide = linalg.high_precision(x.dtype)
-        q, r = torch.linalg.qr(torch.cat((b, linalg.adjoint_times(x, a)), -1))
+        q, r = torch.linalg.qr(torch.cat((b, passes.adjoint_times(x, a)), -1))
         q, r = q.contiguous(), r.to(wide)
-        p = x @ q
+        p = passes.times(x, q)
         r_b, r_a = r.split(a.shape[-1], -1)
         if x.shape[-2] == x.shape[-1]:
             return cls(p, None, q, r_a @ r_b.mH, None)
@@ -59,7 +59,10 @@ class Step:
             On CPU, if X + a b^H is numerically singular: its polar factor is then not unique.
         """
         core, smallest, largest = _polar_increment(self.h, self.c)
-        if not self.p.is_cuda and (smallest <= torch.finfo(self.p.dtype).eps * largest.clamp_min(1.0)).any():
+        if (
+            not self.p.is_cuda
+            and (smallest <= linalg.tolerance(self.p.dtype, self.p.shape[-2]) * largest.clamp_min(1.0)).any()
+        ):
             raise ValueError(
                 "projunn_d: X + a b^H is numerically singular (smallest singular value "
                 f"{smallest.min().item():.1e}), so its closest unitary is not unique; take a smaller step"
@@ -100,13 +103,13 @@ class Frame:
             q = linalg.columns_of_identity(*x.shape[:-2], m, m, dtype=x.dtype, device=x.device)
             p, uq = x, u
         else:
-            p, uq = x @ q, u @ q
+            p, uq = passes.times(x, q), passes.times(u, q)
         inside = linalg.adjoint_times(p, uq)
         omega = linalg.skew(inside.to(wide))
         if x.shape[-2] == x.shape[-1]:
             return cls(Base.of(x), p, None, q, omega, None)
-        along = inside if p is x else linalg.adjoint_times(x, uq)
-        b, c = torch.linalg.qr(uq - x @ along)
+        along = inside if p is x else passes.adjoint_times(x, uq)
+        b, c = torch.linalg.qr(uq - passes.times(x, along))
         return cls(Base.of(x), p, b.contiguous(), q, omega, c.to(wide))
 
     @property

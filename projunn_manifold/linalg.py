@@ -17,12 +17,15 @@ __all__ = [
     "haar",
     "high_precision",
     "log_unitary",
+    "middle_eigenvalue",
     "newton_schulz",
+    "of_unit_norm",
     "phase_core",
     "polar",
     "probed_unitarity_error",
     "rotation_angles",
     "skew",
+    "squared_norm",
     "sym",
     "tolerance",
     "unitarity_error",
@@ -67,6 +70,21 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return x.add_(left @ right.mH)
 
 
+def middle_eigenvalue(h: Tensor) -> Tensor:  # (*batch, r, r) Hermitian, r odd -> (*batch,), real
+    """Return the eigenvalue with as many above as below; for r = 3 in closed form, without a factorisation."""
+    r = h.shape[-1]
+    if r != 3:
+        finite = torch.where(torch.isfinite(h), h, 0.0)  # LAPACK would stop at these; the sketch will see them
+        return torch.linalg.eigvalsh(finite)[..., (r - 1) // 2]
+    third = h.diagonal(dim1=-2, dim2=-1).real.mean(-1)
+    b = h - torch.diag_embed(third.unsqueeze(-1).expand(*third.shape, 3)).to(h.dtype)
+    p = (torch.linalg.vector_norm(b, dim=(-2, -1)).square() / 6).sqrt()
+    rows = (b / torch.where(p == 0, 1.0, p)[..., None, None]).unbind(-2)
+    cosine = (rows[0] * torch.linalg.cross(rows[1], rows[2])).sum(-1).real / 2  # half the determinant
+    angle = torch.acos(cosine.clamp(-1, 1)) / 3
+    return third + 2 * p * torch.cos(angle - 2 * math.pi / 3)
+
+
 def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> (*batch,), real
     """Real inner product ``Re tr(x^H y)`` in one read of each, without an intermediate of their size."""
     if x.is_complex():
@@ -75,6 +93,17 @@ def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> 
         x, y = x.mT, y.mT
     x, y = x.flatten(-2), y.flatten(-2)
     return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+
+
+def squared_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), double
+    """Squared Frobenius norm in double precision."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=high_precision(x.dtype)).real.square()
+
+
+def of_unit_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """X divided by its Frobenius norm; a zero x stays zero."""
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
+    return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

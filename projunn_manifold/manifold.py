@@ -2,7 +2,7 @@ r"""The manifold of unitary, orthogonal and orthonormal-column matrices with ran
 
 This module translates: geoopt's names and contract on one side, samplers, tangents and moves on the
 other.  A gradient becomes rank-k factors (:mod:`~projunn_manifold.sampling`), the factors a tangent
-(:mod:`~projunn_manifold.pair` for k = 1, :mod:`~projunn_manifold.frame` otherwise), and the tangent a move
+(:mod:`~projunn_manifold.tangents`), and the tangent a move
 (:mod:`~projunn_manifold.moves`).  Between ``egrad2rgrad`` and ``retr`` the tangent travels through geoopt's
 unmodified optimisers as a :class:`~projunn_manifold.factors.FactoredTensor`.
 """
@@ -18,15 +18,17 @@ from geoopt.manifolds.base import Manifold
 from geoopt.utils import size2shape
 from torch import Tensor
 
-from projunn_manifold import linalg, sampling, validation
+from projunn_manifold import drift, linalg, passes, sampling, validation
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.frame import Frame
 from projunn_manifold.moves import Move
-from projunn_manifold.pair import Pair
+from projunn_manifold.tangents import TANGENTS, Tangent, tangent_of_gradient
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
-_POWER = 1  # power iterations when a dense tangent is reduced: Adam at small k needs half the steps it needs without
+_POWER = (
+    2  # products with u^H u when a dense tangent is reduced: Adam at small k needs half the steps it needs with none
+)
 
 
 class UnitaryLowRank(Manifold):
@@ -52,11 +54,16 @@ class UnitaryLowRank(Manifold):
     seed : int
         Seed of the manifold's own generator, from which the sketches draw.  The global generator is
         never touched; replicas with equal seeds draw equal sketches.
+    sweep : int or None
+        Steps in which the drift correction visits every column once, on average; never more than one
+        column per step.  It puts back what rounding takes off the manifold (:mod:`projunn_manifold.drift`), 32
+        columns at a time in an optimiser's move, at the cost of at most :math:`4n^2` operations per step.
+        None: no correction.
 
     Raises
     ------
     TypeError, ValueError
-        k not an int or below 1, unknown sampler.
+        k or sweep not an int or below 1, unknown sampler.
 
     References
     ----------
@@ -81,13 +88,26 @@ class UnitaryLowRank(Manifold):
     reversible = False  # the polar retraction of a truncated tangent is not
     __scaling__ = Manifold.__scaling__.copy()
 
-    def __init__(self, k: int | None = 1, *, sampler: str | sampling.Sampler = "lsi", seed: int = 0) -> None:
+    def __init__(
+        self,
+        k: int | None = 1,
+        *,
+        sampler: str | sampling.Sampler = "lsi",
+        seed: int = 0,
+        sweep: int | None = 512,
+    ) -> None:
         super().__init__()
-        self.k = validation.check_rank(k)
+        self.k = validation.check_count(k, "k", "full rank")
+        self._drift = drift.Schedule(validation.check_count(sweep, "sweep", "no drift correction"))
         self.seed = validation.check_seed(seed)
         self.sampler = sampling.resolve_sampler(sampler)
         self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
         self._generators: dict[torch.device, torch.Generator] = {}
+
+    @property
+    def sweep(self) -> int | None:
+        """Steps in which the drift correction visits every column once."""
+        return self._drift.sweep
 
     def extra_repr(self) -> str:
         """Return the rank and the path it takes, as geoopt prints it."""
@@ -140,23 +160,13 @@ class UnitaryLowRank(Manifold):
             A gradient of another shape or device; on CPU, a gradient with non-finite entries.
         """
         self._accept(x, u, "gradient")
-        gradient = u.factors if isinstance(u, FactoredTensor) and isinstance(u.factors, LowRank) else None
         if self._is_dense(x):
-            g = _plain(u)
-            tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
-            if not x.is_cuda and not torch.isfinite(tangent).all():
-                raise (
-                    validation.non_finite(g, "gradient")
-                    if torch.isfinite(x).all()
-                    else validation.non_finite(x, "point")
-                )
-            return tangent
-        x, u = validation.broadcast(x, u)
-        tangent_factors = self._tangent(x, self._sketch(x, u if gradient is None else gradient))
+            return self._dense_gradient(x, _plain(u))
+        tangent = self._gradient(x, u)
         if torch.is_grad_enabled():
-            left, right = tangent_factors.outer()
+            left, right = tangent.outer()
             return left @ right.mH
-        return FactoredTensor(tangent_factors)
+        return FactoredTensor(tangent)
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         r"""Orthogonal projection on the tangent space at x: :math:`u - X\,\mathrm{sym}(X^H u)`; :math:`O(n m^2)`."""
@@ -174,7 +184,7 @@ class UnitaryLowRank(Manifold):
         self._accept(x, u, "u")
         factors = self._factors_at(x, u) if v is None or v is u else None
         if factors is not None:
-            value = factors.squared_norm().to(x.real.dtype)
+            value = torch.as_tensor(factors.squared_norm(), dtype=x.real.dtype, device=x.device)
         else:
             u = _plain(u)
             v = u if v is None else _plain(v)
@@ -196,21 +206,36 @@ class UnitaryLowRank(Manifold):
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
         Cost: 4 passes over X for a factored u; for a dense one also one over X and four over u.
         """
-        return self._retraction(x, u).apply(x)
+        return self._arrive(self._retraction(x, u), x)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-T: the geodesic :math:`\exp(A) X`, A skew-Hermitian with A X = u; u reduced as in ``retr``."""
-        return self._geodesic(x, u).apply(x)
+        return self._arrive(self._geodesic(x, u), x)
+
+    @torch.no_grad()
+    def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
+        r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
+
+        The fastest way to move: one read of the gradient (k = 1), one of x, and one pass of x that writes it;
+        no matrix of x's size is allocated.  Raises what ``egrad2rgrad`` and ``retr`` raise; x is then as it was.
+        """
+        self._accept(x, grad, "gradient")
+        validation.check_writable(x)
+        if self._is_dense(x):
+            return x.copy_(self.retr(x, -lr * self._dense_gradient(x, _plain(grad))))
+        self._along(self._bounded(x, self._gradient(x, grad).scaled(-lr))).apply_(x)
+        self._drift.correct_(x)
+        return x
 
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``retr`` and carry v by the same group element g (see :meth:`transp_follow_retr`)."""
         move = self._retraction(x, u)
-        return move.apply(x), self._carry(move, x, v)
+        return self._arrive(move, x), self._carry(move, x, v)
 
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
         move = self._geodesic(x, u)
-        return move.apply(x), self._carry(move, x, v)
+        return self._arrive(move, x), self._carry(move, x, v)
 
     def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
@@ -349,38 +374,45 @@ class UnitaryLowRank(Manifold):
         validation.check_point(torch.empty(shape, dtype=dtype, device="meta"), "size")
         return shape
 
+    def _gradient(self, x: Tensor, u: Tensor) -> Tangent:
+        """Riemannian gradient of the rank-k part of the Euclidean gradient u."""
+        given = u.factors if isinstance(u, FactoredTensor) else None
+        x, u = validation.broadcast(x, u)
+        factors = self._sketch(x, given if isinstance(given, LowRank) else _plain(u))
+        self._drift.tick += 1
+        tangent = tangent_of_gradient(x, factors)
+        if not x.is_cuda and not math.isfinite(_largest(tangent.squared_norm())):
+            raise validation.non_finite(*((_plain(u), "gradient") if torch.isfinite(x).all() else (x, "point")))
+        return tangent
+
+    def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        self._drift.tick += 1
+        tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
+        if not x.is_cuda and not torch.isfinite(tangent).all():
+            raise validation.non_finite(*((g, "gradient") if torch.isfinite(x).all() else (x, "point")))
+        return tangent
+
     def _sketch(self, x: Tensor, u: Tensor | LowRank) -> LowRank:
         """Rank-k factors of the gradient."""
         assert self.k is not None
         if isinstance(u, LowRank) and u.rank <= self.k:
-            factors = u
-        else:
-            gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(_plain(u), x, self.k)
-            try:
-                factors = self.sampler(gradient, self.k, self._generator(x.device))
-            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-                dense = gradient.dense()
-                raise (
-                    validation.non_finite(dense, "gradient")
-                    if not torch.isfinite(dense).all()
-                    else validation.not_converged(dense)
-                ) from None
-            validation.check_sample(factors, gradient.shape, x, self.k)
-        if not x.is_cuda and not sampling.finite(factors):
-            raise validation.non_finite(u.dense() if isinstance(u, LowRank) else _plain(u), "gradient")
-        return factors
+            return u
+        gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
+        try:
+            factors = self.sampler(gradient, self.k, self._generator(x.device))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            dense = gradient.dense()
+            finite = torch.isfinite(dense).all()
+            raise (validation.not_converged(dense) if finite else validation.non_finite(dense, "gradient")) from None
+        return validation.check_sample(factors, gradient.shape, x, self.k)
 
-    def _tangent(self, x: Tensor, factors: LowRank) -> Pair | Frame:
-        closed_form = factors.rank == 1 and x.shape[-2] == x.shape[-1]
-        return Pair.of_gradient(x, factors) if closed_form else Frame.of_gradient(x, factors)
-
-    def _factors_at(self, x: Tensor, u: Tensor) -> Pair | Frame | None:
+    def _factors_at(self, x: Tensor, u: Tensor) -> Tangent | None:
         """Return the factors u carries, if they are a tangent at this very point."""
-        if isinstance(u, FactoredTensor) and isinstance(u.factors, Pair | Frame) and u.factors.base.is_at(x):
+        if isinstance(u, FactoredTensor) and isinstance(u.factors, TANGENTS) and u.factors.base.is_at(x):
             return u.factors
         return None
 
-    def _reduced(self, x: Tensor, u: Tensor) -> Pair | Frame:
+    def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
         """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
         self._accept(x, u, "u")
         factors = self._factors_at(x, u)
@@ -389,27 +421,39 @@ class UnitaryLowRank(Manifold):
         x, u = validation.broadcast(x, _plain(u))
         if self.k is None or self._is_dense(x):
             return Frame.of_dense(x, u, None)
-        size, generator = (x.shape[-2], 2 * self.k), self._generator_for_moves(x.device)
+        size, generator = (x.shape[-1], 2 * self.k), self._generator_for_moves(x.device)
         test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)
-        rows = sampling.Dense(u)
-        return Frame.of_dense(x, u, sampling.range_basis(rows.adjoint_times, rows.times, test, _POWER))
+        basis = test
+        for _ in range(_POWER):
+            basis = sampling.orthonormal(passes.unit_image(u, basis)[1])
+        return Frame.of_dense(x, u, basis)
 
-    def _moving(self, x: Tensor, u: Tensor) -> Pair | Frame:
-        """Return u as a tangent to move along; on CPU, refuse one that is not finite or beyond all rounding."""
-        tangent = self._reduced(x, u)
-        if not x.is_cuda and x.numel():
-            size = math.sqrt(tangent.squared_norm().max().item())
-            if not size <= math.sqrt(2 * x.shape[-1]) / torch.finfo(x.dtype).eps:
-                if not torch.isfinite(x).all():
-                    raise validation.non_finite(x, "point")
-                raise validation.non_finite(_plain(u), "step")
+    def _bounded(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
+        """Return the tangent (of u); on CPU, refuse one that is not finite or beyond all rounding."""
+        limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
+        if not x.is_cuda and not _largest(tangent.squared_norm()) <= limit:
+            if u is None:
+                left, right = tangent.outer()
+                u = left @ right.mH
+            raise validation.non_finite(*((_plain(u), "step") if torch.isfinite(x).all() else (x, "point")))
         return tangent
 
+    def _along(self, tangent: Tangent) -> Move:
+        """Return the move that this manifold's optimisers make."""
+        return tangent.retraction()
+
     def _retraction(self, x: Tensor, u: Tensor) -> Move:
-        return self._moving(x, u).retraction()
+        return self._bounded(x, self._reduced(x, u), u).retraction()
 
     def _geodesic(self, x: Tensor, u: Tensor) -> Move:
-        return self._moving(x, u).geodesic()
+        return self._bounded(x, self._reduced(x, u), u).geodesic()
+
+    def _arrive(self, move: Move, x: Tensor) -> Tensor:
+        """Return the moved point; in an optimiser's step, with a block of columns put back where that is due."""
+        y = move.apply(x)
+        if not torch.is_grad_enabled():
+            self._drift.correct_(y)
+        return y
 
     def _carry(self, move: Move, x: Tensor, v: Tensor) -> Tensor:
         self._accept(x, v, "v")
@@ -441,10 +485,19 @@ class UnitaryLowRankExact(UnitaryLowRank):
     retr_transp = UnitaryLowRank.expmap_transp
     transp_follow_retr = UnitaryLowRank.transp_follow_expmap
 
+    def _along(self, tangent: Tangent) -> Move:
+        return tangent.geodesic()
+
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute
         """Whether moving on and back returns to the start; the geodesic does, unless k truncates it."""
         return self.k is None
+
+
+def _largest(numbers: float | Tensor) -> float:
+    if isinstance(numbers, Tensor):
+        return numbers.max().item() if numbers.numel() else 0.0
+    return numbers
 
 
 def _plain(u: Tensor) -> Tensor:

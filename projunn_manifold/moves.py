@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, passes
 
 __all__ = ["Base", "Move"]
 
@@ -69,7 +69,7 @@ class Move:
 
     def apply_(self, x: Tensor) -> Tensor:
         """Move x in place."""
-        return linalg.add_product_(x, self.left @ self.core, self.right)
+        return passes.add_product_(x, _thin(self.left, self.core), self.right)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the moved point in fresh memory of x's layout."""
@@ -77,9 +77,12 @@ class Move:
 
     def carry(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X transported to Y."""
+        return self.carry_(self._whole(v).clone())
+
+    def carry_(self, v: Tensor) -> Tensor:
+        """Transport v in place."""
         group = completed(self.core) if self.group is None else self.group
-        v = self._whole(v)
-        return linalg.add_product_(v.clone(), self.left @ group, linalg.adjoint_times(v, self.left))
+        return passes.add_product_(v, _thin(self.left, group), passes.adjoint_times(v, self.left))
 
     def _whole(self, x: Tensor) -> Tensor:
         """Expand x to the batch of the move, where they differ."""
@@ -92,6 +95,10 @@ class Move:
             raise ValueError(
                 f"a matrix of batch shape {tuple(x.shape[:-2])} cannot follow a move of batch shape {tuple(batch)}"
             ) from None
+
+
+def _thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r) -> (*batch, n, r), stored by columns
+    return (core.mT @ left.mT).mT
 
 
 def completed(core: Tensor) -> Tensor:  # (*batch, w, r) -> (*batch, w, w)

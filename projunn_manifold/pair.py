@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import passes
 from projunn_manifold.factors import LowRank, Scalar
 from projunn_manifold.moves import Base, Move
 
@@ -35,35 +36,25 @@ __all__ = ["Pair"]
 
 @dataclass(frozen=True)
 class Pair:
-    """The tangent ``½ τ (a b^H - X b a^H X)`` of a rank-one gradient; see the module's text."""
+    """The tangent ``½ τ (a b^H - X b a^H X)`` of a rank-one gradient; see the module's text.
+
+    Its numbers are tensors of shape ``(*batch,)``, or Python's own for a single matrix on CPU, where each
+    operator on a tensor would cost more than all the arithmetic.
+    """
 
     base: Base
     left: Tensor  # W = [X b, a]    (*batch, n, 2)
     right: Tensor  # S = [b, X^H a]  (*batch, m, 2)
-    norm_a: Tensor  # (*batch,) double
-    norm_b: Tensor  # (*batch,) double
-    s: Tensor | None  # (*batch,) double; None for real matrices
+    aa: Scalar  # ‖a‖²
+    bb: Scalar  # ‖b‖²
+    s: Scalar | None  # None for real matrices
     scale: Scalar = 1.0
 
     @classmethod
     def of_gradient(cls, x: Tensor, factors: LowRank) -> Pair:
-        """Tangent of the gradient ``a b^H`` at x: two products with X, ``X b`` and ``X^H a``."""
-        a, b = factors
-        wide = linalg.high_precision(x.dtype)
-        xb, xha = x @ b, linalg.adjoint_times(x, a)
-        b_wide = b.to(wide)
-        bb = torch.linalg.vector_norm(b_wide, dim=(-2, -1)).square()
-        overlap = (b_wide.conj() * xha).sum((-2, -1))
-        rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(x.real.dtype)[..., None, None]
-        a, xha = a - rho * xb, xha - rho * b
-        return cls(
-            base=Base.of(x),
-            left=torch.cat((xb, a), -1),
-            right=torch.cat((b, xha), -1),
-            norm_a=torch.linalg.vector_norm(a, dim=(-2, -1), dtype=wide).real,
-            norm_b=bb.sqrt(),
-            s=overlap.imag if x.is_complex() else None,
-        )
+        """Tangent of the gradient ``a b^H`` at x: ``X b`` and ``X^H a``, in one read of X."""
+        left, right, (aa, bb, s) = passes.rank_one_tangent(x, *factors)
+        return cls(Base.of(x), left, right, aa, bb, s if x.is_complex() else None)
 
     @property
     def like(self) -> Tensor:
@@ -77,17 +68,19 @@ class Pair:
 
     def scaled(self, c: Scalar) -> Pair:
         """Return ``c`` times the tangent."""
-        return replace(self, scale=self.scale * c)
+        scale = self.scale * (c.double() if isinstance(c, Tensor) else c)
+        return Pair(self.base, self.left, self.right, self.aa, self.bb, self.s, scale)
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
         xb, a = self.left[..., :1], self.left[..., 1:]
         return torch.cat((a, -xb), -1) * (0.5 * self.scale), self.right
 
-    def squared_norm(self) -> Tensor:  # (*batch,), double
+    def squared_norm(self) -> Scalar:
         """Squared norm of the lift, ``½ τ² (p² + s²)``."""
-        p = self.norm_a * self.norm_b
-        squares = p * p if self.s is None else p * p + self.s * self.s
+        squares = self.aa * self.bb
+        if self.s is not None:
+            squares = squares + self.s * self.s
         return 0.5 * self.scale * self.scale * squares
 
     def geodesic(self) -> Move:
@@ -98,28 +91,42 @@ class Pair:
         """Move to the polar factor of X + u (projUNN-D); square X only."""
         return self._move(_polar)
 
-    def _move(self, phi: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Move:
-        p = self.norm_a * self.norm_b
+    def _move(self, phi: Callable[[Scalar], tuple[Scalar, Scalar]]) -> Move:
+        p = (self.aa * self.bb) ** 0.5
         half = 0.5 * self.scale
+        c: Scalar | complex
+        d: Scalar | complex
         if self.s is None:
             c, d = phi(half * p)
         else:
             (c_plus, d_plus), (c_minus, d_minus) = phi(half * (self.s + p)), phi(half * (self.s - p))
-            c = torch.complex(c_plus + c_minus, d_plus + d_minus) / 2
-            d = torch.complex(d_plus - d_minus, c_minus - c_plus) / 2
-        d_over_p = d / torch.where(p == 0, 1.0, p)  # p = 0: W or S is zero in the column d multiplies
-        diagonal = d_over_p * self.norm_a.square(), d_over_p * self.norm_b.square()
-        entries = torch.stack((-diagonal[0], -c, c, -diagonal[1]), -1) * half
-        core = entries.reshape(*entries.shape[:-1], 2, 2).to(self.left.dtype)
+            c = (c_plus + c_minus + 1j * (d_plus + d_minus)) / 2
+            d = (d_plus - d_minus + 1j * (c_minus - c_plus)) / 2
+        d_over_p = d / _or_one(p)  # p = 0: W or S is zero in the column d multiplies
+        entries: list[Any] = [half * e for e in (-d_over_p * self.aa, -c, c, -d_over_p * self.bb)]
+        if isinstance(entries[0], Tensor):
+            core = torch.stack(entries, -1).view(*entries[0].shape, 2, 2).to(self.left)
+        else:
+            core = torch.tensor([entries[:2], entries[2:]], dtype=self.left.dtype)
         return Move(self.left, core, self.right, core)
 
 
-def _exponential(theta: Tensor) -> tuple[Tensor, Tensor]:
+def _or_one(x: Scalar) -> Scalar:
+    """x, and 1 for x = 0."""
+    return torch.where(x == 0, 1.0, x) if isinstance(x, Tensor) else x or 1.0
+
+
+def _sinc(x: Scalar) -> Scalar:
+    """sin(x) / x, and 1 at 0."""
+    return torch.sinc(x / math.pi) if isinstance(x, Tensor) else math.sin(x) / x if x else 1.0
+
+
+def _exponential(theta: Scalar) -> tuple[Scalar, Scalar]:
     """Real and imaginary part of φ for α = θ."""
-    return torch.sinc(theta / math.pi), torch.sin(theta / 2) * torch.sinc(theta / (2 * math.pi))
+    return _sinc(theta), theta / 2 * _sinc(theta / 2) ** 2
 
 
-def _polar(theta: Tensor) -> tuple[Tensor, Tensor]:
+def _polar(theta: Scalar) -> tuple[Scalar, Scalar]:
     """Real and imaginary part of φ for α = arctan θ."""
-    secant = torch.hypot(torch.ones_like(theta), theta)
+    secant = (1 + theta * theta) ** 0.5
     return 1 / secant, theta / (secant * (1 + secant))

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.factors import LowRank
-from projunn_manifold.frame import Frame, Step
+from projunn_manifold.frame import Step
 from projunn_manifold.moves import Move
-from projunn_manifold.pair import Pair
+from projunn_manifold.tangents import tangent_of_gradient
 from projunn_manifold.validation import check_factors, check_writable
 
 __all__ = ["projunn_d", "projunn_d_", "projunn_t", "projunn_t_"]
@@ -26,8 +26,7 @@ def _move_d(x: Tensor, a: Tensor, b: Tensor) -> Move:
 
 def _move_t(x: Tensor, a: Tensor, b: Tensor) -> Move:
     check_factors(x, a, b)
-    kind = Pair if a.shape[-1] == 1 else Frame
-    return kind.of_gradient(x, LowRank(a, b)).geodesic()
+    return tangent_of_gradient(x, LowRank(a, b)).geodesic()
 
 
 def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

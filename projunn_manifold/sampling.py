@@ -18,8 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, passes
 from projunn_manifold.factors import LowRank
+
+_SAMPLED = 2**16  # entries on which a random cosine is well below
+_TURNS = 1 / 64  # the part along X that is worth taking out
 
 __all__ = [
     "SAMPLERS",
@@ -51,6 +54,9 @@ class Gradient(Protocol):
     def adjoint_times(self, q: Tensor) -> Tensor:  # (*batch, n, j) -> (*batch, m, j)
         """Return ``G^H q``."""
 
+    def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, j) -> (*batch, n, j), (*batch, m, j)
+        """Return y = G q / ‖G q‖_F and ``G^H y``; y = 0 where G q is."""
+
     def dense(self) -> Tensor:
         """Return G itself."""
 
@@ -76,11 +82,15 @@ class Dense:
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``G q``."""
-        return self.g @ q
+        return passes.times(self.g, q)
 
     def adjoint_times(self, q: Tensor) -> Tensor:
         """Return ``G^H q``."""
-        return linalg.adjoint_times(self.g, q)
+        return passes.adjoint_times(self.g, q)
+
+    def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y = G q / ‖G q‖_F and ``G^H y``, in one read of G."""
+        return passes.unit_image(self.g, q)
 
     def dense(self) -> Tensor:
         """Return G."""
@@ -96,11 +106,16 @@ class Shifted(Dense):
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``G q - c X q``."""
-        return self.g @ q - self.c * (self.x @ q)
+        return passes.times(self.g, q) - self.c * passes.times(self.x, q)
 
     def adjoint_times(self, q: Tensor) -> Tensor:
         """Return ``G^H q - c X^H q``."""
-        return linalg.adjoint_times(self.g, q) - self.c * linalg.adjoint_times(self.x, q)
+        return passes.adjoint_times(self.g, q) - self.c * passes.adjoint_times(self.x, q)
+
+    def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y, the product with the gradient at unit norm, and its adjoint's product with y."""
+        y = linalg.of_unit_norm(self.times(q))
+        return y, self.adjoint_times(y)
 
     def dense(self) -> Tensor:
         """Return ``G - c X`` as a new matrix."""
@@ -111,26 +126,39 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     r"""Return G without the multiple of X that weight decay added to it.
 
     A real multiple of X is normal to the manifold: it does not move the point, but it has full rank and
-    would spoil a rank-k sketch.  On a set J of 4k columns :math:`\mathrm{sym}(X_J^H G_J)` has c as its
-    middle 2k eigenvalues if :math:`G = S + cX`, S of rank at most k plus any tangent; c is their mean over 16
-    such sets.  So adding λX to G adds exactly λ to c, and c is zero for a gradient of rank at most k.
+    would spoil a rank-k sketch.  On a set J of 2k + 1 columns :math:`\mathrm{sym}(X_J^H G_J)` has c as its
+    middle eigenvalue if :math:`G = S + cX`, S of rank at most k plus any tangent; the mean over up to 21 such
+    sets is taken out.  So adding λX to G adds exactly λ to c, and c is zero for a gradient of rank at most k.
     A part along X of less than 1/64 of G cannot turn the step and is left where it is.
-    Cost: a read of at most 64 k columns; where c counts, one product with X for each product with G.
+    Cost: on CPU the cosine between G and X, on at most 65 536 entries, tells which matrices of a batch need
+    the eigenvalues, and these read 21 (2k + 1) columns; a matrix where c counts takes one product with X
+    for each product with G.
     """
-    m = g.shape[-1]
-    size = min(4 * k, m)
-    sets = min(16, m // size)
-    x_sets, g_sets = (_column_sets(t, sets, size) for t in (x, g))
-    double = linalg.high_precision(g.dtype)
-    overlap = linalg.sym(linalg.adjoint_times(x_sets, g_sets).to(double))  # (*batch, sets, size, size)
-    if not x.is_cuda and not torch.isfinite(overlap).all():
-        return Dense(g)  # the sketch will see it and tell
-    c = torch.linalg.eigvalsh(overlap)[..., k : size - k].mean((-2, -1))
-    energy = torch.linalg.vector_norm(g_sets, dim=(-3, -2, -1), dtype=double).real
-    counts = c.abs() * (64 * math.sqrt(sets * size)) > energy
-    if not x.is_cuda and not counts.any():
+    if g.is_cuda:
+        return Shifted(g, x, _normal_coefficient(g, x, k))
+    by_chance = 3 / math.sqrt(min(_SAMPLED, g.shape[-2] * g.shape[-1]))
+    suspects = abs(passes.cosine(x, g, _SAMPLED)) > max(_TURNS, by_chance)
+    if not (suspects.any() if isinstance(suspects, Tensor) else suspects):
         return Dense(g)
-    return Shifted(g, x, torch.where(counts, c, 0.0)[..., None, None].to(g.real.dtype))
+    if g.dim() == 2:
+        c = _normal_coefficient(g, x, k)
+    else:
+        c = torch.zeros(*g.shape[:-2], 1, 1, dtype=g.real.dtype)
+        c[suspects] = _normal_coefficient(g[suspects], x[suspects], k)
+    return Shifted(g, x, c) if c.any() else Dense(g)
+
+
+def _normal_coefficient(g: Tensor, x: Tensor, k: int) -> Tensor:  # -> (*batch, 1, 1), real
+    """Return the multiple of X in G, or 0 where it does not count."""
+    m = g.shape[-1]
+    size = min(2 * k + 1, m)
+    sets = min(21, m // size)
+    x_sets, g_sets = (_column_sets(t, sets, size) for t in (x, g))
+    overlap = linalg.sym(linalg.adjoint_times(x_sets, g_sets).to(linalg.high_precision(g.dtype)))
+    c = linalg.middle_eigenvalue(overlap).mean(-1)
+    energy = torch.linalg.vector_norm(g_sets, dim=(-3, -2, -1), dtype=overlap.dtype).real
+    counts = c.abs() * math.sqrt(sets * size) > _TURNS * energy
+    return torch.where(counts, c, 0.0)[..., None, None].to(g.real.dtype)
 
 
 def _column_sets(t: Tensor, sets: int, size: int) -> Tensor:  # (*batch, n, m) -> (*batch, sets, n, size)
@@ -139,21 +167,8 @@ def _column_sets(t: Tensor, sets: int, size: int) -> Tensor:  # (*batch, n, m) -
 
 def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     """Orthonormal basis of the columns of y.  A single zero column stays zero (so a zero G gives b = 0)."""
-    if y.shape[-1] > 1:
-        return torch.linalg.qr(y).Q.contiguous()
-    wide = y.to(linalg.high_precision(y.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=-2, keepdim=True)
-    return (wide / torch.where(norm == 0, 1.0, norm)).to(y.dtype)
-
-
-def range_basis(
-    times: Callable[[Tensor], Tensor], adjoint_times: Callable[[Tensor], Tensor], test: Tensor, power: int
-) -> Tensor:
-    """Orthonormal basis of ``(G G^H)^power G test``, from products with G and its adjoint."""
-    basis = orthonormal(times(test))
-    for _ in range(power):
-        basis = orthonormal(times(orthonormal(adjoint_times(basis))))
-    return basis
+    y = linalg.of_unit_norm(y)  # LAPACK loses orthogonality near underflow
+    return y if y.shape[-1] == 1 else torch.linalg.qr(y).Q.contiguous()
 
 
 def leading(basis: Tensor, gradient: Gradient, k: int) -> LowRank:
@@ -175,7 +190,7 @@ class Subspace:
     :math:`\mathrm{orth}((G G^H)^p\, G\, Z)` for a Gaussian Z of k + ``oversample`` columns, then the best k
     directions inside.  ``power=0, oversample=0`` is the one-pass range finder, which is the LSI sampler of
     the projUNN paper (section 4.3) from the left instead of the right.  Cost: ``2 + 2 power`` products of G
-    with k + ``oversample`` columns.
+    with k + ``oversample`` columns, a pair of them in one read where nothing comes between.
 
     Parameters
     ----------
@@ -199,8 +214,11 @@ class Subspace:
         like = gradient.like
         columns = min(k + self.oversample, n, m)
         test = torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
-        basis = range_basis(gradient.times, gradient.adjoint_times, test, self.power)
-        return leading(basis, gradient, k)
+        for _ in range(self.power):
+            test = orthonormal(gradient.unit_image(test)[1])
+        if columns > 1:
+            return leading(orthonormal(gradient.times(test)), gradient, k)
+        return LowRank(*gradient.unit_image(test))
 
 
 @dataclass(frozen=True)
@@ -267,9 +285,3 @@ def resolve_sampler(sampler: str | Sampler) -> Sampler:
     raise ValueError(
         f"sampler must be one of {known}, or a callable (gradient, k, generator) -> LowRank; got {sampler!r}"
     )
-
-
-def finite(factors: LowRank) -> bool:
-    """Tell whether the sketch saw only finite numbers: an inf or NaN in G spreads into the factors."""
-    wide = linalg.high_precision(factors.a.dtype)
-    return all(math.isfinite(torch.linalg.vector_norm(t, ord=1, dtype=wide).item()) for t in factors)

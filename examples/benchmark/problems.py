@@ -1,0 +1,47 @@
+"""What is stepped: a random point of the manifold, a fixed gradient of low rank, a learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+GRADIENT_RANK = 32  # of the gradient that is timed
+RATE = 1e-3  # a step turns the point by about a thousandth of a radian
+CHECK_RATE = 0.5  # long enough to tell the maps apart from each other and from rounding
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A point x, a gradient a b^H whose singular values are about one, and how to step."""
+
+    x: Tensor  # (*batch, n, n)
+    a: Tensor  # (*batch, n, r)
+    b: Tensor  # (*batch, n, r)
+    k: int
+    rate: float
+
+    @property
+    def n(self) -> int:
+        """Side of the matrices."""
+        return self.x.shape[-1]
+
+    def gradient(self) -> Tensor:
+        """Return the Euclidean gradient as a new dense matrix."""
+        return self.a @ self.b.mH
+
+    def of_rank_k(self) -> Problem:
+        """Return the same point with a gradient of rank k and a long step: what checks compare with a reference."""
+        return Problem(self.x, self.a[..., : self.k], self.b[..., : self.k], self.k, CHECK_RATE)
+
+
+def random_problem(shape: tuple[int, ...], dtype: torch.dtype, k: int) -> Problem:
+    """Draw a problem of the given shape ``(*batch, n, n)``; equal arguments draw equal problems."""
+    generator = torch.Generator().manual_seed(0)
+    n = shape[-1]
+    rank = min(max(GRADIENT_RANK, k), n)
+    x = torch.linalg.qr(torch.randn(shape, dtype=dtype, generator=generator)).Q.contiguous()
+    a, b = (torch.randn(*shape[:-1], rank, dtype=dtype, generator=generator) / math.sqrt(n) for _ in range(2))
+    return Problem(x, a, b, k, RATE)

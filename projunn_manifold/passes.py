@@ -1,0 +1,240 @@
+r"""Products of a large matrix with thin ones, in as few reads of the large matrix as possible.
+
+Every update of this package is made of these few operations, and a large matrix is read or written nowhere
+else.  :func:`both` computes :math:`X R` and :math:`X^H L`, or :math:`X R` and :math:`X^H X R`, in one read of X;
+:func:`add_product_` adds :math:`L R^H` in one read and one write.
+
+On CPU the loops of :mod:`~projunn_manifold.kernels` do this, if numba is installed (the extra ``fast``), the
+matrix is contiguous and nothing is to be differentiated.  Otherwise, and on other devices, PyTorch's own
+products do, at one read for each.  Both give the same result to rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from projunn_manifold import linalg
+
+__all__ = ["add_product_", "adjoint_times", "both", "compiled", "cosine", "rank_one_tangent", "times", "unit_image"]
+
+#: The compiled loops, or None: then PyTorch's products are used throughout.
+compiled: Any
+try:
+    from projunn_manifold import kernels as compiled
+except ModuleNotFoundError:
+    compiled = None
+
+_WIDEST = 32  # from here on a matrix product pays for its own blocking
+_GRAIN = 2**18  # elements that are worth a thread of their own
+_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_DISPATCH = Tensor.__torch_dispatch__
+
+
+def times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, k) -> (*batch, n, k)
+    """Return ``X q``."""
+    if _by_loops(x, q):
+        return _columns(_products(x, q, None)[0], x)
+    return x @ q if q.shape[-1] == 1 else (q.mT.contiguous() @ x.mT).mT  # a thin product is fast from the left only
+
+
+def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n, k) -> (*batch, m, k)
+    """Return ``X^H q``."""
+    if _by_loops(x, q):
+        return _columns(_products(x, None, q)[1], x)
+    return linalg.adjoint_times(x, q)
+
+
+def both(x: Tensor, right: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return ``X right`` and ``X^H left``; without ``left``, ``X right`` and ``X^H X right``."""
+    if _by_loops(x, right) if left is None else _by_loops(x, right, left):
+        y, z = _products(x, right, left, normal=left is None)
+        return _columns(y, x), _columns(z, x)
+    product = times(x, right)
+    return product, adjoint_times(x, product if left is None else left)
+
+
+def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k) -> (*batch, n, k), (*batch, m, k)
+    """Return y = X q / ‖X q‖_F and ``X^H y``, for each matrix; y = 0 where X q is.
+
+    Both come from one read of X, unless its square leaves the range of its precision.
+    """
+    if _by_loops(x, q):
+        y, z = _products(x, q, None, normal=True)
+        smallest, largest = compiled.normalise(y, z)
+        info = torch.finfo(x.dtype)
+        if math.sqrt(info.tiny / info.eps) < smallest and largest < math.sqrt(info.max * info.eps):
+            return _columns(y, x), _columns(z, x)
+        image = _columns(y, x)
+    else:
+        image = linalg.of_unit_norm(times(x, q))
+    return image, adjoint_times(x, image)
+
+
+def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
+    r"""Return W = [X b, a'], S = [b, X^H a'] and the numbers ‖a'‖², ‖b‖², Im b^H X^H a, in one read of X.
+
+    a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0.  Numbers are ``(*batch,)`` in double precision,
+    or Python's own for a single matrix on CPU: there every operator on a tensor would cost more than all
+    the arithmetic that follows.
+    """
+    if _by_loops(x, a, b):
+        xb, xha = _products(x, b, a)
+        a_rows, b_rows = _rows(a), _rows(b)
+        left, right = (x.new_empty(len(t), 2, t.shape[-1]).numpy() for t in (a_rows, b_rows))  # aligned, for the update
+        table = np.empty((len(xb), 3))
+        compiled.rank_one_tangent(a_rows, b_rows, xb, xha, left, right, table)
+        single = x.dim() == 2
+        numbers = table[0].tolist() if single else list(torch.from_numpy(table).view(*x.shape[:-2], 3).unbind(-1))
+        return _columns(left, x), _columns(right, x), numbers
+    xb, xha = both(x, b, a)
+    wide = linalg.high_precision(x.dtype)
+    bb, overlap = linalg.squared_norm(b), (b.mH.to(wide) @ xha.to(wide))[..., 0, 0]
+    rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(x.real.dtype)[..., None, None]
+    a, xha = a - rho * xb, xha - rho * b
+    numbers = [linalg.squared_norm(a), bb, overlap.imag if x.is_complex() else torch.zeros_like(bb)]
+    if _is_single(bb):
+        numbers = [number.item() for number in numbers]
+    return _side_by_side(xb, a), _side_by_side(b, xha), numbers
+
+
+def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add ``left right^H`` to x in place and return x; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
+    if not _by_loops(x, left, right):
+        return linalg.add_product_(x, left, right)
+    array, left_rows, right_rows = _array(x), _rows(left), _rows(right)
+    parts = _parts(*array.shape)
+    loops = compiled.complex_add_product if x.is_complex() else compiled.add_product
+    _in_parallel(loops, [(_interleaved(array), left_rows, right_rows, *part) for part in parts])
+    torch.autograd.graph.increment_version(x)
+    return x
+
+
+def cosine(x: Tensor, g: Tensor, entries: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
+    """Return ``Re<x, g> / (‖x‖ ‖g‖)`` over the first rows, as many as hold ``entries`` entries; 0 where one is 0.
+
+    For a single matrix on CPU a number of Python's.
+    """
+    n, m = x.shape[-2:]
+    rows = min(n, -(-entries // m))
+    if x.dim() == 2 and _by_loops(x) and _is_plain(g) and g.is_contiguous():
+        xg, xx, gg = compiled.overlaps(_interleaved(_array(x)[0, :rows]), _interleaved(_array(g)[0, :rows]))
+        return xg / (math.sqrt(xx) * math.sqrt(gg) or 1.0)
+    x, g = x[..., :rows, :], g[..., :rows, :]
+    size = torch.linalg.vector_norm(x, dim=(-2, -1)) * torch.linalg.vector_norm(g, dim=(-2, -1))
+    return linalg.frobenius_inner(x, g) / torch.where(size == 0, 1.0, size)
+
+
+def _by_loops(x: Tensor, *thin: Tensor) -> bool:
+    """Tell whether the compiled loops can take x and these thin matrices."""
+    if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in _DTYPES or not x.numel():
+        return False
+    if torch.compiler.is_compiling() or not _is_plain(x):
+        return False
+    for t in thin:
+        if t.dtype is not x.dtype or t.shape[-1] >= _WIDEST or not _is_plain(t):
+            return False
+        if t.dim() != x.dim() or (t.dim() > 2 and t.shape[:-2] != x.shape[:-2]):
+            return False
+    return True
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Tell whether t's memory is what it seems: no derivatives to follow, not fake, traced or distributed."""
+    if t.requires_grad and torch.is_grad_enabled():
+        return False
+    return not t.is_conj() and not t.is_neg() and type(t).__torch_dispatch__ is _DISPATCH
+
+
+def _is_single(number: Tensor) -> bool:
+    """Tell whether a number per matrix is one number that Python can have without waiting or losing a derivative."""
+    if number.numel() != 1 or not number.is_cpu or torch.compiler.is_compiling():
+        return False
+    return not (number.requires_grad and torch.is_grad_enabled())
+
+
+def _side_by_side(u: Tensor, v: Tensor) -> Tensor:  # (*batch, n, 1) twice -> (*batch, n, 2), stored by columns
+    return torch.cat((u.mT, v.mT), -2).mT
+
+
+def _array(t: Tensor) -> Any:  # (*batch, n, m) -> NumPy (batch, n, m), C-contiguous like t
+    array = (t.detach() if t.requires_grad else t).numpy()
+    return array[None] if array.ndim == 2 else array.reshape(-1, *t.shape[-2:])
+
+
+def _rows(t: Tensor) -> Any:  # (*batch, n, k) -> NumPy (batch, k, n), C-contiguous
+    return np.ascontiguousarray(_array(t).swapaxes(1, 2))
+
+
+def _interleaved(array: Any) -> Any:  # (batch, n, m) complex -> (batch, n, 2m) real view; real arrays as they are
+    return array.view(array.real.dtype)
+
+
+def _products(x: Tensor, right: Tensor | None, left: Tensor | None, normal: bool = False) -> tuple[Any, Any]:
+    """Return ``X right`` and ``X^H left`` by rows, NumPy ``(batch, k, n)`` and ``(batch, k, m)``.
+
+    Without a factor, its product has no rows; ``normal``: left is X right.
+    """
+    array = _array(x)
+    batch, n, m = array.shape
+    right_rows = np.empty((batch, 0, m), array.dtype) if right is None else _rows(right)
+    y = np.empty((batch, right_rows.shape[1], n), array.dtype)
+    left_rows = y if normal else np.empty((batch, 0, n), array.dtype) if left is None else _rows(left)
+    loops, array = (compiled.complex_products, _interleaved(array)) if x.is_complex() else (compiled.products, array)
+    parts = _parts(batch, n, m)
+    shared = 1 if batch > 1 else len(parts)  # threads that share a matrix have sums of their own
+    z = np.zeros((shared, batch, left_rows.shape[1], m), y.dtype)
+    _in_parallel(
+        loops,
+        [(array, right_rows, y, left_rows, z[c % shared], normal, *part) for c, part in enumerate(parts)],
+    )
+    return y, z[0] if shared == 1 else z.sum(0)
+
+
+def _columns(rows: Any, x: Tensor) -> Tensor:  # NumPy (batch, k, n) -> (*batch, n, k), stored by columns
+    if x.dim() == 2:
+        return torch.from_numpy(rows[0].T)
+    return torch.from_numpy(rows).view(*x.shape[:-2], *rows.shape[1:]).mT
+
+
+def _parts(batch: int, n: int, m: int) -> list[tuple[int, int, int, int]]:
+    """Cut a stack between its matrices, or a single matrix between rows: ``(t0, t1, i0, i1)`` for each thread."""
+    cut = batch if batch > 1 else n
+    count = min(torch.get_num_threads(), -(-batch * n * m // _GRAIN), cut)
+    if count == 1:
+        return [(0, batch, 0, n)]
+    ends = [cut * c // count for c in range(count + 1)]
+    pieces = list(itertools.pairwise(ends))
+    return [(*piece, 0, n) if batch > 1 else (0, 1, *piece) for piece in pieces]
+
+
+_pool: ThreadPoolExecutor | None = None
+
+
+def _in_parallel(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
+    """Make all calls, the first in this thread, the others in a pool's."""
+    global _pool
+    if len(calls) == 1:
+        return function(*calls[0])
+    if _pool is None:
+        _pool = ThreadPoolExecutor(thread_name_prefix="projunn_manifold")
+    others = [_pool.submit(function, *call) for call in calls[1:]] if _pool is not None else []
+    function(*calls[0])
+    for other in others:
+        other.result()
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
