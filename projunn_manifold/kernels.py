@@ -226,19 +226,23 @@ def _add_row(a: Any, x0: Any, z: Any) -> None:  # pragma: no cover
         z[j] += a * x0[j]
 
 
-# -- updates: X += L R^H ---------------------------------------------------------------------------------------
+# -- updates: Y = X + L R^H; Y may be X itself ------------------------------------------------------------------
 
 
 @_compiled
-def add_product(x: Any, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int) -> None:  # pragma: no cover
-    """``X += left right^T``."""
+def add_product(
+    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = x + left right^T`` if ``fresh``, otherwise ``y += left right^T``."""
     for t in range(t0, t1):
-        _add_product(x[t, i0:i1], left[t, :, i0:i1], right[t])
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, left[t, :, i0:i1], right[t])
 
 
 @_compiled
-def complex_add_product(x: Any, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int) -> None:  # pragma: no cover
-    """``X += left right^H``, as w conj(v) = Re w conj(v) + Im w (i conj(v))."""
+def complex_add_product(
+    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = x + left right^H`` or ``y += left right^H``, as w conj(v) = Re w conj(v) + Im w (i conj(v))."""
     r = left.shape[1]
     w = np.empty((2 * r, i1 - i0), x.dtype)
     v = np.empty((2 * r, x.shape[2]), x.dtype)
@@ -247,28 +251,37 @@ def complex_add_product(x: Any, left: Any, right: Any, t0: int, t1: int, i0: int
             _interleave_conjugate(right[t, c], v[2 * c], v[2 * c + 1])
             for i in range(i1 - i0):
                 w[2 * c, i], w[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
-        _add_product(x[t, i0:i1], w, v)
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, w, v)
 
 
 @_compiled
-def _add_product(x: Any, w: Any, v: Any) -> None:  # pragma: no cover
-    n, m, r = x.shape[0], x.shape[1], w.shape[0]
-    wide = r * m * x.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of X at once
-    band = max(4, _CACHE // (m * x.itemsize) // 4 * 4)
+def _add_product(y: Any, x: Any, fresh: bool, w: Any, v: Any) -> None:  # pragma: no cover
+    n, m, r = y.shape[0], y.shape[1], w.shape[0]
+    wide = r * m * y.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of Y at once
+    band = max(4, _CACHE // (m * y.itemsize) // 4 * 4)
     for lo in range(0, n, band):
         hi = min(lo + band, n)
         whole = lo + (hi - lo) // 4 * 4 if wide else lo
+        if fresh:
+            for i in range(lo, hi):
+                _copy_row(x[i], y[i])
         for c in range(0, r - 3, 4):
             w0, w1, w2, w3 = w[c, lo:hi], w[c + 1, lo:hi], w[c + 2, lo:hi], w[c + 3, lo:hi]
-            _add_four_to_four(x[lo:whole], w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
-            _add_four(x[lo:hi], whole - lo, w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            _add_four_to_four(y[lo:whole], w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            _add_four(y[lo:hi], whole - lo, w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
         c = r - r % 4
         if r % 4 >= 2:
-            _add_two_to_four(x[lo:whole], w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
-            _add_two(x[lo:hi], whole - lo, w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+            _add_two_to_four(y[lo:whole], w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+            _add_two(y[lo:hi], whole - lo, w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
         if r % 2:
             for i in range(lo, hi):
-                _add_row(w[r - 1, i], v[r - 1], x[i])
+                _add_row(w[r - 1, i], v[r - 1], y[i])
+
+
+@_compiled
+def _copy_row(x0: Any, y0: Any) -> None:  # pragma: no cover
+    for j in range(x0.shape[0]):
+        y0[j] = x0[j]
 
 
 @_compiled

@@ -73,16 +73,21 @@ class Move:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return the moved point in fresh memory of x's layout."""
-        return self.apply_(self._whole(x).clone())
+        return passes.plus_product(self._whole(x), _thin(self.left, self.core), self.right)
 
     def carry(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X transported to Y."""
-        return self.carry_(self._whole(v).clone())
+        v = self._whole(v)
+        return passes.plus_product(v, *self._turn(v))
 
     def carry_(self, v: Tensor) -> Tensor:
         """Transport v in place."""
+        return passes.add_product_(v, *self._turn(v))
+
+    def _turn(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return thin factors of ``g v - v = W Γ (v^H W)^H``."""
         group = completed(self.core) if self.group is None else self.group
-        return passes.add_product_(v, _thin(self.left, group), passes.adjoint_times(v, self.left))
+        return _thin(self.left, group), passes.adjoint_times(v, self.left)
 
     def _whole(self, x: Tensor) -> Tensor:
         """Expand x to the batch of the move, where they differ."""

@@ -24,7 +24,17 @@ from torch import Tensor
 
 from projunn_manifold import linalg
 
-__all__ = ["add_product_", "adjoint_times", "both", "compiled", "cosine", "rank_one_tangent", "times", "unit_image"]
+__all__ = [
+    "add_product_",
+    "adjoint_times",
+    "both",
+    "compiled",
+    "cosine",
+    "plus_product",
+    "rank_one_tangent",
+    "times",
+    "unit_image",
+]
 
 #: The compiled loops, or None: then PyTorch's products are used throughout.
 compiled: Any
@@ -110,12 +120,27 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add ``left right^H`` to x in place and return x; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
     if not _by_loops(x, left, right):
         return linalg.add_product_(x, left, right)
-    array, left_rows, right_rows = _array(x), _rows(left), _rows(right)
-    parts = _parts(*array.shape)
-    loops = compiled.complex_add_product if x.is_complex() else compiled.add_product
-    _in_parallel(loops, [(_interleaved(array), left_rows, right_rows, *part) for part in parts])
+    _add_product(x, x, left, right)
     torch.autograd.graph.increment_version(x)
     return x
+
+
+def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``x + left right^H`` in fresh memory of x's layout."""
+    if not _by_loops(x, left, right):
+        return linalg.add_product_(x.clone(), left, right)
+    y = torch.empty(x.shape, dtype=x.dtype)
+    _add_product(y, x, left, right)
+    return y
+
+
+def _add_product(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
+    target, source, left_rows, right_rows = _array(y), _array(x), _rows(left), _rows(right)
+    parts = _parts(*target.shape)
+    loops = compiled.add_product
+    if x.is_complex():
+        loops, target, source = compiled.complex_add_product, _interleaved(target), _interleaved(source)
+    _in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])
 
 
 def cosine(x: Tensor, g: Tensor, entries: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
