@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from projunn_manifold.linalg import adjoint_times, of_unit_norm
+from projunn_manifold.linalg import adjoint_times, each, of_unit_norm
 from projunn_manifold.passes import add_product_
 
 __all__ = ["FactoredTensor", "Factors", "LowRank", "Scalar"]
@@ -44,7 +44,7 @@ class Factors(Protocol):
         """Shape ``(*batch, n, m)`` of the matrix."""
 
     def scaled(self, c: Scalar) -> Factors:
-        """Return the factors of ``c`` times the matrix, for a real scalar ``c``."""
+        """Return the factors of ``c`` times the matrix, for a real ``c``, or one for each matrix ``(*batch,)``."""
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``left, right`` with matrix = ``left @ right^H``."""
@@ -81,7 +81,7 @@ class LowRank(NamedTuple):
 
     def scaled(self, c: Scalar) -> LowRank:
         """Return the factors of ``c`` times the matrix."""
-        return LowRank(self.a * c, self.b)
+        return LowRank((self.a * each(c)).to(self.a.dtype), self.b)
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``(a, b)``."""

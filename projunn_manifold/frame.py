@@ -124,6 +124,7 @@ class Frame:
 
     def scaled(self, c: Scalar) -> Frame:
         """Return ``c`` times the tangent."""
+        c = linalg.each(c)
         return replace(self, omega=self.omega * c, c=None if self.c is None else self.c * c)
 
     def outer(self) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ __all__ = [
     "add_product_",
     "adjoint_times",
     "columns_of_identity",
+    "each",
     "frobenius_inner",
     "haar",
     "high_precision",
@@ -98,6 +99,11 @@ def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> 
 def squared_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), double
     """Squared Frobenius norm in double precision."""
     return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=high_precision(x.dtype)).real.square()
+
+
+def each(c: float | Tensor) -> float | Tensor:  # (*batch,) -> (*batch, 1, 1)
+    """Shape numbers, one for each matrix, for a product with the matrices; in double precision."""
+    return c.double()[..., None, None] if isinstance(c, Tensor) else c
 
 
 def of_unit_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

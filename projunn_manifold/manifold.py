@@ -232,6 +232,24 @@ class UnitaryLowRank(Manifold):
         move = self._retraction(x, u)
         return self._arrive(move, x), self._carry(move, x, v)
 
+    @torch.no_grad()
+    def retr_transp_(self, x: Tensor, u: Tensor, *vectors: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Move x along ``retr`` by ``scale`` times u and carry the vectors with it, all in place; return x.
+
+        ``scale`` is a real number, or a tensor ``(*batch,)`` with one for each matrix.  Raises what ``retr``
+        raises; x and the vectors are then as they were.
+        """
+        validation.check_writable(x)
+        for v in vectors:
+            self._accept(x, v, "v")
+            validation.check_writable(v)
+        move = self._along(self._bounded(x, self._reduced(x, u).scaled(scale), u))
+        move.apply_(x)
+        for v in vectors:
+            move.carry_(v)
+        self._drift.correct_(x)
+        return x
+
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
         move = self._geodesic(x, u)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from projunn_manifold import passes
+from projunn_manifold import linalg, passes
 from projunn_manifold.factors import LowRank, Scalar
 from projunn_manifold.moves import Base, Move
 
@@ -74,7 +74,7 @@ class Pair:
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
         xb, a = self.left[..., :1], self.left[..., 1:]
-        return torch.cat((a, -xb), -1) * (0.5 * self.scale), self.right
+        return (torch.cat((a, -xb), -1) * linalg.each(0.5 * self.scale)).to(a.dtype), self.right
 
     def squared_norm(self) -> Scalar:
         """Squared norm of the lift, ``½ τ² (p² + s²)``."""

@@ -84,7 +84,8 @@ class Pairs:
         """Return ``W K`` and ``S``."""
         a, xb = self.left.tensor_split(2, -1)
         omega = self.omega.to(a.dtype)
-        return torch.cat((a @ omega - xb / 2, a / 2), -1) * self.scale, self.right
+        left = torch.cat((a @ omega - xb / 2, a / 2), -1) * linalg.each(self.scale)
+        return left.to(a.dtype), self.right
 
     def squared_norm(self) -> Tensor:  # (*batch,), double
         """Squared norm of the lift, ``τ² (‖Ω‖² + ½‖R‖²)``."""
@@ -100,14 +101,14 @@ class Pairs:
         return self._move(_polar)
 
     def _move(self, functions: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]) -> Move:
-        k = self.r.shape[-1]
+        k, scale = self.r.shape[-1], linalg.each(self.scale)
         top = torch.cat((self.omega, self.r.mH / 2), -1)
         bottom = torch.cat((-self.r / 2, torch.zeros_like(self.r)), -1)
-        theta, basis = torch.linalg.eigh(-1j * self.scale * torch.cat((top, bottom), -2))
+        theta, basis = torch.linalg.eigh(-1j * scale * torch.cat((top, bottom), -2))
         f, phi, psi = functions(theta)
         basis = basis[..., :k, :]
         f11, phi11, psi11 = ((basis * values.unsqueeze(-2)) @ basis.mH for values in (f, phi, psi))
-        phi11, psi11 = phi11 * (self.scale / 2), psi11 * (-self.scale * self.scale / 4)
+        phi11, psi11 = phi11 * (scale / 2), psi11 * (-scale * scale / 4)
         core = torch.cat((torch.cat((f11, phi11), -1), torch.cat((-phi11, psi11), -1)), -2)
         core = (core if self.left.is_complex() else core.real).to(self.left.dtype)
         return Move(self.left, core, self.right, core)

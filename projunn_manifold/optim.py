@@ -1,0 +1,186 @@
+"""geoopt's optimisers with the step made in place: for those who want the last factor.
+
+:class:`RiemannianSGD` and :class:`RiemannianAdam` take the arguments, keep the state and make the steps of geoopt's
+classes of the same names, of which they are subclasses; a state_dict of one can be loaded by the other.
+Parameters on :class:`~projunn_manifold.UnitaryLowRank` move in place, without a matrix of their size being allocated;
+all other parameters are left to geoopt.
+
+Weight decay is a multiple of X, which is normal to the manifold: it does not move a point and is not
+added to its gradient here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import geoopt
+import torch
+from geoopt import ManifoldParameter, ManifoldTensor
+from torch import Tensor
+
+from projunn_manifold.manifold import UnitaryLowRank
+
+__all__ = ["RiemannianAdam", "RiemannianSGD"]
+
+
+class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
+    """A step that moves this package's parameters in place and hides them from the step of geoopt's class."""
+
+    _geoopt: type[torch.optim.Optimizer]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
+        loss = None if closure is None else closure()
+        moved = []
+        with torch.no_grad():
+            for group in self.param_groups:
+                for point in group["params"]:
+                    if _is_ours(point) and point.grad is not None and not point.grad.is_sparse:
+                        self._move_(point, group)
+                        moved.append(point)
+        with _without_gradients(moved):
+            inspect.unwrap(self._geoopt.step)(
+                self
+            )  # torch may have wrapped it to call the hooks, which are ours to call
+        return loss
+
+    def _move_(self, point: Any, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
+    r"""geoopt's ``RiemannianSGD``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
+
+    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), one of X and one pass
+    that writes X.  With momentum the buffer is scaled, updated and carried along in place: 7 passes more, and one
+    temporary matrix with ``nesterov``.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters or groups of them, on this package's manifolds, on others, or Euclidean.
+    lr : float
+        Learning rate: X moves by -lr times the Riemannian gradient (of the rank-k sketch), in units of X per
+        gradient.
+    momentum, dampening, weight_decay, nesterov
+        As in geoopt; weight decay acts on other parameters only.
+    stabilize : int, optional
+        Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+
+    Raises
+    ------
+    ValueError
+        In ``step``: what ``egrad2rgrad`` and ``retr`` raise; that parameter is as it was.
+    """
+
+    _geoopt = geoopt.optim.RiemannianSGD
+
+    def _move_(self, point: Any, group: dict[str, Any]) -> None:
+        momentum, manifold = group["momentum"], point.manifold
+        if momentum == 0:
+            manifold.step_(point, point.grad, group["lr"])
+            return
+        gradient = manifold.egrad2rgrad(point, point.grad)
+        state = self.state[point]
+        if not state:
+            state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
+        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
+        direction = (buffer * momentum).add_(gradient) if group["nesterov"] else buffer
+        manifold.retr_transp_(point, direction, buffer, scale=-group["lr"])
+
+
+class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
+    r"""geoopt's ``RiemannianAdam``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
+
+    The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m
+    times.  Here it is kept once, ``(*batch, 1, 1)``, and ``state_dict`` writes it out in geoopt's shape.
+    A step costs 15 passes and allocates no matrix of X's size.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters or groups of them, on this package's manifolds, on others, or Euclidean.
+    lr : float
+        Length of a step in units of X: the direction is divided by the gradient's running length.
+    betas, eps, weight_decay, amsgrad
+        As in geoopt; weight decay acts on other parameters only.
+    stabilize : int, optional
+        Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+
+    Raises
+    ------
+    ValueError
+        In ``step``: what ``egrad2rgrad`` and ``retr`` raise; that parameter is as it was.
+    """
+
+    _geoopt = geoopt.optim.RiemannianAdam
+    _second_moments = ("exp_avg_sq", "max_exp_avg_sq")
+
+    def _move_(self, point: Any, group: dict[str, Any]) -> None:
+        manifold, (beta1, beta2) = point.manifold, group["betas"]
+        gradient = manifold.egrad2rgrad(point, point.grad)
+        square = manifold.inner(point, gradient, keepdim=True)
+        state = self.state[point]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(point)
+            state["exp_avg_sq"] = torch.zeros_like(square)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(square)
+        state["step"] += 1
+        direction = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
+        if group["amsgrad"]:
+            second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
+        length = second.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
+        scale = -group["lr"] / (length * (1 - beta1 ** state["step"]))
+        manifold.retr_transp_(point, direction, direction, scale=scale[..., 0, 0])
+        if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
+            point.copy_(manifold.projx(point))
+            direction.copy_(manifold.proju(point, direction))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as geoopt's optimiser of this name would."""
+        packed: dict[str, Any] = super().state_dict()
+        for index, point in enumerate(_parameters(self)):
+            if index in packed["state"] and _is_ours(point):
+                state = packed["state"][index] = dict(packed["state"][index])
+                for name in self._second_moments:
+                    if name in state:
+                        state[name] = torch.zeros_like(point, requires_grad=False).add_(state[name])
+        return packed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
+        super().__setstate__(state)
+        for point in _parameters(self):
+            own = self.state[point] if point in self.state and _is_ours(point) else {}
+            if "step" in own:
+                own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, too coarse for float64
+            for name in self._second_moments:
+                if name in own:
+                    own[name] = own[name][..., :1, :1].real.clone()
+
+
+def _is_ours(point: Tensor) -> bool:
+    return isinstance(point, ManifoldParameter | ManifoldTensor) and isinstance(point.manifold, UnitaryLowRank)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (point for group in optimizer.param_groups for point in group["params"])
+
+
+@contextmanager
+def _without_gradients(points: Iterable[Tensor]) -> Iterator[None]:
+    """Hide the gradients of these parameters."""
+    hidden = [(point, point.grad) for point in points]
+    for point, _ in hidden:
+        point.grad = None
+    try:
+        yield
+    finally:
+        for point, grad in hidden:
+            point.grad = grad

@@ -1,0 +1,172 @@
+"""The in-place optimisers take the steps, keep the state and obey the rules of geoopt's own."""
+
+import copy
+
+import geoopt
+import pytest
+import torch
+from helpers import DTYPES, bound, error
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, optim
+from projunn_manifold.factors import FactoredTensor, LowRank
+
+SETTINGS = {
+    "sgd": ("RiemannianSGD", {"lr": 0.2}),
+    "tensor lr": ("RiemannianSGD", {"lr": torch.tensor(0.2)}),
+    "momentum": ("RiemannianSGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2}),
+    "nesterov": ("RiemannianSGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "stabilize": ("RiemannianSGD", {"lr": 0.1, "momentum": 0.9, "stabilize": 2}),
+    "adam": ("RiemannianAdam", {"lr": 0.1}),
+    "amsgrad": ("RiemannianAdam", {"lr": 0.1, "amsgrad": True, "betas": (0.8, 0.9)}),
+    "adam, stabilize": ("RiemannianAdam", {"lr": 0.1, "stabilize": 2}),
+}
+
+
+def pair_of_runs(name, points, variant, k):
+    """Parameters and optimiser of geoopt, and the same in place, with manifolds that draw the same sketches."""
+    kind, arguments = SETTINGS[name]
+    if name == "amsgrad" and points[0].is_complex():
+        pytest.skip("geoopt's amsgrad cannot compare complex numbers")
+    runs = []
+    for module in (geoopt.optim, optim):
+        manifold = variant(k)
+        parameters = [geoopt.ManifoldParameter(x.clone(), manifold=manifold) for x in points]
+        runs.append((parameters, getattr(module, kind)(parameters, **arguments)))
+    return runs
+
+
+def step(run, gradients):
+    parameters, optimizer = run
+    for p, g in zip(parameters, gradients, strict=True):
+        p.grad = None if g is None else g.clone()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 2, None])
+@pytest.mark.parametrize("shape", [(12, 12), (14, 6), (3, 10, 10)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_steps_are_those_of_geoopt(draw, name, variant, k, shape, dtype):
+    geoopts, ours = pair_of_runs(name, [draw.point(*shape, dtype=dtype)], variant, k)
+    for _ in range(4):
+        g = draw.matrix(*shape, dtype=dtype)
+        step(geoopts, [g]), step(ours, [g])
+    (p,), (q,) = geoopts[0], ours[0]
+    assert error(q, p) <= 20 * bound(dtype)
+    assert linalg.unitarity_error(q).max() <= bound(dtype)
+    for key, value in geoopts[1].state[p].items():
+        mine = ours[1].state[q][key]
+        expected = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))
+        actual = torch.as_tensor(mine, dtype=expected.dtype).expand(expected.shape)
+        assert torch.allclose(actual, expected, rtol=0, atol=100 * bound(dtype) * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_other_parameters_are_left_to_geoopt(draw, name):
+    kind, arguments = SETTINGS[name]
+    results = []
+    w, s, e = (draw.point(8, 8, dtype=torch.float64) for _ in range(3))
+    gradients = [[draw.matrix(8, 8, dtype=torch.float64) for _ in range(3)] for _ in range(3)]
+    for module in (geoopt.optim, optim):
+        own = geoopt.ManifoldParameter(w.clone(), manifold=UnitaryLowRank(1))
+        stiefel = geoopt.ManifoldParameter(s.clone(), manifold=geoopt.CanonicalStiefel())
+        euclidean = torch.nn.Parameter(e.clone())
+        optimizer = getattr(module, kind)(
+            [{"params": [own, euclidean]}, {"params": [stiefel], "weight_decay": 0.1}], **arguments
+        )
+        for g in gradients:
+            step(([own, stiefel, euclidean], optimizer), g)
+        assert all(p.grad is not None for p in (own, stiefel, euclidean))
+        results.append((own, stiefel, euclidean))
+    for mine, theirs in zip(*results, strict=True):
+        assert error(mine, theirs) <= 20 * bound(torch.float64)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("direction", ["to geoopt", "from geoopt", "own"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_a_state_goes_over_to_geoopt_and_back(draw, name, direction, dtype):
+    shape = (3, 10, 10)
+    geoopts, ours = pair_of_runs(name, [draw.point(*shape, dtype=dtype)], UnitaryLowRank, 2)
+    source, target = (ours, geoopts) if direction == "to geoopt" else (geoopts, ours)
+    source = ours if direction == "own" else source
+    straight = source
+    step(source, [draw.matrix(*shape, dtype=dtype)])
+    saved = copy.deepcopy(source[1].state_dict())
+    if direction == "own":
+        source[0][0].manifold.random(4, 4)  # nothing a state would have to know
+        target = pair_of_runs(name, [source[0][0].detach()], UnitaryLowRank, 2)[1]
+    with torch.no_grad():
+        target[0][0].copy_(source[0][0])
+    target[0][0].manifold = copy.deepcopy(source[0][0].manifold)
+    target[1].load_state_dict(saved)
+    for _ in range(2):
+        g = draw.matrix(*shape, dtype=dtype)
+        step(straight, [g]), step(target, [g])
+    # torch.optim.Adam loads the count of steps as a float32 tensor, and geoopt's corrections then have that precision
+    assert error(target[0][0], straight[0][0]) <= 20 * bound(torch.float32 if direction == "to geoopt" else dtype)
+
+
+def test_gradients_that_are_none_sparse_or_factored(draw):
+    x = draw.point(8, 8, dtype=torch.float64)
+    p = geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(1))
+    optimizer = optim.RiemannianSGD([p], lr=0.1, momentum=0.9)
+    optimizer.step()
+    assert torch.equal(p, x)
+    assert not optimizer.state
+    p.grad = torch.eye(8, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    a, b = draw.factors((8, 8), 1, torch.float64)
+    q = geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(1))
+    p.grad, q.grad = FactoredTensor(LowRank(a, b)), a @ b.mH
+    optimizer.step()
+    geoopt.optim.RiemannianSGD([q], lr=0.1, momentum=0.9).step()
+    assert error(p, q) <= bound(torch.float64)
+    assert type(optimizer.state[p]["momentum_buffer"]) is torch.Tensor
+
+
+@pytest.mark.parametrize("name", ["sgd", "momentum", "adam"])
+def test_a_refused_gradient_leaves_point_and_state(draw, name):
+    kind, arguments = SETTINGS[name]
+    x = draw.point(8, 8, dtype=torch.float32)
+    p = geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(1))
+    optimizer = getattr(optim, kind)([p], **arguments)
+    for first in (True, False):
+        before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+        p.grad = torch.full((8, 8), torch.nan)
+        with pytest.raises(ValueError, match="non-finite"):
+            optimizer.step()
+        assert torch.equal(p, before)
+        after = optimizer.state_dict()["state"]
+        assert (not after or not after[0]) if first else after.keys() == state.keys()
+        for key, value in (state.get(0) or {}).items():
+            assert torch.equal(torch.as_tensor(after[0][key]), torch.as_tensor(value))
+        p.grad = draw.matrix(8, 8, dtype=torch.float32)
+        optimizer.step()
+        assert not torch.equal(p, before)
+
+
+def test_closures_hooks_and_schedulers(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    geoopt.optim.RiemannianSGD([p], lr=0.1)  # torch wraps the step of every class of optimiser it has seen
+    optimizer = optim.RiemannianSGD([p], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square()[0].sum()
+        loss.backward()
+        calls.append("closure")
+        return loss
+
+    assert optimizer.step(closure).item() == pytest.approx(1.0)
+    scheduler.step()
+    assert calls == ["before", "closure", "after"]
+    assert scheduler.get_last_lr() == [0.05]
+    clone = copy.deepcopy(optimizer)
+    assert type(clone) is optim.RiemannianSGD
