@@ -58,4 +58,4 @@ def correct_columns_(x: Tensor, start: int) -> None:
     own.diagonal(dim1=-2, dim2=-1).sub_(1)
     near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= _FAR
     own.div_(2)
-    block.sub_(x @ torch.where(near, excess, 0))
+    block.sub_(x @ excess.masked_fill_(~near, 0))

@@ -60,7 +60,7 @@ class Step:
         """
         core, smallest, largest = _polar_increment(self.h, self.c)
         if (
-            not self.p.is_cuda
+            linalg.readable(self.p)
             and (smallest <= linalg.tolerance(self.p.dtype, self.p.shape[-2]) * largest.clamp_min(1.0)).any()
         ):
             raise ValueError(

@@ -24,6 +24,7 @@ __all__ = [
     "phase_core",
     "polar",
     "probed_unitarity_error",
+    "readable",
     "rotation_angles",
     "skew",
     "squared_norm",
@@ -45,6 +46,11 @@ def tolerance(dtype: torch.dtype, n: int) -> float:
     about twice that, and grows with ``n`` as a sum's rounding error does.
     """
     return torch.finfo(dtype).eps * (8.0 + math.sqrt(n) / 4.0)
+
+
+def readable(x: Tensor) -> bool:
+    """Tell whether the host may look at x's values: not where it would wait for a GPU, or compile for all values."""
+    return not x.is_cuda and not torch.compiler.is_compiling()
 
 
 def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)

@@ -399,14 +399,14 @@ class UnitaryLowRank(Manifold):
         factors = self._sketch(x, given if isinstance(given, LowRank) else _plain(u))
         self._drift.tick += 1
         tangent = tangent_of_gradient(x, factors)
-        if not x.is_cuda and not math.isfinite(_largest(tangent.squared_norm())):
+        if linalg.readable(x) and not math.isfinite(_largest(tangent.squared_norm())):
             raise validation.non_finite(*((_plain(u), "gradient") if torch.isfinite(x).all() else (x, "point")))
         return tangent
 
     def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         self._drift.tick += 1
         tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
-        if not x.is_cuda and not torch.isfinite(tangent).all():
+        if linalg.readable(x) and not torch.isfinite(tangent).all():
             raise validation.non_finite(*((g, "gradient") if torch.isfinite(x).all() else (x, "point")))
         return tangent
 
@@ -449,7 +449,7 @@ class UnitaryLowRank(Manifold):
     def _bounded(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
         """Return the tangent (of u); on CPU, refuse one that is not finite or beyond all rounding."""
         limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
-        if not x.is_cuda and not _largest(tangent.squared_norm()) <= limit:
+        if linalg.readable(x) and not _largest(tangent.squared_norm()) <= limit:
             if u is None:
                 left, right = tangent.outer()
                 u = left @ right.mH

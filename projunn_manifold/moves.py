@@ -31,7 +31,8 @@ class Base(NamedTuple):
     @classmethod
     def of(cls, x: Tensor) -> Base:
         """Remember x as it is now."""
-        return cls(x.detach(), None if x.is_inference() else x._version)
+        unknown = torch.compiler.is_compiling() or x.is_inference()
+        return cls(x.detach(), None if unknown else x._version)
 
     def is_at(self, x: Tensor) -> bool:
         """Tell whether ``x`` is that point, unchanged."""

@@ -134,7 +134,7 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     the eigenvalues, and these read 21 (2k + 1) columns; a matrix where c counts takes one product with X
     for each product with G.
     """
-    if g.is_cuda:
+    if not linalg.readable(g):
         return Shifted(g, x, _normal_coefficient(g, x, k))
     by_chance = 3 / math.sqrt(min(_SAMPLED, g.shape[-2] * g.shape[-1]))
     suspects = abs(passes.cosine(x, g, _SAMPLED)) > max(_TURNS, by_chance)

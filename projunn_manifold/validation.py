@@ -9,6 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
+from projunn_manifold import linalg
 from projunn_manifold.factors import LowRank
 
 __all__ = [
@@ -143,7 +144,7 @@ def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
             raise ValueError(f"`{name}` must have shape ({expected}) with k >= 1, got {tuple(t.shape)}")
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"`a` and `b` must have the same number of columns k, got {a.shape[-1]} and {b.shape[-1]}")
-    if not x.is_cuda and not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+    if linalg.readable(x) and not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         bad = sum(int((~torch.isfinite(t)).sum()) for t in (a, b))
         raise ValueError(
             f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"

@@ -1,0 +1,98 @@
+"""The drift correction: fair turns, and columns that are orthonormal again, whatever else is wrong."""
+
+import math
+
+import geoopt
+import pytest
+import torch
+from helpers import DTYPES, bound, double, error
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, drift, linalg, optim
+
+
+@pytest.mark.parametrize(("m", "sweep"), [(7, 40), (32, 512), (100, 512), (128, 30), (600, 512), (2048, 512)])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_every_column_has_its_turn(m, sweep, stride):
+    schedule = drift.Schedule(sweep)
+    period = max(m, sweep)
+    turns = torch.zeros(m)
+    for _ in range(20 * period):
+        schedule.tick += stride  # several parameters share the count
+        start = schedule.first_due_column(m)
+        if start is not None:
+            assert 0 <= start <= m - min(drift.WIDTH, m)
+            turns[start : start + drift.WIDTH] += 1
+    assert turns.min() >= 18
+    assert turns[: m - drift.WIDTH].max() <= 22 if m > drift.WIDTH else True
+
+
+def test_no_sweep_no_turn():
+    schedule = drift.Schedule(None)
+    assert all(schedule.first_due_column(m) is None for m in (1, 64) for schedule.tick in range(100))
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (40, 33), (64, 64), (3, 48, 40)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("off", [1e-3, 1e-2])
+def test_a_sweep_puts_a_point_back(draw, shape, dtype, off):
+    x = draw.point(*shape, dtype=dtype)
+    x = x + draw.matrix(*shape, dtype=dtype) * (off / math.sqrt(shape[-2]))
+    errors = [linalg.unitarity_error(x).max().item()]
+    for _ in range(4):
+        for start in range(0, shape[-1], drift.WIDTH):
+            drift.correct_columns_(x, min(start, max(shape[-1] - drift.WIDTH, 0)))
+        errors.append(linalg.unitarity_error(x).max().item())
+    assert errors[0] > off / 2
+    assert errors[1] <= 4 * math.sqrt(shape[-1]) * off**2
+    assert errors[4] <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_corrected_block_is_orthonormal_and_orthogonal_to_the_rest(draw, dtype):
+    x = draw.point(80, 80, dtype=dtype)
+    x += draw.matrix(80, 80, dtype=dtype) * 1e-2 * torch.finfo(dtype).eps ** 0.5
+    before = x.clone()
+    drift.correct_columns_(x, 16)
+    block = double(x[:, 16:48])
+    gram = double(x).mH @ block
+    gram[16:48].diagonal().sub_(1)
+    assert torch.linalg.matrix_norm(gram) <= 20 * bound(dtype)
+    assert torch.equal(x[:, :16], before[:, :16])
+    assert torch.equal(x[:, 48:], before[:, 48:])
+
+
+def test_a_column_too_far_off_is_left_and_spoils_no_other(draw):
+    x = draw.point(8, 8, dtype=torch.float64)
+    x[:, 2] = 3 * torch.eye(8, dtype=torch.float64)[2]
+    before = x.clone()
+    drift.correct_columns_(x, 0)
+    assert torch.equal(x[:, 2], before[:, 2])
+    assert torch.linalg.vector_norm(x - before, dim=0).max() <= 1
+
+
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("how", ["step_", "geoopt", "in place"])
+def test_rounding_does_not_add_up(draw, variant, how):
+    n, steps = 32, 3000
+    errors = {}
+    for sweep in (64, None):
+        manifold = variant(1, sweep=sweep)
+        p = geoopt.ManifoldParameter(draw.point(n, n, dtype=torch.float32), manifold=manifold)
+        optimizer = (optim if how == "in place" else geoopt.optim).RiemannianSGD([p], lr=1.0)
+        for _ in range(steps):
+            g = draw.matrix(n, 1, dtype=torch.float32) @ draw.matrix(1, n, dtype=torch.float32) / n
+            p.grad = g
+            manifold.step_(p, g, 1.0) if how == "step_" else optimizer.step()
+        errors[sweep] = linalg.unitarity_error(p).item()
+    assert errors[64] <= 5e-7
+    assert errors[None] >= 3 * errors[64]
+
+
+def test_the_correction_is_a_part_of_optimisers_steps_only(draw):
+    x = draw.point(8, 8, dtype=torch.float64).mul_(1 + 1e-6)
+    manifold = UnitaryLowRank(1, sweep=1)  # due at every step
+    u = draw.tangent(draw.point(8, 8, dtype=torch.float64), 0.0)
+    assert error(manifold.retr(x, u), x) <= 10 * bound(torch.float64)  # a differentiable map: nothing but the map
+    with torch.no_grad():
+        assert linalg.unitarity_error(manifold.retr(x, u)) <= 1e-10
+    assert manifold.sweep == 1

@@ -1,0 +1,237 @@
+"""Products with thin matrices: the compiled loops and PyTorch's own products against dense ones in double precision."""
+
+import gc
+import multiprocessing
+import tracemalloc
+
+import geoopt
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, bound, double, error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from projunn_manifold import UnitaryLowRank, optim, passes
+from projunn_manifold.factors import FactoredTensor
+
+MATRICES = [(1, 1), (3, 2), (7, 7), (64, 64), (70, 33), (5, 16, 16), (2, 3, 9, 6), (130, 40)]
+LOOPS = pytest.param(True, marks=pytest.mark.skipif(passes.compiled is None, reason="numba is not installed"))
+
+
+@pytest.fixture(params=[LOOPS, False], ids=["loops", "torch"])
+def path(request, monkeypatch):
+    if not request.param:
+        monkeypatch.setattr(passes, "compiled", None)
+    return request.param
+
+
+def close(actual, expected, *factors):
+    """Tell whether a product has no more than a sum's rounding error."""
+    size = 1.0
+    for f in factors:
+        size = size * torch.linalg.matrix_norm(double(f))
+    difference = torch.linalg.matrix_norm(double(actual) - expected)
+    return bool((difference <= bound(actual.dtype) * size).all())
+
+
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_are_those_of_dense_matrices(draw, path, shape, k, dtype):
+    *batch, n, m = shape
+    x, q = draw.matrix(*shape, dtype=dtype), draw.matrix(*batch, m, k, dtype=dtype)
+    p, s = draw.matrix(*batch, n, k, dtype=dtype), draw.matrix(*batch, m, k, dtype=dtype)
+    wide, wide_q, wide_p = double(x), double(q), double(p)
+    assert close(passes.times(x, q), wide @ wide_q, x, q)
+    assert close(passes.adjoint_times(x, p), wide.mH @ wide_p, x, p)
+    right, left = passes.both(x, q, p)
+    assert close(right, wide @ wide_q, x, q)
+    assert close(left, wide.mH @ wide_p, x, p)
+    right, normal = passes.both(x, q)
+    assert close(right, wide @ wide_q, x, q)
+    assert close(normal, wide.mH @ wide @ wide_q, x, x, q)
+    y, back = passes.unit_image(x, q)
+    norm = torch.linalg.matrix_norm(wide @ wide_q)[..., None, None]
+    assert close(y, wide @ wide_q / norm, x, q / norm)
+    assert close(back, wide.mH @ wide @ wide_q / norm, x, x, q / norm)
+    expected = wide + wide_p @ double(s).mH
+    rounding = bound(dtype, expected.abs().max().item())
+    assert error(passes.plus_product(x, p, s), expected) <= rounding
+    version = x._version
+    assert passes.add_product_(x, p, s) is x
+    assert x._version > version
+    assert error(x, expected) <= rounding
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (9, 9), (70, 33), (5, 16, 16), (2, 3, 8, 8)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rank_one_tangents(draw, path, shape, dtype):
+    x = draw.point(*shape, dtype=dtype)
+    a, b = draw.factors(shape, 1, dtype)
+    left, right, (aa, bb, s) = passes.rank_one_tangent(x, a, b)
+    x, a, b = double(x), double(a), double(b)
+    overlap = (b.mH @ x.mH @ a)[..., 0, 0]
+    rest = a - x @ b * (overlap.real / torch.linalg.matrix_norm(b) ** 2)[..., None, None]
+    assert close(left, torch.cat((x @ b, rest), -1), x, b)
+    assert close(right, torch.cat((b, x.mH @ rest), -1), x, b)
+    zero = torch.zeros_like(overlap.real)
+    squares = [torch.linalg.matrix_norm(t) ** 2 for t in (rest, b)]
+    for number, exact in zip((aa, bb, s), (*squares, overlap.imag if dtype.is_complex else zero), strict=True):
+        number = torch.as_tensor(number, dtype=torch.float64)
+        scale = torch.linalg.matrix_norm(a) * torch.linalg.matrix_norm(b) + exact.abs()
+        assert ((number - exact).abs() <= bound(left.dtype) * scale).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_unit_images_at_the_ends_of_float32(draw, path, scale):
+    x, q = draw.matrix(20, 20, dtype=torch.float32) * scale, draw.matrix(20, 1, dtype=torch.float32)
+    y, back = passes.unit_image(x, q)
+    exact = double(x) @ double(q)
+    exact = exact / (torch.linalg.matrix_norm(exact) if scale else 1.0)
+    assert error(y, exact) <= bound(torch.float32)
+    assert error(back / (scale or 1.0), double(x).mH @ exact / (scale or 1.0)) <= bound(torch.float32, 20.0)
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (700, 500), (3, 9, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosines(draw, path, shape, dtype):
+    x, g = draw.matrix(*shape, dtype=dtype), draw.matrix(*shape, dtype=dtype)
+    rows = -(-2000 // shape[-1])
+    u, v = double(x)[..., :rows, :].flatten(-2), double(g)[..., :rows, :].flatten(-2)
+    exact = (u.conj() * v).sum(-1).real / (torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(v, dim=-1))
+    assert torch.allclose(
+        torch.as_tensor(passes.cosine(x, g, 2000), dtype=torch.float64), exact, rtol=0, atol=bound(dtype)
+    )
+    assert torch.as_tensor(passes.cosine(x, 0 * g, 2000)).abs().max() == 0
+
+
+def test_non_finite_entries_stay_visible(draw, path):
+    for value in (torch.nan, torch.inf):
+        x, q = draw.matrix(9, 9, dtype=torch.float32), draw.matrix(9, 1, dtype=torch.float32)
+        x[3, 4] = value
+        right, left = passes.both(x, q, q)
+        assert not torch.isfinite(right[3])
+        assert not torch.isfinite(left[4])
+        assert not torch.isfinite(passes.unit_image(x, q)[1]).all()
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("shape", [(600, 600), (5, 300, 300), (601, 450)], ids=str)
+def test_threads_share_the_work(draw, path, shape, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x, g = draw.matrix(*shape, dtype=torch.float64), draw.matrix(*shape[:-2], shape[-1], 2, dtype=torch.float64)
+    left = draw.matrix(*shape[:-1], 2, dtype=torch.float64)
+    right, back = passes.both(x, g, left)
+    assert close(right, x @ g, x, g)
+    assert close(back, x.mH @ left, x, left)
+    assert close(passes.both(x, g)[1], x.mH @ x @ g, x, x, g)
+    assert error(passes.plus_product(x, left, g), x + left @ g.mH) <= bound(torch.float64, 10.0)
+
+
+@pytest.mark.skipif(passes.compiled is None, reason="numba is not installed")
+def test_what_the_loops_leave_to_torch(draw):
+    x, q = draw.matrix(4, 8, 8, dtype=torch.complex64), draw.matrix(4, 8, 1, dtype=torch.complex64)
+    assert passes._by_loops(x, q)
+    others = {
+        "transposed": (x.mT, q),
+        "conjugate": (x.conj(), q),
+        "imaginary part": (x.imag, q.real),
+        "broadcast": (x, q[0]),
+        "other dtype": (x, q.to(torch.complex128)),
+        "half": (x.real.half(), q.real.half()),
+        "meta": (x.to("meta"), q.to("meta")),
+        "wide": (x, x.repeat(1, 1, 4)),
+        "empty": (x[:0], q[:0]),
+        "differentiated": (x, q.clone().requires_grad_()),
+        "subclass": (x, torch.nn.Parameter(q)),
+    }
+    for name, (matrix, thin) in others.items():
+        with torch.set_grad_enabled(name != "subclass"):
+            assert passes._by_loops(matrix, thin) == (name == "subclass"), name
+        if name not in ("half", "meta", "other dtype", "empty"):
+            product = passes.times(matrix, thin).detach()
+            assert error(product, double(matrix) @ double(thin.detach())) <= bound(torch.float32, 100.0), name
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("shape", [(24, 24), (30, 12), (4, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_step_is_the_same_on_both_paths(draw, monkeypatch, k, shape, dtype):
+    x, g = draw.point(*shape, dtype=dtype), draw.matrix(*shape, dtype=dtype)
+    results = []
+    for loops in (passes.compiled, None):
+        monkeypatch.setattr(passes, "compiled", loops)
+        p = geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(k))
+        p.grad = g.clone()
+        optimizer = optim.RiemannianSGD([p], lr=0.3, momentum=0.9)
+        optimizer.step(), optimizer.step()
+        results.append(p.detach())
+    assert error(*results) <= 20 * bound(dtype)
+
+
+class NewStorages(TorchDispatchMode):
+    """Sums the bytes of every storage that an operator makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FactoredTensor in types:
+            return NotImplemented  # it has no storage, and its own operators come here in turn
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                self.bytes += t.untyped_storage().nbytes()
+        return result
+
+
+@pytest.mark.parametrize("variant", ["step_", "RiemannianSGD", "RiemannianAdam"])
+def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
+    n = 2048
+    g = draw.matrix(n, 1, dtype=torch.float32) @ draw.matrix(1, n, dtype=torch.float32)
+    manifold = UnitaryLowRank(1)
+    p = geoopt.ManifoldParameter(torch.eye(n), manifold=manifold)
+    p.grad = g
+    step = (lambda: manifold.step_(p, g, 1e-3)) if variant == "step_" else getattr(optim, variant)([p], lr=1e-3).step
+    for _ in range(3):  # makes the optimiser's state and the machine code
+        step()
+    for _ in range(n):  # on to a step that corrects a block of columns, the one that needs most memory
+        manifold._drift.tick += 1
+        if manifold._drift.first_due_column(n) is not None:
+            break
+    manifold._drift.tick -= 1
+    gc.collect()
+    tracemalloc.start()  # NumPy reports its memory here, PyTorch does not
+    with NewStorages() as storages:
+        step()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    share = 0.1 if variant == "RiemannianAdam" else 0.05  # it also sketches its dense direction, to 2k columns
+    assert 0 < storages.bytes + peak <= share * n * n * 4
+
+
+def test_a_forked_process_starts_its_own_threads(draw):
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("no fork on this platform")
+    calls = []
+    passes._in_parallel(calls.append, [(1,), (2,)])
+    assert sorted(calls) == [1, 2]
+    passes._forget_pool()
+    passes._in_parallel(calls.append, [(3,), (4,)])
+    assert sorted(calls) == [1, 2, 3, 4]
+
+
+def test_a_failure_in_a_thread_is_raised():
+    def fail(part):
+        if part:
+            raise ValueError("in a thread")
+
+    with pytest.raises(ValueError, match="in a thread"):
+        passes._in_parallel(fail, [(0,), (1,)])
+
+
+def test_rows_are_what_the_loops_expect():
+    t = torch.arange(6.0).view(3, 2)
+    assert np.array_equal(passes._rows(t), [[[0, 2, 4], [1, 3, 5]]])
+    assert passes._rows(t).flags.c_contiguous
