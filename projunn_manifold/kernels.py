@@ -396,14 +396,15 @@ def rank_one_tangent(
 
 
 @_compiled
-def overlaps(x: Any, g: Any) -> Any:  # pragma: no cover
-    """``<x, g>``, ``<x, x>`` and ``<g, g>`` of two real matrices, in their own precision."""
+def cosines(x: Any, g: Any, entries: int, values: Any) -> None:  # pragma: no cover
+    """``<x, g> / (‖x‖ ‖g‖)`` of the first entries of every row of two real matrices; 0 where one of them is 0."""
     zero = x.dtype.type(0)
-    xg, xx, gg = zero, zero, zero
-    for i in range(x.shape[0]):
-        u, v = x[i], g[i]
+    for t in range(values.shape[0]):
+        u, v = x[t, :entries], g[t, :entries]
+        uv, uu, vv = zero, zero, zero
         for j in range(u.shape[0]):
-            xg += u[j] * v[j]
-            xx += u[j] * u[j]
-            gg += v[j] * v[j]
-    return xg, xx, gg
+            uv += u[j] * v[j]
+            uu += u[j] * u[j]
+            vv += v[j] * v[j]
+        size = np.sqrt(uu) * np.sqrt(vv)
+        values[t] = uv / size if size != 0 else zero

@@ -441,7 +441,7 @@ class UnitaryLowRank(Manifold):
             return Frame.of_dense(x, u, None)
         size, generator = (x.shape[-1], 2 * self.k), self._generator_for_moves(x.device)
         test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)
-        basis = test
+        basis = test.expand(*x.shape[:-2], *size)
         for _ in range(_POWER):
             basis = sampling.orthonormal(passes.unit_image(u, basis)[1])
         return Frame.of_dense(x, u, basis)

@@ -143,18 +143,19 @@ def _add_product(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
     _in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])
 
 
-def cosine(x: Tensor, g: Tensor, entries: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
-    """Return ``Re<x, g> / (‖x‖ ‖g‖)`` over the first rows, as many as hold ``entries`` entries; 0 where one is 0.
+def cosine(x: Tensor, g: Tensor, rows: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
+    """Return ``Re<x, g> / (‖x‖ ‖g‖)`` over the first rows; 0 where one of them is 0.
 
     For a single matrix on CPU a number of Python's.
     """
-    n, m = x.shape[-2:]
-    rows = min(n, -(-entries // m))
-    if x.dim() == 2 and _by_loops(x) and _is_plain(g) and g.is_contiguous():
-        xg, xx, gg = compiled.overlaps(_interleaved(_array(x)[0, :rows]), _interleaved(_array(g)[0, :rows]))
-        return xg / (math.sqrt(xx) * math.sqrt(gg) or 1.0)
+    if _by_loops(x) and _is_plain(g) and g.is_contiguous():
+        flat = [_interleaved(_array(t).reshape(-1, t.shape[-2] * t.shape[-1])) for t in (x, g)]
+        entries = rows * flat[0].shape[1] // x.shape[-2]
+        values = np.empty(len(flat[0]), flat[0].dtype)
+        compiled.cosines(*flat, entries, values)
+        return values.item() if x.dim() == 2 else torch.from_numpy(values).view(x.shape[:-2])
     x, g = x[..., :rows, :], g[..., :rows, :]
-    size = torch.linalg.vector_norm(x, dim=(-2, -1)) * torch.linalg.vector_norm(g, dim=(-2, -1))
+    size = (linalg.frobenius_inner(x, x) * linalg.frobenius_inner(g, g)).sqrt()
     return linalg.frobenius_inner(x, g) / torch.where(size == 0, 1.0, size)
 
 

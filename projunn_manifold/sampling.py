@@ -21,7 +21,7 @@ from torch import Tensor
 from projunn_manifold import linalg, passes
 from projunn_manifold.factors import LowRank
 
-_SAMPLED = 2**16  # entries on which a random cosine is well below
+_SAMPLED = 192**2  # entries on which the cosine of random matrices is below 1/64, by three standard deviations
 _TURNS = 1 / 64  # the part along X that is worth taking out
 
 __all__ = [
@@ -130,14 +130,13 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     middle eigenvalue if :math:`G = S + cX`, S of rank at most k plus any tangent; the mean over up to 21 such
     sets is taken out.  So adding λX to G adds exactly λ to c, and c is zero for a gradient of rank at most k.
     A part along X of less than 1/64 of G cannot turn the step and is left where it is.
-    Cost: on CPU the cosine between G and X, on at most 65 536 entries, tells which matrices of a batch need
-    the eigenvalues, and these read 21 (2k + 1) columns; a matrix where c counts takes one product with X
-    for each product with G.
+    Cost: on CPU the cosine between G and X, on at most 36 864 entries of a matrix and a quarter of a large batch, tells
+    which matrices need the eigenvalues (what chance alone would give a small matrix stays unseen), and these
+    read 21 (2k + 1) columns; a matrix where c counts takes one product with X for each product with G.
     """
     if not linalg.readable(g):
         return Shifted(g, x, _normal_coefficient(g, x, k))
-    by_chance = 3 / math.sqrt(min(_SAMPLED, g.shape[-2] * g.shape[-1]))
-    suspects = abs(passes.cosine(x, g, _SAMPLED)) > max(_TURNS, by_chance)
+    suspects = _suspects(g, x)
     if not (suspects.any() if isinstance(suspects, Tensor) else suspects):
         return Dense(g)
     if g.dim() == 2:
@@ -146,6 +145,20 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
         c = torch.zeros(*g.shape[:-2], 1, 1, dtype=g.real.dtype)
         c[suspects] = _normal_coefficient(g[suspects], x[suspects], k)
     return Shifted(g, x, c) if c.any() else Dense(g)
+
+
+def _suspects(g: Tensor, x: Tensor) -> Tensor | bool:  # (*batch, n, m) -> (*batch,)
+    """Tell which matrices may have a part along X: by their own cosine, or, since a decay is common, by the mean."""
+    n, m = g.shape[-2:]
+    batch = g.numel() // (n * m) if g.numel() else 0
+    if batch <= 1:
+        rows = min(n, -(-_SAMPLED // m))
+        return bool(abs(passes.cosine(x, g, rows)) > max(_TURNS, 3 / math.sqrt(rows * m))) if batch else False
+    rows = min(n, max(-(-n // 4), _SAMPLED // (batch * m)))
+    cosines = passes.cosine(x, g, rows)
+    if cosines.mean().abs() > max(_TURNS, 3 / math.sqrt(batch * rows * m)):
+        return torch.ones_like(cosines, dtype=torch.bool)
+    return cosines.abs() > max(_TURNS, 4 / math.sqrt(rows * m))
 
 
 def _normal_coefficient(g: Tensor, x: Tensor, k: int) -> Tensor:  # -> (*batch, 1, 1), real
@@ -214,6 +227,7 @@ class Subspace:
         like = gradient.like
         columns = min(k + self.oversample, n, m)
         test = torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
+        test = test.expand(*gradient.shape[:-2], m, columns)
         for _ in range(self.power):
             test = orthonormal(gradient.unit_image(test)[1])
         if columns > 1:

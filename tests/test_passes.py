@@ -97,13 +97,13 @@ def test_unit_images_at_the_ends_of_float32(draw, path, scale):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_cosines(draw, path, shape, dtype):
     x, g = draw.matrix(*shape, dtype=dtype), draw.matrix(*shape, dtype=dtype)
-    rows = -(-2000 // shape[-1])
+    rows = 3
     u, v = double(x)[..., :rows, :].flatten(-2), double(g)[..., :rows, :].flatten(-2)
     exact = (u.conj() * v).sum(-1).real / (torch.linalg.vector_norm(u, dim=-1) * torch.linalg.vector_norm(v, dim=-1))
     assert torch.allclose(
-        torch.as_tensor(passes.cosine(x, g, 2000), dtype=torch.float64), exact, rtol=0, atol=bound(dtype)
+        torch.as_tensor(passes.cosine(x, g, rows), dtype=torch.float64), exact, rtol=0, atol=bound(dtype)
     )
-    assert torch.as_tensor(passes.cosine(x, 0 * g, 2000)).abs().max() == 0
+    assert torch.as_tensor(passes.cosine(x, 0 * g, rows)).abs().max() == 0
 
 
 def test_non_finite_entries_stay_visible(draw, path):
