@@ -91,6 +91,8 @@ def _products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> No
     n, k, r = x.shape[0], right.shape[0], left.shape[0]
     whole = n - n % 4
     band = max(4, _CACHE // (x.shape[1] * x.itemsize) // 4 * 4)
+    if k <= 2 and (normal or k == r):
+        band = max(4, whole)  # one loop over all rows
     for lo in range(0, whole, band):
         hi = min(lo + band, whole)
         rows = x[lo:hi]
@@ -102,6 +104,11 @@ def _products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> No
                 )  # fmt: skip
             if k % 2:
                 _both_one(rows, right[k - 1], left[k - 1, lo:hi], y[k - 1, lo:hi], z[k - 1])
+        elif normal and k <= 2:
+            if k == 1:
+                _normal_one(rows, right[0], y[0, lo:hi], z[0])
+            else:
+                _normal_two(rows, right[0], right[1], y[0, lo:hi], y[1, lo:hi], z[0], z[1])
         else:
             for c in range(0, k - 1, 2):
                 _times_two(rows, right[c], right[c + 1], y[c, lo:hi], y[c + 1, lo:hi])
@@ -156,6 +163,45 @@ def _both_two(x: Any, v: Any, w: Any, a: Any, b: Any, y: Any, u: Any, z: Any, q:
             q[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
         y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
         u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+
+
+@_compiled
+def _normal_one(x: Any, v: Any, y: Any, z: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+
+
+@_compiled
+def _normal_two(x: Any, v: Any, w: Any, y: Any, u: Any, z: Any, q: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        r0, r1, r2, r3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            r0 += x0[j] * w[j]
+            r1 += x1[j] * w[j]
+            r2 += x2[j] * w[j]
+            r3 += x3[j] * w[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+            q[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
 
 
 @_compiled
@@ -258,7 +304,7 @@ def complex_add_product(
 def _add_product(y: Any, x: Any, fresh: bool, w: Any, v: Any) -> None:  # pragma: no cover
     n, m, r = y.shape[0], y.shape[1], w.shape[0]
     wide = r * m * y.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of Y at once
-    band = max(4, _CACHE // (m * y.itemsize) // 4 * 4)
+    band = max(4, _CACHE // (m * y.itemsize) // 4 * 4) if fresh or r > 4 else n
     for lo in range(0, n, band):
         hi = min(lo + band, n)
         whole = lo + (hi - lo) // 4 * 4 if wide else lo
