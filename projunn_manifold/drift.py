@@ -34,7 +34,7 @@ class Schedule:
 
     def first_due_column(self, m: int) -> int | None:
         """Return where the block to be corrected after this gradient starts, or None if none is due."""
-        if self.sweep is None:
+        if self.sweep is None or self.tick == 0:
             return None
         width = min(WIDTH, m)
         blocks = -(-m // width)

@@ -389,39 +389,59 @@ def normalise(y: Any, z: Any) -> Any:  # pragma: no cover
     """
     smallest, largest = np.inf, 0.0
     for t in range(y.shape[0]):
-        total = 0.0
+        norm = _norm(y[t])
         for c in range(y.shape[1]):
-            total += _squared_norm(y[t, c])
-        norm = np.sqrt(total) if total != 0 else 1.0
-        factor = 1 / norm
-        for c in range(y.shape[1]):
-            _scale(y[t, c], factor)
-            _scale(z[t, c], factor)
+            _divide(y[t, c], norm)
+            _divide(z[t, c], norm)
         smallest = norm if norm < smallest or norm != norm else smallest
         largest = norm if norm > largest or norm != norm else largest
     return smallest, largest
 
 
 @_compiled
-def _squared_norm(v: Any) -> float:  # pragma: no cover
+def _norm(y: Any) -> float:  # pragma: no cover
+    """Norm of all rows together, safe at the ends of the range; 1 for zero."""
+    total = 0.0
+    for c in range(y.shape[0]):
+        total += _squared_norm(y[c], 1.0)
+    if 1e-280 < total < 1e280 or total != total:
+        return float(np.sqrt(total))
+    unit = 0.0
+    for c in range(y.shape[0]):
+        for j in range(y.shape[1]):
+            unit = max(unit, abs(y[c, j].real), abs(y[c, j].imag))
+    if unit == 0:
+        return 1.0
+    total = 0.0
+    for c in range(y.shape[0]):
+        total += _squared_norm(y[c], unit)
+    return float(unit * np.sqrt(total))
+
+
+@_compiled
+def _squared_norm(v: Any, unit: float) -> float:  # pragma: no cover
     total = 0.0
     for j in range(v.shape[0]):
-        re, im = 1.0 * v[j].real, 1.0 * v[j].imag
+        re, im = v[j].real / unit, v[j].imag / unit
         total += re * re + im * im
     return total
 
 
 @_compiled
-def _scale(v: Any, factor: float) -> None:  # pragma: no cover
+def _divide(v: Any, norm: float) -> None:  # pragma: no cover
     for j in range(v.shape[0]):
-        v[j] = v[j] * factor
+        v[j] = v[j] / norm
 
 
 @_compiled
 def rank_one_tangent(
     a: Any, b: Any, xb: Any, xha: Any, left: Any, right: Any, numbers: Any
-) -> None:  # pragma: no cover
-    """``[X b, a - ρ X b]`` and ``[b, X^H a - ρ b]``, ρ = Re b^H X^H a / ‖b‖², with ‖a - ρ X b‖², ‖b‖², Im b^H X^H a."""
+) -> float:  # pragma: no cover
+    """Write ``[X b, a']``, ``[b, X^H a']`` and ‖a'‖², ‖b‖², Im b^H X^H a; a' = a - ρ X b, ρ = Re b^H X^H a / ‖b‖².
+
+    Return the smallest ‖a'‖²/‖a‖² of all matrices.
+    """
+    smallest = 1.0
     for t in range(a.shape[0]):
         bb, re, im = 0.0, 0.0, 0.0
         for j in range(b.shape[2]):
@@ -431,14 +451,19 @@ def rank_one_tangent(
             re += ure * vre + uim * vim
             im += ure * vim - uim * vre
         rho = re / bb if bb != 0 else 0.0 * re
-        aa = 0.0
+        size, aa = 0.0, 0.0
         for i in range(a.shape[2]):
-            rest = a[t, 0, i] - rho * xb[t, 0, i]
+            whole = a[t, 0, i]
+            rest = whole - rho * xb[t, 0, i]
             left[t, 0, i], left[t, 1, i] = xb[t, 0, i], rest
+            size += 1.0 * whole.real * whole.real + 1.0 * whole.imag * whole.imag
             aa += rest.real * rest.real + rest.imag * rest.imag
         for j in range(b.shape[2]):
             right[t, 0, j], right[t, 1, j] = b[t, 0, j], xha[t, 0, j] - rho * b[t, 0, j]
         numbers[t, 0], numbers[t, 1], numbers[t, 2] = aa, bb, im
+        if aa < smallest * size:
+            smallest = aa / size
+    return smallest
 
 
 @_compiled

@@ -49,8 +49,8 @@ def tolerance(dtype: torch.dtype, n: int) -> float:
 
 
 def readable(x: Tensor) -> bool:
-    """Tell whether the host may look at x's values: not where it would wait for a GPU, or compile for all values."""
-    return not x.is_cuda and not torch.compiler.is_compiling()
+    """Tell whether the host may look at x's values: not on a GPU, where it would wait, nor while they are abstract."""
+    return not (x.is_cuda or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
@@ -113,7 +113,9 @@ def each(c: float | Tensor) -> float | Tensor:  # (*batch,) -> (*batch, 1, 1)
 
 
 def of_unit_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
-    """X divided by its Frobenius norm; a zero x stays zero."""
+    """X divided by its Frobenius norm, safe at the ends of the range; a zero x stays zero."""
+    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1).real
+    x = x / torch.where(largest == 0, 1.0, largest)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
     return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
 

@@ -204,6 +204,7 @@ class UnitaryLowRank(Manifold):
         2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
         equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
+        Under ``torch.no_grad()`` the block of columns that is due is put back, too (``sweep``).
         Cost: 4 passes over X for a factored u; for a dense one also one over X and four over u.
         """
         return self._arrive(self._retraction(x, u), x)
@@ -217,12 +218,14 @@ class UnitaryLowRank(Manifold):
         r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
 
         The fastest way to move: one read of the gradient (k = 1), one of x, and one pass of x that writes it;
-        no matrix of x's size is allocated.  Raises what ``egrad2rgrad`` and ``retr`` raise; x is then as it was.
+        no matrix of x's size is allocated.  ``lr`` is a number, or a tensor ``(*batch,)`` with one for each matrix.
+        Raises what ``egrad2rgrad`` and ``retr`` raise, and ValueError for a gradient of another shape; x is then as
+        it was.
         """
-        self._accept(x, grad, "gradient")
-        validation.check_writable(x)
+        self._accept_in_place(x, grad, "gradient")
         if self._is_dense(x):
-            return x.copy_(self.retr(x, -lr * self._dense_gradient(x, _plain(grad))))
+            direction = (-linalg.each(lr) * self._dense_gradient(x, _plain(grad))).to(x.dtype)
+            return x.copy_(self.retr(x, direction))
         self._along(self._bounded(x, self._gradient(x, grad).scaled(-lr))).apply_(x)
         self._drift.correct_(x)
         return x
@@ -239,10 +242,10 @@ class UnitaryLowRank(Manifold):
         ``scale`` is a real number, or a tensor ``(*batch,)`` with one for each matrix.  Raises what ``retr``
         raises; x and the vectors are then as they were.
         """
-        validation.check_writable(x)
+        self._accept_in_place(x, u, "u")
         for v in vectors:
-            self._accept(x, v, "v")
-            validation.check_writable(v)
+            self._accept_in_place(x, v, "v")
+            validation.check_writable(v, "v")
         move = self._along(self._bounded(x, self._reduced(x, u).scaled(scale), u))
         move.apply_(x)
         for v in vectors:
@@ -386,6 +389,12 @@ class UnitaryLowRank(Manifold):
     def _accept(self, x: Tensor, u: Tensor, name: str) -> None:
         validation.check_point(x)
         validation.check_same_matrix(x, u, name)
+
+    def _accept_in_place(self, x: Tensor, u: Tensor, name: str) -> None:
+        self._accept(x, u, name)
+        validation.check_writable(x, "x")
+        if u.shape != x.shape:
+            raise ValueError(f"in place, `{name}` must have the point's shape {tuple(x.shape)}, got {tuple(u.shape)}")
 
     def _accept_size(self, size: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[int, ...]:
         shape: tuple[int, ...] = size2shape(*size)

@@ -73,7 +73,8 @@ class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` and ``retr`` raise; that parameter is as it was.
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
+        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianSGD
@@ -113,7 +114,8 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` and ``retr`` raise; that parameter is as it was.
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
+        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam

@@ -13,8 +13,8 @@ the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \ta
 
 where c and d are the half sum and half difference over i of :math:`\varphi(\theta_\pm)`,
 :math:`\varphi(\theta) = (e^{i\alpha(\theta)} - 1)/(i\theta)`, with α = θ for the geodesic (projUNN-T) and
-α = arctan θ for the polar factor of X + u (projUNN-D).  Nothing is factorised and nothing is divided by a
-number that can be small.
+α = arctan θ for the polar factor of X + u (projUNN-D).  Nothing is factorised; the error
+grows as the machine precision times the angles.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Pair:
         if isinstance(entries[0], Tensor):
             core = torch.stack(entries, -1).view(*entries[0].shape, 2, 2).to(self.left)
         else:
-            core = torch.tensor([entries[:2], entries[2:]], dtype=self.left.dtype)
+            core = torch.tensor([entries[:2], entries[2:]], dtype=self.left.dtype, device=self.left.device)
         return Move(self.left, core, self.right, core)
 
 

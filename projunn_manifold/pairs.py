@@ -1,7 +1,8 @@
 r"""k > 1 on square X: the tangent of a rank-k gradient, its geodesic and its polar retraction, in one read of X.
 
 With orthonormal a (any other is brought there by a thin QR), D = X^H a and c = D^H b, the part of b outside
-the range of D is b' = b - D c, and X b' = X b - a c costs no further product with X.  The tangent is
+the range of D is b' = b - D c, and X b' = X b - a c costs no further product with X, unless little is left of b: then
+rounding of the difference would count, and X b' is a product of its own.  The tangent is
 
 .. math::
 
@@ -18,7 +19,8 @@ In an orthonormal basis of the range of W, with b' = Q R, the lift is
     f(E)_{11} & \tfrac12 \varphi(E)_{11}\\ -\tfrac12 \varphi(E)_{11} & -\tfrac14 \psi(E)_{11}\end{pmatrix}.
 
 On the eigenvalues iθ of E, :math:`f = e^{i\alpha} - 1` with α = θ for the geodesic (projUNN-T) and α = arctan θ for
-the polar factor of X + u (projUNN-D).  The cores are computed in double precision.
+the polar factor of X + u (projUNN-D).  The cores are computed in double precision; their error grows as that
+precision times θ.
 """
 
 from __future__ import annotations
@@ -55,9 +57,14 @@ class Pairs:
         a, triangle = torch.linalg.qr(factors.a)
         b = factors.b @ triangle.mH
         xb, xha = passes.both(x, b, a)
-        inside = linalg.adjoint_times(xha, b)
+        inside, size = linalg.adjoint_times(xha, b), linalg.squared_norm(b)
         b, xb = b - xha @ inside, xb - a @ inside
-        r = torch.linalg.qr(b, mode="r").R
+        if (
+            not linalg.readable(x) or (linalg.squared_norm(b) < size / 64).any()
+        ):  # rounding of the difference would count
+            b = b - xha @ linalg.adjoint_times(xha, b)
+            xb = passes.times(x, b)
+        r = torch.linalg.qr(b).R
         return cls(
             Base.of(x),
             torch.cat((a.mT, xb.mT), -2).mT,

@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import numpy as np
@@ -40,33 +40,36 @@ __all__ = [
 compiled: Any
 try:
     from projunn_manifold import kernels as compiled
-except ModuleNotFoundError:
+except ImportError:  # not installed, or not for the NumPy that is
     compiled = None
 
+_LITTLE = 1 / 64  # of a squared norm
 _WIDEST = 32  # from here on a matrix product pays for its own blocking
 _GRAIN = 2**18  # elements that are worth a thread of their own
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+_MAPPED = 2**25  # bytes
+_LINE = 64  # bytes of the cache
 _DISPATCH = Tensor.__torch_dispatch__
 
 
 def times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, k) -> (*batch, n, k)
     """Return ``X q``."""
     if _by_loops(x, q):
-        return _columns(_products(x, q, None)[0], x)
+        return _columns(_products(x, _rows(q), None)[0], x)
     return x @ q if q.shape[-1] == 1 else (q.mT.contiguous() @ x.mT).mT  # a thin product is fast from the left only
 
 
 def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n, k) -> (*batch, m, k)
     """Return ``X^H q``."""
     if _by_loops(x, q):
-        return _columns(_products(x, None, q)[1], x)
+        return _columns(_products(x, None, _rows(q))[1], x)
     return linalg.adjoint_times(x, q)
 
 
 def both(x: Tensor, right: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return ``X right`` and ``X^H left``; without ``left``, ``X right`` and ``X^H X right``."""
     if _by_loops(x, right) if left is None else _by_loops(x, right, left):
-        y, z = _products(x, right, left, normal=left is None)
+        y, z = _products(x, _rows(right), None if left is None else _rows(left), normal=left is None)
         return _columns(y, x), _columns(z, x)
     product = times(x, right)
     return product, adjoint_times(x, product if left is None else left)
@@ -78,7 +81,7 @@ def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k)
     Both come from one read of X, unless its square leaves the range of its precision.
     """
     if _by_loops(x, q):
-        y, z = _products(x, q, None, normal=True)
+        y, z = _products(x, _rows(q), None, normal=True)
         smallest, largest = compiled.normalise(y, z)
         info = torch.finfo(x.dtype)
         if math.sqrt(info.tiny / info.eps) < smallest and largest < math.sqrt(info.max * info.eps):
@@ -92,16 +95,19 @@ def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k)
 def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
     r"""Return W = [X b, a'], S = [b, X^H a'] and the numbers ‖a'‖², ‖b‖², Im b^H X^H a, in one read of X.
 
-    a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0.  Numbers are ``(*batch,)`` in double precision,
-    or Python's own for a single matrix on CPU: there every operator on a tensor would cost more than all
-    the arithmetic that follows.
+    a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ b`, unless little is left
+    of a: then rounding of the difference would count, and X is read once more.  Numbers are ``(*batch,)`` in double
+    precision, or Python's own for a single matrix on CPU: there every operator on a tensor would cost more than
+    all the arithmetic that follows.
     """
     if _by_loops(x, a, b):
-        xb, xha = _products(x, b, a)
         a_rows, b_rows = _rows(a), _rows(b)
+        xb, xha = _products(x, b_rows, a_rows)
         left, right = (x.new_empty(len(t), 2, t.shape[-1]).numpy() for t in (a_rows, b_rows))  # aligned, for the update
         table = np.empty((len(xb), 3))
-        compiled.rank_one_tangent(a_rows, b_rows, xb, xha, left, right, table)
+        kept = compiled.rank_one_tangent(a_rows, b_rows, xb, xha, left, right, table)
+        if kept < _LITTLE:
+            right[:, 1:] = _products(x, None, left[:, 1:].copy())[1]
         single = x.dim() == 2
         numbers = table[0].tolist() if single else list(torch.from_numpy(table).view(*x.shape[:-2], 3).unbind(-1))
         return _columns(left, x), _columns(right, x), numbers
@@ -109,9 +115,13 @@ def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, l
     wide = linalg.high_precision(x.dtype)
     bb, overlap = linalg.squared_norm(b), (b.mH.to(wide) @ xha.to(wide))[..., 0, 0]
     rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(x.real.dtype)[..., None, None]
+    size = linalg.squared_norm(a)
     a, xha = a - rho * xb, xha - rho * b
-    numbers = [linalg.squared_norm(a), bb, overlap.imag if x.is_complex() else torch.zeros_like(bb)]
-    if _is_single(bb):
+    aa = linalg.squared_norm(a)
+    if not linalg.readable(x) or (aa < _LITTLE * size).any():
+        xha = adjoint_times(x, a)
+    numbers = [aa, bb, overlap.imag if x.is_complex() else torch.zeros_like(bb)]
+    if all(map(_is_single, numbers)):
         numbers = [number.item() for number in numbers]
     return _side_by_side(xb, a), _side_by_side(b, xha), numbers
 
@@ -129,9 +139,23 @@ def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return ``x + left right^H`` in fresh memory of x's layout."""
     if not _by_loops(x, left, right):
         return linalg.add_product_(x.clone(), left, right)
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = _fresh(x)
     _add_product(y, x, left, right)
     return y
+
+
+def _fresh(x: Tensor) -> Tensor:
+    """Return new memory of x's shape.
+
+    From some size on the C library maps every new block page by page, which costs more than to write it; NumPy
+    asks for large pages.
+    """
+    size = x.numel() * x.itemsize
+    if size < _MAPPED:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    memory = np.empty(size + _LINE, np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return torch.from_numpy(memory[start : start + size]).view(x.dtype).view(x.shape)
 
 
 def _add_product(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
@@ -163,7 +187,7 @@ def _by_loops(x: Tensor, *thin: Tensor) -> bool:
     """Tell whether the compiled loops can take x and these thin matrices."""
     if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in _DTYPES or not x.numel():
         return False
-    if torch.compiler.is_compiling() or not _is_plain(x):
+    if not linalg.readable(x) or not _is_plain(x):
         return False
     for t in thin:
         if t.dtype is not x.dtype or t.shape[-1] >= _WIDEST or not _is_plain(t):
@@ -175,16 +199,19 @@ def _by_loops(x: Tensor, *thin: Tensor) -> bool:
 
 def _is_plain(t: Tensor) -> bool:
     """Tell whether t's memory is what it seems: no derivatives to follow, not fake, traced or distributed."""
-    if t.requires_grad and torch.is_grad_enabled():
+    if _is_differentiated(t) or t.is_conj() or t.is_neg():
         return False
-    return not t.is_conj() and not t.is_neg() and type(t).__torch_dispatch__ is _DISPATCH
+    return type(t).__torch_dispatch__ is _DISPATCH
+
+
+def _is_differentiated(t: Tensor) -> bool:
+    """Tell whether a derivative may depend on t, backwards or forwards."""
+    return (t.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0
 
 
 def _is_single(number: Tensor) -> bool:
     """Tell whether a number per matrix is one number that Python can have without waiting or losing a derivative."""
-    if number.numel() != 1 or not number.is_cpu or torch.compiler.is_compiling():
-        return False
-    return not (number.requires_grad and torch.is_grad_enabled())
+    return number.numel() == 1 and number.is_cpu and linalg.readable(number) and not _is_differentiated(number)
 
 
 def _side_by_side(u: Tensor, v: Tensor) -> Tensor:  # (*batch, n, 1) twice -> (*batch, n, 2), stored by columns
@@ -204,23 +231,23 @@ def _interleaved(array: Any) -> Any:  # (batch, n, m) complex -> (batch, n, 2m) 
     return array.view(array.real.dtype)
 
 
-def _products(x: Tensor, right: Tensor | None, left: Tensor | None, normal: bool = False) -> tuple[Any, Any]:
-    """Return ``X right`` and ``X^H left`` by rows, NumPy ``(batch, k, n)`` and ``(batch, k, m)``.
+def _products(x: Tensor, right: Any, left: Any, normal: bool = False) -> tuple[Any, Any]:
+    """Return ``X right`` and ``X^H left``, factors and products by rows, NumPy ``(batch, k, n)`` and ``(batch, k, m)``.
 
     Without a factor, its product has no rows; ``normal``: left is X right.
     """
     array = _array(x)
     batch, n, m = array.shape
-    right_rows = np.empty((batch, 0, m), array.dtype) if right is None else _rows(right)
-    y = np.empty((batch, right_rows.shape[1], n), array.dtype)
-    left_rows = y if normal else np.empty((batch, 0, n), array.dtype) if left is None else _rows(left)
+    right = np.empty((batch, 0, m), array.dtype) if right is None else right
+    y = np.empty((batch, right.shape[1], n), array.dtype)
+    left = y if normal else np.empty((batch, 0, n), array.dtype) if left is None else left
     loops, array = (compiled.complex_products, _interleaved(array)) if x.is_complex() else (compiled.products, array)
     parts = _parts(batch, n, m)
     shared = 1 if batch > 1 else len(parts)  # threads that share a matrix have sums of their own
-    z = np.zeros((shared, batch, left_rows.shape[1], m), y.dtype)
+    z = np.zeros((shared, batch, left.shape[1], m), y.dtype)
     _in_parallel(
         loops,
-        [(array, right_rows, y, left_rows, z[c % shared], normal, *part) for c, part in enumerate(parts)],
+        [(array, right, y, left, z[c % shared], normal, *part) for c, part in enumerate(parts)],
     )
     return y, z[0] if shared == 1 else z.sum(0)
 
@@ -246,14 +273,16 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def _in_parallel(function: Callable[..., None], calls: list[tuple[Any, ...]]) -> None:
-    """Make all calls, the first in this thread, the others in a pool's."""
+    """Make all calls, the first in this thread, the others in a pool's; return when all have ended."""
     global _pool
     if len(calls) == 1:
         return function(*calls[0])
-    if _pool is None:
-        _pool = ThreadPoolExecutor(thread_name_prefix="projunn_manifold")
-    others = [_pool.submit(function, *call) for call in calls[1:]] if _pool is not None else []
-    function(*calls[0])
+    pool = _pool = _pool or ThreadPoolExecutor(thread_name_prefix="projunn_manifold")
+    others = [pool.submit(function, *call) for call in calls[1:]]
+    try:
+        function(*calls[0])
+    finally:
+        wait(others)
     for other in others:
         other.result()
 

@@ -142,7 +142,7 @@ def without_normal_part(g: Tensor, x: Tensor, k: int) -> Gradient:
     if g.dim() == 2:
         c = _normal_coefficient(g, x, k)
     else:
-        c = torch.zeros(*g.shape[:-2], 1, 1, dtype=g.real.dtype)
+        c = torch.zeros(*g.shape[:-2], 1, 1, dtype=g.real.dtype, device=g.device)
         c[suspects] = _normal_coefficient(g[suspects], x[suspects], k)
     return Shifted(g, x, c) if c.any() else Dense(g)
 

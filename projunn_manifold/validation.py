@@ -80,10 +80,10 @@ def check_seed(seed: object) -> int:
     return seed
 
 
-def check_writable(x: Tensor) -> None:
+def check_writable(x: Tensor, name: str = "x") -> None:
     """Raise if several elements of x share one place in memory, as in an expanded tensor."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-        raise ValueError(f"`x` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
+        raise ValueError(f"`{name}` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
 
 
 def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> LowRank:

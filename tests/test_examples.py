@@ -1,13 +1,16 @@
 """The examples run: a smoke run of each, on sizes of a few seconds, with everything they promise to write."""
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments, **kwargs):
@@ -32,3 +35,24 @@ def test_compare_stiefel_refuses_wrong_options(arguments, message):
     result = run("compare_stiefel.py", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+def test_pages_show_the_recorded_benchmark(tmp_path):
+    pages = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+    copies = [shutil.copy(page, tmp_path) for page in pages]
+    record = ROOT / "docs" / "results" / "benchmark.json"
+    result = run("benchmark/render.py", record, "--out", tmp_path, "--into", *copies)
+    assert result.returncode == 0, result.stderr
+    for page, copy in zip(pages, copies, strict=True):
+        assert "<!-- benchmark: " in page.read_text()
+        assert Path(copy).read_text() == page.read_text()
+
+
+@pytest.mark.parametrize("section", ["ops", "batch"])
+def test_benchmark_checks_times_and_writes(tmp_path, section):
+    if not all(importlib.util.find_spec(rival) for rival in ("geotorch", "pogo")):
+        pytest.skip("the rivals are not installed (extra `bench`)")
+    result = run("benchmark/run.py", "--quick", "--only", section, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "RiemannianSGD D" in result.stdout
+    assert json.loads((tmp_path / "benchmark.json").read_text())["cells"]

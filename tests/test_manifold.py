@@ -538,3 +538,35 @@ def test_checks_explain_themselves(draw):
     assert not ok
     assert "X^H u + u^H X != 0" in reason
     assert manifold.check_vector_on_tangent(x, draw.tangent(x))
+
+
+def test_steps_in_place_take_one_learning_rate_for_each_matrix(draw):
+    for k in (1, 2, None):
+        x, g = draw.point(8, 8, 8, dtype=torch.float64), draw.matrix(8, 8, 8, dtype=torch.float64)
+        rates = torch.linspace(0.0, 1.0, 8, dtype=torch.float64)
+        together = UnitaryLowRank(k).step_(x.clone(), g, rates)
+        for t in range(8):
+            assert error(together[t], UnitaryLowRank(k).step_(x[t].clone(), g[t], rates[t].item())) <= bound(x.dtype)
+
+
+def test_steps_in_place_refuse_other_shapes_before_anything_moves(draw):
+    manifold = UnitaryLowRank(1)
+    x, v = draw.point(3, 8, 8, dtype=torch.float64), draw.matrix(8, 8, dtype=torch.float64)
+    kept, u = x.clone(), draw.matrix(3, 8, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"`v` must have the point's shape \(3, 8, 8\), got \(8, 8\)"):
+        manifold.retr_transp_(x, u, v)
+    with pytest.raises(ValueError, match="`gradient` must have the point's shape"):
+        manifold.step_(x[0], u, 0.1)
+    with pytest.raises(ValueError, match="is expanded"):
+        manifold.retr_transp_(x, u, v.expand(3, 8, 8))
+    assert torch.equal(x, kept)
+    assert manifold._drift.tick == 0
+
+
+def test_a_default_device_does_not_reach_into_a_step(draw):
+    x, g = draw.point(3, 8, 8, dtype=torch.float64), draw.matrix(3, 8, 8, dtype=torch.float64)
+    with torch.device("meta"), torch.no_grad():
+        for point, gradient in ((x, g), (x[0].clone(), g[0])):
+            manifold = UnitaryLowRank(1)
+            assert manifold.retr(point, manifold.egrad2rgrad(point, gradient + 0.1 * point)).is_cpu
+            assert manifold.step_(point, gradient, 0.1).is_cpu

@@ -1,7 +1,8 @@
 """Products with thin matrices: the compiled loops and PyTorch's own products against dense ones in double precision."""
 
 import gc
-import multiprocessing
+import os
+import signal
 import tracemalloc
 
 import geoopt
@@ -12,7 +13,7 @@ from helpers import DTYPES, bound, double, error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from projunn_manifold import UnitaryLowRank, optim, passes
+from projunn_manifold import UnitaryLowRank, linalg, optim, passes
 from projunn_manifold.factors import FactoredTensor
 
 MATRICES = [(1, 1), (3, 2), (7, 7), (64, 64), (70, 33), (5, 16, 16), (2, 3, 9, 6), (130, 40)]
@@ -64,6 +65,17 @@ def test_products_are_those_of_dense_matrices(draw, path, shape, k, dtype):
     assert error(x, expected) <= rounding
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_large_results_are_fresh_aligned_memory(draw, dtype, monkeypatch):
+    monkeypatch.setattr(passes, "_MAPPED", 0)
+    x, p, q = draw.matrix(3, 9, 7, dtype=dtype), draw.matrix(3, 9, 2, dtype=dtype), draw.matrix(3, 7, 2, dtype=dtype)
+    y = passes.plus_product(x, p, q)
+    assert error(y, double(x) + double(p) @ double(q).mH) <= bound(dtype, 10.0)
+    assert y.data_ptr() % 64 == 0 or passes.compiled is None
+    assert y.is_contiguous()
+    y.resize_(2, 9, 7)  # an ordinary tensor
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (9, 9), (70, 33), (5, 16, 16), (2, 3, 8, 8)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rank_one_tangents(draw, path, shape, dtype):
@@ -106,6 +118,37 @@ def test_cosines(draw, path, shape, dtype):
     assert torch.as_tensor(passes.cosine(x, 0 * g, rows)).abs().max() == 0
 
 
+@pytest.mark.parametrize("scale", [1e-170, 1e-155, 1e150, 1e160])
+def test_norms_whose_squares_leave_the_range(draw, path, scale):
+    x, q = draw.matrix(20, 20, dtype=torch.float64), draw.matrix(20, 1, dtype=torch.float64)
+    y, back = passes.unit_image(x * scale, q)
+    exact = x @ q / torch.linalg.matrix_norm(x @ q)
+    assert error(y, exact) <= bound(torch.float64)
+    assert error(back / scale, x.mH @ exact) <= bound(torch.float64, 20.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(40, 40), (3, 40, 40)], ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("lr", [0.1, 10.0, 1e3, 1e5])
+def test_a_gradient_nearly_normal_to_the_manifold_moves_within_it(draw, path, dtype, shape, k, lr):
+    x = draw.point(*shape, dtype=dtype)
+    v = draw.matrix(*shape[:-1], 1, dtype=dtype)
+    g = x @ v @ v.mH / shape[-1] + 1e-2 * draw.matrix(*shape, dtype=dtype) / shape[-1]
+    angle = lr * 1e-2 * k  # of the step, roughly
+    manifold = UnitaryLowRank(k, sweep=None)
+    y = manifold.step_(x.clone(), g, lr)
+    assert linalg.unitarity_error(y).max() <= bound(dtype, angle)
+
+
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("lr", [1.0, 1e2, 1e4, 1e8])
+def test_large_steps_lose_no_more_than_their_angle_times_rounding(draw, path, k, lr):
+    x, g = draw.point(40, 40, dtype=torch.float64), draw.matrix(40, 40, dtype=torch.float64)
+    y = UnitaryLowRank(k, sweep=None).step_(x, g, lr)
+    assert linalg.unitarity_error(y) <= bound(torch.float64, lr)
+
+
 def test_non_finite_entries_stay_visible(draw, path):
     for value in (torch.nan, torch.inf):
         x, q = draw.matrix(9, 9, dtype=torch.float32), draw.matrix(9, 1, dtype=torch.float32)
@@ -116,17 +159,20 @@ def test_non_finite_entries_stay_visible(draw, path):
         assert not torch.isfinite(passes.unit_image(x, q)[1]).all()
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-@pytest.mark.parametrize("shape", [(600, 600), (5, 300, 300), (601, 450)], ids=str)
-def test_threads_share_the_work(draw, path, shape, threads, monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    x, g = draw.matrix(*shape, dtype=torch.float64), draw.matrix(*shape[:-2], shape[-1], 2, dtype=torch.float64)
-    left = draw.matrix(*shape[:-1], 2, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(60, 60), (5, 30, 30), (61, 45)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_share_the_work(draw, path, shape, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(passes, "_GRAIN", 100)
+    assert len(passes._parts(1, 60, 60)) == len(passes._parts(5, 30, 30)) == 3
+    x, g = draw.matrix(*shape, dtype=dtype), draw.matrix(*shape[:-2], shape[-1], 2, dtype=dtype)
+    left = draw.matrix(*shape[:-1], 2, dtype=dtype)
+    wide = double(x)
     right, back = passes.both(x, g, left)
-    assert close(right, x @ g, x, g)
-    assert close(back, x.mH @ left, x, left)
-    assert close(passes.both(x, g)[1], x.mH @ x @ g, x, x, g)
-    assert error(passes.plus_product(x, left, g), x + left @ g.mH) <= bound(torch.float64, 10.0)
+    assert close(right, wide @ double(g), x, g)
+    assert close(back, wide.mH @ double(left), x, left)
+    assert close(passes.both(x, g)[1], wide.mH @ wide @ double(g), x, x, g)
+    assert error(passes.plus_product(x, left, g), wide + double(left) @ double(g).mH) <= bound(dtype, 10.0)
 
 
 @pytest.mark.skipif(passes.compiled is None, reason="numba is not installed")
@@ -211,15 +257,18 @@ def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
     assert 0 < storages.bytes + peak <= share * n * n * 4
 
 
-def test_a_forked_process_starts_its_own_threads(draw):
-    if "fork" not in multiprocessing.get_all_start_methods():
-        pytest.skip("no fork on this platform")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_process_starts_its_own_threads():
     calls = []
     passes._in_parallel(calls.append, [(1,), (2,)])
     assert sorted(calls) == [1, 2]
-    passes._forget_pool()
-    passes._in_parallel(calls.append, [(3,), (4,)])
-    assert sorted(calls) == [1, 2, 3, 4]
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # a pool without threads would wait for ever
+        passes._in_parallel(calls.append, [(3,), (4,)])
+        os._exit(0 if sorted(calls) == [1, 2, 3, 4] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_failure_in_a_thread_is_raised():

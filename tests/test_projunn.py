@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from helpers import DTYPES, SHAPES, Draw, bound, double, error, norm2, ranks
+from helpers import DTYPES, SHAPES, bound, double, error, norm2, ranks
 
 from projunn_manifold import projunn_d, projunn_d_, projunn_t, projunn_t_, reference
 
@@ -172,12 +172,29 @@ def test_an_expanded_point_is_not_written_to(draw):
     assert error(projunn_t(x, a, b), projunn_t(x.clone(), a, b)) <= bound(torch.float32)
 
 
-def test_gradients_flow_through_the_pure_functions():
-    draw = Draw(0)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("shape", [(5, 5), (2, 5, 5), (6, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("wanted", ["x", "a", "b", "ab"])
+def test_derivatives_backwards_and_forwards(draw, shape, k, dtype, wanted):
+    x = draw.point(*shape, dtype=dtype)
+    a, b = draw.factors(shape, k, dtype)
+    inputs = [t.requires_grad_(name in wanted) for name, t in (("x", x), ("a", a), ("b", b))]
+    assert torch.autograd.gradcheck(projunn_t, inputs, check_forward_ad=k == 1, fast_mode=True)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_torch_func_sees_the_same_derivative(draw, k):
     x = draw.point(5, 5, dtype=torch.float64)
-    a, b = draw.factors((5, 5), 1, torch.float64)
-    a.requires_grad_(), b.requires_grad_()
-    assert torch.autograd.gradcheck(lambda a, b: projunn_t(x, a, b), (a, b))
+    a, b = draw.factors((5, 5), k, torch.float64)
+    weight = draw.matrix(5, 5, dtype=torch.float64)
+
+    def loss(a):
+        return (weight * projunn_t(x, a, b)).sum()
+
+    gradient = torch.func.grad(loss)(a)
+    loss(a.requires_grad_()).backward()
+    assert error(gradient, a.grad) <= bound(torch.float64)
 
 
 def test_a_singular_step_is_refused_and_nothing_is_changed(draw):

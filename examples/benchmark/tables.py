@@ -60,7 +60,12 @@ def _rivals(record: dict[str, Any]) -> Rows:
     rows = _grid(cells, _side_column, _ratio)
     about = {cell["subject"]: [cell["cost"], cell["source"]] for cell in cells}
     known = [
-        [original["subject"], *(str(original["ratio"].get(n, "")) for n in rows[0][1:]), original["cost"], "see below"]
+        [
+            original["subject"],
+            *(str(original["ratio"].get(n, "")) for n in rows[0][1:]),
+            original["cost"],
+            "measured earlier",
+        ]
         for original in record["original"]
     ]
     return [[*rows[0], "cost", "source"], *([*row, *about[row[0]]] for row in rows[1:]), *known]
