@@ -295,6 +295,8 @@ def reduce_gradients(rank, address, queue):
     FactoredGradient.apply(parallel(torch.ones(1, 4, dtype=torch.float64)), model.weight, rank + 1.0).backward()
     results.append(model.weight.grad[0, 0].item())
     queue.put((rank, results))
+    del parallel
+    torch.distributed.barrier()  # gloo's threads must not be torn down while the other process still talks to them
     torch.distributed.destroy_process_group()
 
 
