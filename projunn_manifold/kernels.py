@@ -435,17 +435,18 @@ def _divide(v: Any, norm: float) -> None:  # pragma: no cover
 
 @_compiled
 def rank_one_tangent(
-    a: Any, b: Any, xb: Any, xha: Any, left: Any, right: Any, numbers: Any
+    a: Any, xb: Any, back: Any, xha: Any, left: Any, right: Any, numbers: Any
 ) -> float:  # pragma: no cover
-    """Write ``[X b, a']``, ``[b, X^H a']`` and ‖a'‖², ‖b‖², Im b^H X^H a; a' = a - ρ X b, ρ = Re b^H X^H a / ‖b‖².
+    """Write ``[X b, a']``, ``X^H [X b, a']`` and ‖a'‖², ‖X b‖², Im b^H X^H a.
 
+    a' = a - ρ X b with ρ = Re b^H X^H a / ‖X b‖², where ``back`` is X^H X b and ``xha`` X^H a.
     Return the smallest ‖a'‖²/‖a‖² of all matrices.
     """
     smallest = 1.0
     for t in range(a.shape[0]):
         bb, re, im = 0.0, 0.0, 0.0
-        for j in range(b.shape[2]):
-            u, v = b[t, 0, j], xha[t, 0, j]
+        for i in range(a.shape[2]):
+            u, v = xb[t, 0, i], a[t, 0, i]
             ure, uim, vre, vim = 1.0 * u.real, 1.0 * u.imag, 1.0 * v.real, 1.0 * v.imag
             bb += ure * ure + uim * uim
             re += ure * vre + uim * vim
@@ -458,8 +459,8 @@ def rank_one_tangent(
             left[t, 0, i], left[t, 1, i] = xb[t, 0, i], rest
             size += 1.0 * whole.real * whole.real + 1.0 * whole.imag * whole.imag
             aa += rest.real * rest.real + rest.imag * rest.imag
-        for j in range(b.shape[2]):
-            right[t, 0, j], right[t, 1, j] = b[t, 0, j], xha[t, 0, j] - rho * b[t, 0, j]
+        for j in range(back.shape[2]):
+            right[t, 0, j], right[t, 1, j] = back[t, 0, j], xha[t, 0, j] - rho * back[t, 0, j]
         numbers[t, 0], numbers[t, 1], numbers[t, 2] = aa, bb, im
         if aa < smallest * size:
             smallest = aa / size

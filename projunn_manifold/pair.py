@@ -1,7 +1,7 @@
 r"""k = 1 in closed form: a rank-one gradient's tangent, its geodesic and (square X) its polar retraction.
 
 A pair (a, b) gives the tangent :math:`u = \tfrac12(a b^H - X b\,a^H X) = W K S^H` with
-W = [X b, a], S = [b, X^H a], K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
+W = [X b, a], S = X^H W, K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
 X b to a does not change u; the multiple that makes :math:`\mathrm{Re}\, b^H X^H a = 0` is taken out first.
 Then :math:`W^H W = \begin{pmatrix}\|b\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
 the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖b‖, and
@@ -44,7 +44,7 @@ class Pair:
 
     base: Base
     left: Tensor  # W = [X b, a]    (*batch, n, 2)
-    right: Tensor  # S = [b, X^H a]  (*batch, m, 2)
+    right: Tensor  # S = X^H W  (*batch, m, 2)
     aa: Scalar  # ‖a‖²
     bb: Scalar  # ‖b‖²
     s: Scalar | None  # None for real matrices
@@ -52,7 +52,7 @@ class Pair:
 
     @classmethod
     def of_gradient(cls, x: Tensor, factors: LowRank) -> Pair:
-        """Tangent of the gradient ``a b^H`` at x: ``X b`` and ``X^H a``, in one read of X."""
+        """Tangent of the gradient ``a b^H`` at x: ``X b`` and ``X^H W``, in two reads of X."""
         left, right, (aa, bb, s) = passes.rank_one_tangent(x, *factors)
         return cls(Base.of(x), left, right, aa, bb, s if x.is_complex() else None)
 

@@ -1,15 +1,15 @@
-r"""k > 1 on square X: the tangent of a rank-k gradient, its geodesic and its polar retraction, in one read of X.
+r"""k > 1 on square X: the tangent of a rank-k gradient, its geodesic and its polar retraction.
 
-With orthonormal a (any other is brought there by a thin QR), D = X^H a and c = D^H b, the part of b outside
-the range of D is b' = b - D c, and X b' = X b - a c costs no further product with X, unless little is left of b: then
-rounding of the difference would count, and X b' is a product of its own.  The tangent is
+With orthonormal a (any other is brought there by a thin QR) and c = a^H X b, the part of X b outside the range of
+a is X b' = X b - a c.  All is made from these two, W = [a, X b'] and S = X^H W, not from b: then I + W F W^H stays
+unitary where X is not quite, and no step enlarges what rounding has left.  The tangent is
 
 .. math::
 
-    u = \tfrac12(a b^H - X b\,a^H X) = W K S^H,\quad W = [a, X b'],\quad S = [D, b'],\quad
+    u = \tfrac12(a b^H - X b\,a^H X) = W K S^H,\quad W = [a, X b'],\quad S = X^H W,\quad
     K = \begin{pmatrix}\Omega & \tfrac12 I\\ -\tfrac12 I & 0\end{pmatrix},\quad \Omega = -\mathrm{skew}(c).
 
-In an orthonormal basis of the range of W, with b' = Q R, the lift is
+In an orthonormal basis of the range of W, with X b' = Q R, the lift is
 :math:`E = \begin{pmatrix}\Omega & \frac12 R^H\\ -\frac12 R & 0\end{pmatrix}`.  For f(z) = z φ(z) and
 φ(z) = 1 + z ψ(z), the increment f(E) in the basis W itself needs no inverse of R:
 
@@ -45,7 +45,7 @@ class Pairs:
 
     base: Base
     left: Tensor  # W = [a, X b']   (*batch, n, 2k)
-    right: Tensor  # S = [X^H a, b']  (*batch, n, 2k)
+    right: Tensor  # S = X^H W  (*batch, n, 2k)
     omega: Tensor  # Ω  (*batch, k, k) double
     r: Tensor  # R  (*batch, k, k) double
     scale: Scalar = 1.0
@@ -56,19 +56,17 @@ class Pairs:
         wide = linalg.high_precision(x.dtype)
         a, triangle = torch.linalg.qr(factors.a)
         b = factors.b @ triangle.mH
-        xb, xha = passes.both(x, b, a)
-        inside, size = linalg.adjoint_times(xha, b), linalg.squared_norm(b)
-        b, xb = b - xha @ inside, xb - a @ inside
-        if (
-            not linalg.readable(x) or (linalg.squared_norm(b) < size / 64).any()
-        ):  # rounding of the difference would count
-            b = b - xha @ linalg.adjoint_times(xha, b)
-            xb = passes.times(x, b)
-        r = torch.linalg.qr(b).R
+        (xb, back), xha = passes.both(x, b), passes.adjoint_times(x, a)
+        inside, size = linalg.adjoint_times(a, xb), linalg.squared_norm(xb)
+        rest, back = xb - a @ inside, back - xha @ inside
+        if not linalg.readable(x) or (linalg.squared_norm(rest) < size / 64).any():
+            rest = rest - a @ linalg.adjoint_times(a, rest)
+            back = passes.adjoint_times(x, rest)
+        r = torch.linalg.qr(rest).R
         return cls(
             Base.of(x),
-            torch.cat((a.mT, xb.mT), -2).mT,
-            torch.cat((xha.mT, b.mT), -2).mT,
+            torch.cat((a.mT, rest.mT), -2).mT,
+            torch.cat((xha.mT, back.mT), -2).mT,
             -linalg.skew(inside.to(wide)),
             r.to(wide),
         )

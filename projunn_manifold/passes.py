@@ -93,37 +93,39 @@ def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k)
 
 
 def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
-    r"""Return W = [X b, a'], S = [b, X^H a'] and the numbers ‖a'‖², ‖b‖², Im b^H X^H a, in one read of X.
+    r"""Return W = [X b, a'], S = X^H W and the numbers ‖a'‖², ‖X b‖², Im b^H X^H a, in two reads of X.
 
-    a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ b`, unless little is left
-    of a: then rounding of the difference would count, and X is read once more.  Numbers are ``(*batch,)`` in double
-    precision, or Python's own for a single matrix on CPU: there every operator on a tensor would cost more than
-    all the arithmetic that follows.
+    a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ X^H X b`, unless little
+    is left of a: then rounding of the difference would count, and X is read once more.  S is made from W, not
+    from b: then I + W F W^H stays unitary where X is not quite, and no step enlarges what rounding has left.
+    Numbers are ``(*batch,)`` in double precision, or Python's own for a single matrix on CPU: there every
+    operator on a tensor would cost more than all the arithmetic that follows.
     """
     if _by_loops(x, a, b):
         a_rows, b_rows = _rows(a), _rows(b)
-        xb, xha = _products(x, b_rows, a_rows)
+        xb, back = _products(x, b_rows, None, normal=True)
+        xha = _products(x, None, a_rows)[1]
         left, right = (x.new_empty(len(t), 2, t.shape[-1]).numpy() for t in (a_rows, b_rows))  # aligned, for the update
         table = np.empty((len(xb), 3))
-        kept = compiled.rank_one_tangent(a_rows, b_rows, xb, xha, left, right, table)
+        kept = compiled.rank_one_tangent(a_rows, xb, back, xha, left, right, table)
         if kept < _LITTLE:
             right[:, 1:] = _products(x, None, left[:, 1:].copy())[1]
         single = x.dim() == 2
         numbers = table[0].tolist() if single else list(torch.from_numpy(table).view(*x.shape[:-2], 3).unbind(-1))
         return _columns(left, x), _columns(right, x), numbers
-    xb, xha = both(x, b, a)
+    (xb, back), xha = both(x, b), adjoint_times(x, a)
     wide = linalg.high_precision(x.dtype)
-    bb, overlap = linalg.squared_norm(b), (b.mH.to(wide) @ xha.to(wide))[..., 0, 0]
+    bb, overlap = linalg.squared_norm(xb), (xb.mH.to(wide) @ a.to(wide))[..., 0, 0]
     rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(x.real.dtype)[..., None, None]
     size = linalg.squared_norm(a)
-    a, xha = a - rho * xb, xha - rho * b
+    a, xha = a - rho * xb, xha - rho * back
     aa = linalg.squared_norm(a)
     if not linalg.readable(x) or (aa < _LITTLE * size).any():
         xha = adjoint_times(x, a)
     numbers = [aa, bb, overlap.imag if x.is_complex() else torch.zeros_like(bb)]
     if all(map(_is_single, numbers)):
         numbers = [number.item() for number in numbers]
-    return _side_by_side(xb, a), _side_by_side(b, xha), numbers
+    return _side_by_side(xb, a), _side_by_side(back, xha), numbers
 
 
 def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -88,6 +88,20 @@ def test_rounding_does_not_add_up(draw, variant, how):
     assert errors[None] >= 3 * errors[64]
 
 
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+def test_no_step_enlarges_the_error_it_finds(draw, variant, k, dtype):
+    """Large steps in one lasting direction, where an error in that direction could grow from step to step."""
+    x = draw.point(32, 32, dtype=dtype)
+    x += draw.matrix(32, 32, dtype=dtype) * 1e-4
+    start = linalg.unitarity_error(x).item()
+    manifold, g = variant(k, sweep=None), draw.matrix(32, 32, dtype=dtype)
+    for _ in range(200):
+        manifold.step_(x, x @ g @ x / 30 + g.mH / 30, 1.0)
+    assert linalg.unitarity_error(x).item() <= 1.05 * start
+
+
 def test_the_correction_is_a_part_of_optimisers_steps_only(draw):
     x = draw.point(8, 8, dtype=torch.float64).mul_(1 + 1e-6)
     manifold = UnitaryLowRank(1, sweep=1)
