@@ -26,9 +26,8 @@ from projunn_manifold.tangents import TANGENTS, Tangent, tangent_of_gradient
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
-_POWER = (
-    2  # products with u^H u when a dense tangent is reduced: Adam at small k needs half the steps it needs with none
-)
+# Products with u^H u when a dense tangent is reduced: Adam at small k needs half the steps it needs with none.
+_POWER = 2
 
 
 class UnitaryLowRank(Manifold):
@@ -217,7 +216,7 @@ class UnitaryLowRank(Manifold):
     def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
 
-        The fastest way to move: one read of the gradient (k = 1), one of x, and one pass of x that writes it;
+        The fastest way to move: one read of the gradient (k = 1), two of x, and one pass of x that writes it;
         no matrix of x's size is allocated.  ``lr`` is a number, or a tensor ``(*batch,)`` with one for each matrix.
         Raises what ``egrad2rgrad`` and ``retr`` raise, and ValueError for a gradient of another shape; x is then as
         it was.

@@ -42,9 +42,8 @@ class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
                         self._move_(point, group)
                         moved.append(point)
         with _without_gradients(moved):
-            inspect.unwrap(self._geoopt.step)(
-                self
-            )  # torch may have wrapped it to call the hooks, which are ours to call
+            # torch may have wrapped it to call the hooks, which are ours to call
+            inspect.unwrap(self._geoopt.step)(self)
         return loss
 
     def _move_(self, point: Any, group: dict[str, Any]) -> None:
@@ -54,7 +53,7 @@ class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
 class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
     r"""geoopt's ``RiemannianSGD``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
 
-    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), one of X and one pass
+    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), two of X and one pass
     that writes X.  With momentum the buffer is scaled, updated and carried along in place: 7 passes more, and one
     temporary matrix with ``nesterov``.
 
@@ -98,7 +97,7 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
 
     The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m
     times.  Here it is kept once, ``(*batch, 1, 1)``, and ``state_dict`` writes it out in geoopt's shape.
-    A step costs 15 passes and allocates no matrix of X's size.
+    A step costs 16 passes and allocates no matrix of X's size.
 
     Parameters
     ----------

@@ -3,13 +3,13 @@ r"""k = 1 in closed form: a rank-one gradient's tangent, its geodesic and (squar
 A pair (a, b) gives the tangent :math:`u = \tfrac12(a b^H - X b\,a^H X) = W K S^H` with
 W = [X b, a], S = X^H W, K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
 X b to a does not change u; the multiple that makes :math:`\mathrm{Re}\, b^H X^H a = 0` is taken out first.
-Then :math:`W^H W = \begin{pmatrix}\|b\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
-the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖b‖, and
+Then :math:`W^H W = \begin{pmatrix}\|Xb\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
+the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖X b‖, and
 
 .. math::
 
     Y = X + W F S^H,\quad g = I + W F W^H,\quad
-    F = \tfrac{\tau}{2}\Big(c J - d \begin{pmatrix}\|a\|/\|b\| & 0\\ 0 & \|b\|/\|a\|\end{pmatrix}\Big),
+    F = \tfrac{\tau}{2}\Big(c J - d \begin{pmatrix}\|a\|/\|Xb\| & 0\\ 0 & \|Xb\|/\|a\|\end{pmatrix}\Big),
 
 where c and d are the half sum and half difference over i of :math:`\varphi(\theta_\pm)`,
 :math:`\varphi(\theta) = (e^{i\alpha(\theta)} - 1)/(i\theta)`, with α = θ for the geodesic (projUNN-T) and
@@ -46,7 +46,7 @@ class Pair:
     left: Tensor  # W = [X b, a]    (*batch, n, 2)
     right: Tensor  # S = X^H W  (*batch, m, 2)
     aa: Scalar  # ‖a‖²
-    bb: Scalar  # ‖b‖²
+    bb: Scalar  # ‖X b‖²
     s: Scalar | None  # None for real matrices
     scale: Scalar = 1.0
 
