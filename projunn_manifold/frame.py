@@ -38,17 +38,17 @@ class Step:
 
     @classmethod
     def of_factors(cls, x: Tensor, factors: LowRank) -> Step:
-        """Bring ``a b^H`` into a frame: two products with X and thin QRs; Q spans b and X^H a."""
-        a, b = factors
+        """Bring ``a b^H`` into a frame: two products with X (four on tall X) and thin QRs; Q spans b and X^H a."""
+        a = factors.a
         wide = linalg.high_precision(x.dtype)
-        q, r = torch.linalg.qr(torch.cat((b, passes.adjoint_times(x, a)), -1))
+        q, r = torch.linalg.qr(torch.cat((factors.b, passes.adjoint_times(x, a)), -1))
         q, r = q.contiguous(), r.to(wide)
         p = passes.times(x, q)
         r_b, r_a = r.split(a.shape[-1], -1)
         if x.shape[-2] == x.shape[-1]:
             return cls(p, None, q, r_a @ r_b.mH, None)
-        outside, r_out = torch.linalg.qr(a - p @ r_a.to(x.dtype))
-        return cls(p, outside.contiguous(), q, r_a @ r_b.mH, r_out.to(wide) @ r_b.mH)
+        b, r_out = _basis_outside(x, a - p @ r_a.to(x.dtype))
+        return cls(p, b, q, r_a @ r_b.mH, r_out.to(wide) @ r_b.mH)
 
     def raw_retraction(self) -> Move:
         """Move to the polar factor of X + a b^H (the paper's projUNN-D).
@@ -95,7 +95,7 @@ class Frame:
         r"""Reduce a dense vector u to the tangent of largest rank inside the right basis q (None: all of it).
 
         :math:`u_k = X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - X X^H) u Q Q^H`: one product with u, one
-        with X (three on tall X); for a tangent u whose rows lie in Q it is u itself.
+        with X (five on tall X); for a tangent u whose rows lie in Q it is u itself.
         """
         wide = linalg.high_precision(x.dtype)
         if q is None:
@@ -109,8 +109,8 @@ class Frame:
         if x.shape[-2] == x.shape[-1]:
             return cls(Base.of(x), p, None, q, omega, None)
         along = inside if p is x else passes.adjoint_times(x, uq)
-        b, c = torch.linalg.qr(uq - passes.times(x, along))
-        return cls(Base.of(x), p, b.contiguous(), q, omega, c.to(wide))
+        b, c = _basis_outside(x, uq - passes.times(x, along))
+        return cls(Base.of(x), p, b, q, omega, c.to(wide))
 
     @property
     def like(self) -> Tensor:
@@ -162,6 +162,16 @@ class Frame:
         top = torch.cat((self.omega, -self.c.mH), -1)
         bottom = torch.cat((self.c, self.c.new_zeros((*self.c.shape[:-1], j))), -1)
         return torch.cat((top, bottom), -2)
+
+
+def _basis_outside(x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis B of ``rest``, which is what was left outside the range of X, and its coordinates.
+
+    Rest is taken out of the range once more: its first projection was as inexact as X is, and a B that is not
+    orthogonal to X would let the error of X grow with every step.
+    """
+    b, c = torch.linalg.qr(rest - passes.times(x, passes.adjoint_times(x, rest)))
+    return b.contiguous(), c
 
 
 def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]

@@ -29,26 +29,23 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return numba.njit(nogil=True, fastmath=_FLAGS)(function)
 
 
-# -- products: Y = X R and Z += X^T L; L may be Y itself -------------------------------------------------------
+# -- products: Y = X R and Z += X^T L, or Z += X^T [Y, L] in the same read of X --------------------------------
 
 
 @_compiled
 def products(
     x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool, t0: int, t1: int, i0: int, i1: int
 ) -> None:  # pragma: no cover
-    """``y = X right`` and ``z += X^T left``; ``left = y`` if ``normal``."""
+    """``y = X right`` and ``z += X^T left``; if ``normal``, ``z += X^T [y, left]``."""
     for t in range(t0, t1):
-        if normal:
-            _products(x[t, i0:i1], right[t], y[t, :, i0:i1], y[t, :, i0:i1], z[t], True)
-        else:
-            _products(x[t, i0:i1], right[t], y[t, :, i0:i1], left[t, :, i0:i1], z[t], False)
+        _products(x[t, i0:i1], right[t], y[t, :, i0:i1], left[t, :, i0:i1], z[t], normal)
 
 
 @_compiled
 def complex_products(
     x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool, t0: int, t1: int, i0: int, i1: int
 ) -> None:  # pragma: no cover
-    """``y = X right`` and ``z += X^H left``; ``left = y`` if ``normal``.
+    """``y = X right`` and ``z += X^H left``; if ``normal``, ``z += X^H [y, left]``.
 
     Re and Im of X v are the products of the interleaved matrix with conj(v) and i conj(v), and X^H a follows
     from its adjoint products with Re a and Im a.
@@ -57,22 +54,19 @@ def complex_products(
     v = np.empty((2 * k, x.shape[2]), x.dtype)
     s = np.empty((2 * k, i1 - i0), x.dtype)
     a = np.empty((2 * r, i1 - i0), x.dtype)
-    q = np.empty((2 * r, x.shape[2]), x.dtype)
+    q = np.empty((2 * z.shape[1], x.shape[2]), x.dtype)
     for t in range(t0, t1):
         for c in range(k):
             _interleave_conjugate(right[t, c], v[2 * c], v[2 * c + 1])
+        for c in range(r):
+            for i in range(i1 - i0):
+                a[2 * c, i], a[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
         q[:] = 0
-        if normal:
-            _products(x[t, i0:i1], v, s, s, q, True)
-        else:
-            for c in range(r):
-                for i in range(i1 - i0):
-                    a[2 * c, i], a[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
-            _products(x[t, i0:i1], v, s, a, q, False)
+        _products(x[t, i0:i1], v, s, a, q, normal)
         for c in range(k):
             for i in range(i1 - i0):
                 y[t, c, i0 + i] = s[2 * c, i] + 1j * s[2 * c + 1, i]
-        for c in range(r):
+        for c in range(z.shape[1]):
             for j in range(m):  # X^H a = conj(X^T Re a) + i conj(X^T Im a)
                 re, im = q[2 * c], q[2 * c + 1]
                 z[t, c, j] += (re[2 * j] + im[2 * j + 1]) + 1j * (im[2 * j] - re[2 * j + 1])
@@ -90,79 +84,52 @@ def _interleave_conjugate(v: Any, re: Any, im: Any) -> None:  # pragma: no cover
 def _products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> None:  # pragma: no cover
     n, k, r = x.shape[0], right.shape[0], left.shape[0]
     whole = n - n % 4
-    band = max(4, _CACHE // (x.shape[1] * x.itemsize) // 4 * 4)
-    if k <= 2 and (normal or k == r):
-        band = max(4, whole)  # one loop over all rows
-    for lo in range(0, whole, band):
-        hi = min(lo + band, whole)
-        rows = x[lo:hi]
-        if k == r and not normal:
-            for c in range(0, k - 1, 2):
-                _both_two(
-                    rows, right[c], right[c + 1], left[c, lo:hi], left[c + 1, lo:hi],
-                    y[c, lo:hi], y[c + 1, lo:hi], z[c], z[c + 1],
-                )  # fmt: skip
-            if k % 2:
-                _both_one(rows, right[k - 1], left[k - 1, lo:hi], y[k - 1, lo:hi], z[k - 1])
-        elif normal and k <= 2:
-            if k == 1:
-                _normal_one(rows, right[0], y[0, lo:hi], z[0])
-            else:
-                _normal_two(rows, right[0], right[1], y[0, lo:hi], y[1, lo:hi], z[0], z[1])
-        else:
-            for c in range(0, k - 1, 2):
-                _times_two(rows, right[c], right[c + 1], y[c, lo:hi], y[c + 1, lo:hi])
-            if k % 2:
-                _times_one(rows, right[k - 1], y[k - 1, lo:hi])
-            for c in range(0, r - 1, 2):
-                _adjoint_two(rows, left[c, lo:hi], left[c + 1, lo:hi], z[c], z[c + 1])
-            if r % 2:
-                _adjoint_one(rows, left[r - 1, lo:hi], z[r - 1])
+    if normal and k == 1 and r == 0:
+        _normal_one(x[:whole], right[0], y[0], z[0])
+    elif normal and k == 2 and r == 0:
+        _normal_two(x[:whole], right[0], right[1], y[0], y[1], z[0], z[1])
+    elif normal and k == 1 and r == 1:
+        _tangent_one(x[:whole], right[0], left[0], y[0], z[0], z[1])
+    elif normal and k == 2 and r == 2:
+        _tangent_two(
+            x[:whole], right[0], right[1], left[0], left[1], y[0], y[1], z[0], z[1], z[2], z[3]
+        )  # fmt: skip
+    else:
+        band = max(4, _CACHE // (x.shape[1] * x.itemsize) // 4 * 4)
+        for lo in range(0, whole, band):
+            hi = min(lo + band, whole)
+            _times(x[lo:hi], right, y[:, lo:hi])
+            if normal:
+                _adjoint(x[lo:hi], y[:, lo:hi], z[:k])
+            _adjoint(x[lo:hi], left[:, lo:hi], z[z.shape[0] - r :])
     for i in range(whole, n):
         for c in range(k):
             y[c, i] = _dot(x[i], right[c])
+            if normal:
+                _add_row(y[c, i], x[i], z[c])
         for c in range(r):
-            _add_row(left[c, i], x[i], z[c])
+            _add_row(left[c, i], x[i], z[z.shape[0] - r + c])
 
 
 @_compiled
-def _both_one(x: Any, v: Any, a: Any, y: Any, z: Any) -> None:  # pragma: no cover
-    zero = x.dtype.type(0)
-    for i in range(0, x.shape[0], 4):
-        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
-        s0, s1, s2, s3 = zero, zero, zero, zero
-        for j in range(v.shape[0]):
-            s0 += x0[j] * v[j]
-            s1 += x1[j] * v[j]
-            s2 += x2[j] * v[j]
-            s3 += x3[j] * v[j]
-            z[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
-        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+def _times(x: Any, right: Any, y: Any) -> None:  # pragma: no cover
+    k = right.shape[0]
+    for c in range(0, k - 1, 2):
+        _times_two(x, right[c], right[c + 1], y[c], y[c + 1])
+    if k % 2:
+        _times_one(x, right[k - 1], y[k - 1])
 
 
 @_compiled
-def _both_two(x: Any, v: Any, w: Any, a: Any, b: Any, y: Any, u: Any, z: Any, q: Any) -> None:  # pragma: no cover
-    zero = x.dtype.type(0)
-    for i in range(0, x.shape[0], 4):
-        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
-        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
-        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
-        s0, s1, s2, s3 = zero, zero, zero, zero
-        r0, r1, r2, r3 = zero, zero, zero, zero
-        for j in range(v.shape[0]):
-            s0 += x0[j] * v[j]
-            s1 += x1[j] * v[j]
-            s2 += x2[j] * v[j]
-            s3 += x3[j] * v[j]
-            r0 += x0[j] * w[j]
-            r1 += x1[j] * w[j]
-            r2 += x2[j] * w[j]
-            r3 += x3[j] * w[j]
-            z[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
-            q[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
-        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
-        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+def _adjoint(x: Any, left: Any, z: Any) -> None:  # pragma: no cover
+    r = left.shape[0]
+    for c in range(0, r - 1, 2):
+        _adjoint_two(x, left[c], left[c + 1], z[c], z[c + 1])
+    if r % 2:
+        _adjoint_one(x, left[r - 1], z[r - 1])
+
+
+# The products of one or two columns with both sides are written out once more: a fifth faster than their parts.
 
 
 @_compiled
@@ -197,6 +164,53 @@ def _normal_two(x: Any, v: Any, w: Any, y: Any, u: Any, z: Any, q: Any) -> None:
             r1 += x1[j] * w[j]
             r2 += x2[j] * w[j]
             r3 += x3[j] * w[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+            q[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
+
+
+@_compiled
+def _tangent_one(x: Any, v: Any, a: Any, y: Any, z: Any, p: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            p[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+
+
+@_compiled
+def _tangent_two(
+    x: Any, v: Any, w: Any, a: Any, b: Any, y: Any, u: Any, z: Any, q: Any, p: Any, o: Any
+) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        r0, r1, r2, r3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            r0 += x0[j] * w[j]
+            r1 += x1[j] * w[j]
+            r2 += x2[j] * w[j]
+            r3 += x3[j] * w[j]
+            p[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+            o[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
         y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
         u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
         for j in range(v.shape[0]):
@@ -434,12 +448,10 @@ def _divide(v: Any, norm: float) -> None:  # pragma: no cover
 
 
 @_compiled
-def rank_one_tangent(
-    a: Any, xb: Any, back: Any, xha: Any, left: Any, right: Any, numbers: Any
-) -> float:  # pragma: no cover
+def rank_one_tangent(a: Any, xb: Any, back: Any, left: Any, right: Any, numbers: Any) -> float:  # pragma: no cover
     """Write ``[X b, a']``, ``X^H [X b, a']`` and ‖a'‖², ‖X b‖², Im b^H X^H a.
 
-    a' = a - ρ X b with ρ = Re b^H X^H a / ‖X b‖², where ``back`` is X^H X b and ``xha`` X^H a.
+    a' = a - ρ X b with ρ = Re b^H X^H a / ‖X b‖², where ``back`` is X^H [X b, a].
     Return the smallest ‖a'‖²/‖a‖² of all matrices.
     """
     smallest = 1.0
@@ -460,7 +472,7 @@ def rank_one_tangent(
             size += 1.0 * whole.real * whole.real + 1.0 * whole.imag * whole.imag
             aa += rest.real * rest.real + rest.imag * rest.imag
         for j in range(back.shape[2]):
-            right[t, 0, j], right[t, 1, j] = back[t, 0, j], xha[t, 0, j] - rho * back[t, 0, j]
+            right[t, 0, j], right[t, 1, j] = back[t, 0, j], back[t, 1, j] - rho * back[t, 0, j]
         numbers[t, 0], numbers[t, 1], numbers[t, 2] = aa, bb, im
         if aa < smallest * size:
             smallest = aa / size

@@ -52,7 +52,7 @@ class Pair:
 
     @classmethod
     def of_gradient(cls, x: Tensor, factors: LowRank) -> Pair:
-        """Tangent of the gradient ``a b^H`` at x: ``X b`` and ``X^H W``, in two reads of X."""
+        """Tangent of the gradient ``a b^H`` at x: ``X b`` and ``X^H W``, in one read of X."""
         left, right, (aa, bb, s) = passes.rank_one_tangent(x, *factors)
         return cls(Base.of(x), left, right, aa, bb, s if x.is_complex() else None)
 

@@ -56,7 +56,8 @@ class Pairs:
         wide = linalg.high_precision(x.dtype)
         a, triangle = torch.linalg.qr(factors.a)
         b = factors.b @ triangle.mH
-        (xb, back), xha = passes.both(x, b), passes.adjoint_times(x, a)
+        xb, back = passes.both(x, b, a)
+        back, xha = back.tensor_split(2, -1)
         inside, size = linalg.adjoint_times(a, xb), linalg.squared_norm(xb)
         rest, back = xb - a @ inside, back - xha @ inside
         if not linalg.readable(x) or (linalg.squared_norm(rest) < size / 64).any():

@@ -1,7 +1,7 @@
 r"""Products of a large matrix with thin ones, in as few reads of the large matrix as possible.
 
 Every update of this package is made of these few operations, and a large matrix is read or written nowhere
-else.  :func:`both` computes :math:`X R` and :math:`X^H L`, or :math:`X R` and :math:`X^H X R`, in one read of X;
+else.  :func:`both` computes :math:`Y = X R` and :math:`X^H [Y, L]` in one read of X;
 :func:`add_product_` adds :math:`L R^H` in one read and one write.
 
 On CPU the loops of :mod:`~projunn_manifold.kernels` do this, if numba is installed (the extra ``fast``), the
@@ -66,13 +66,13 @@ def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n
     return linalg.adjoint_times(x, q)
 
 
-def both(x: Tensor, right: Tensor, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return ``X right`` and ``X^H left``; without ``left``, ``X right`` and ``X^H X right``."""
-    if _by_loops(x, right) if left is None else _by_loops(x, right, left):
-        y, z = _products(x, _rows(right), None if left is None else _rows(left), normal=left is None)
+def both(x: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``Y = X right`` and ``X^H [Y, left]``."""
+    if _by_loops(x, right, left):
+        y, z = _products(x, _rows(right), _rows(left), normal=True)
         return _columns(y, x), _columns(z, x)
-    product = times(x, right)
-    return product, adjoint_times(x, product if left is None else left)
+    y = times(x, right)
+    return y, adjoint_times(x, torch.cat((y.mT, left.mT), -2).mT)
 
 
 def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k) -> (*batch, n, k), (*batch, m, k)
@@ -93,7 +93,7 @@ def unit_image(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, m, k)
 
 
 def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
-    r"""Return W = [X b, a'], S = X^H W and the numbers ‖a'‖², ‖X b‖², Im b^H X^H a, in two reads of X.
+    r"""Return W = [X b, a'], S = X^H W and the numbers ‖a'‖², ‖X b‖², Im b^H X^H a, in one read of X.
 
     a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ X^H X b`, unless little
     is left of a: then rounding of the difference would count, and X is read once more.  S is made from W, not
@@ -103,21 +103,21 @@ def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, l
     """
     if _by_loops(x, a, b):
         a_rows, b_rows = _rows(a), _rows(b)
-        xb, back = _products(x, b_rows, None, normal=True)
-        xha = _products(x, None, a_rows)[1]
+        xb, back = _products(x, b_rows, a_rows, normal=True)
         left, right = (x.new_empty(len(t), 2, t.shape[-1]).numpy() for t in (a_rows, b_rows))  # aligned, for the update
         table = np.empty((len(xb), 3))
-        kept = compiled.rank_one_tangent(a_rows, xb, back, xha, left, right, table)
+        kept = compiled.rank_one_tangent(a_rows, xb, back, left, right, table)
         if kept < _LITTLE:
             right[:, 1:] = _products(x, None, left[:, 1:].copy())[1]
         single = x.dim() == 2
         numbers = table[0].tolist() if single else list(torch.from_numpy(table).view(*x.shape[:-2], 3).unbind(-1))
         return _columns(left, x), _columns(right, x), numbers
-    (xb, back), xha = both(x, b), adjoint_times(x, a)
+    xb, back = both(x, b, a)
     wide = linalg.high_precision(x.dtype)
     bb, overlap = linalg.squared_norm(xb), (xb.mH.to(wide) @ a.to(wide))[..., 0, 0]
     rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(x.real.dtype)[..., None, None]
     size = linalg.squared_norm(a)
+    back, xha = back.tensor_split(2, -1)
     a, xha = a - rho * xb, xha - rho * back
     aa = linalg.squared_norm(a)
     if not linalg.readable(x) or (aa < _LITTLE * size).any():
@@ -234,19 +234,19 @@ def _interleaved(array: Any) -> Any:  # (batch, n, m) complex -> (batch, n, 2m) 
 
 
 def _products(x: Tensor, right: Any, left: Any, normal: bool = False) -> tuple[Any, Any]:
-    """Return ``X right`` and ``X^H left``, factors and products by rows, NumPy ``(batch, k, n)`` and ``(batch, k, m)``.
+    """Return ``Y = X right`` and ``X^H left``, or ``X^H [Y, left]`` if ``normal``; all thin matrices by rows.
 
-    Without a factor, its product has no rows; ``normal``: left is X right.
+    NumPy ``(batch, k, n)`` and ``(batch, k, m)``; without a factor, its product has no rows.
     """
     array = _array(x)
     batch, n, m = array.shape
     right = np.empty((batch, 0, m), array.dtype) if right is None else right
+    left = np.empty((batch, 0, n), array.dtype) if left is None else left
     y = np.empty((batch, right.shape[1], n), array.dtype)
-    left = y if normal else np.empty((batch, 0, n), array.dtype) if left is None else left
     loops, array = (compiled.complex_products, _interleaved(array)) if x.is_complex() else (compiled.products, array)
     parts = _parts(batch, n, m)
     shared = 1 if batch > 1 else len(parts)  # threads that share a matrix have sums of their own
-    z = np.zeros((shared, batch, left.shape[1], m), y.dtype)
+    z = np.zeros((shared, batch, left.shape[1] + normal * right.shape[1], m), y.dtype)
     _in_parallel(
         loops,
         [(array, right, y, left, z[c % shared], normal, *part) for c, part in enumerate(parts)],
