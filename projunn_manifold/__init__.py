@@ -1,11 +1,14 @@
 """projUNN as a geoopt manifold: unitary and orthogonal weights with exact rank-k updates in O(k n^2)."""
 
+from projunn_manifold import init, optim
 from projunn_manifold.manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.projunn import projunn_d, projunn_d_, projunn_t, projunn_t_
 
 __all__ = [
     "UnitaryLowRank",
     "UnitaryLowRankExact",
+    "init",
+    "optim",
     "projunn_d",
     "projunn_d_",
     "projunn_t",

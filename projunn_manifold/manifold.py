@@ -216,12 +216,21 @@ class UnitaryLowRank(Manifold):
     def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
 
-        The fastest way to move: one read of the gradient (k = 1), two of x, and one pass of x that writes it;
+        The fastest way to move: one read of the gradient (k = 1), one of x, and one pass of x that writes it;
         no matrix of x's size is allocated.  ``lr`` is a number, or a tensor ``(*batch,)`` with one for each matrix.
-        Raises what ``egrad2rgrad`` and ``retr`` raise, and ValueError for a gradient of another shape; x is then as
-        it was.
+        Raises what ``egrad2rgrad`` and ``retr`` raise, ValueError for a gradient of another shape, and TypeError
+        for a gradient that is None or a ``lr`` that is no number; x is then as it was.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from projunn_manifold import UnitaryLowRank
+        >>> manifold = UnitaryLowRank(k=1)
+        >>> x, g = manifold.random(64, 64), torch.randn(64, 64)
+        >>> x = manifold.step_(x, g, lr=0.1)
         """
         self._accept_in_place(x, grad, "gradient")
+        validation.check_number(lr, "lr")
         if self._is_dense(x):
             direction = (-linalg.each(lr) * self._dense_gradient(x, _plain(grad))).to(x.dtype)
             return x.copy_(self.retr(x, direction))
@@ -242,6 +251,7 @@ class UnitaryLowRank(Manifold):
         raises; x and the vectors are then as they were.
         """
         self._accept_in_place(x, u, "u")
+        validation.check_number(scale, "scale")
         for v in vectors:
             self._accept_in_place(x, v, "v")
             validation.check_writable(v, "v")
@@ -397,7 +407,12 @@ class UnitaryLowRank(Manifold):
 
     def _accept_size(self, size: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[int, ...]:
         shape: tuple[int, ...] = size2shape(*size)
-        validation.check_point(torch.empty(shape, dtype=dtype, device="meta"), "size")
+        problem = validation.shape_problem(shape, "size")
+        if problem:
+            raise ValueError(problem)
+        problem = validation.dtype_problem(dtype or torch.get_default_dtype(), "dtype")
+        if problem:
+            raise TypeError(problem)
         return shape
 
     def _gradient(self, x: Tensor, u: Tensor) -> Tangent:

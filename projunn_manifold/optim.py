@@ -21,6 +21,7 @@ import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
+from projunn_manifold import linalg, validation
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["RiemannianAdam", "RiemannianSGD"]
@@ -53,7 +54,7 @@ class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
 class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
     r"""geoopt's ``RiemannianSGD``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
 
-    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), two of X and one pass
+    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), one of X and one pass
     that writes X.  With momentum the buffer is scaled, updated and carried along in place: 7 passes more, and one
     temporary matrix with ``nesterov``.
 
@@ -97,7 +98,7 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
 
     The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m
     times.  Here it is kept once, ``(*batch, 1, 1)``, and ``state_dict`` writes it out in geoopt's shape.
-    A step costs 16 passes and allocates no matrix of X's size.
+    A step costs 15 passes and allocates no matrix of X's size.
 
     Parameters
     ----------
@@ -113,8 +114,9 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
-        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
+        In ``step``: what ``egrad2rgrad`` raises, and on CPU a gradient whose square overflows, parameter and state
+        as they were; and what ``retr`` raises of a direction beyond all rounding, the parameter as it was, its
+        moments, as in geoopt, already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
@@ -124,6 +126,8 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
         manifold, (beta1, beta2) = point.manifold, group["betas"]
         gradient = manifold.egrad2rgrad(point, point.grad)
         square = manifold.inner(point, gradient, keepdim=True)
+        if linalg.readable(point) and not torch.isfinite(square).all():  # the running mean would be infinite for ever
+            raise validation.non_finite(point.grad, "gradient")
         state = self.state[point]
         if not state:
             state["step"] = 0

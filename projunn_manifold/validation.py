@@ -16,10 +16,12 @@ __all__ = [
     "broadcast",
     "check_count",
     "check_factors",
+    "check_number",
     "check_point",
     "check_same_matrix",
     "check_sample",
     "check_seed",
+    "check_tensor",
     "check_writable",
     "dtype_problem",
     "non_finite",
@@ -35,7 +37,8 @@ def shape_problem(shape: Sequence[int], name: str) -> str | None:
     if len(shape) < 2:
         return f"`{name}` must have at least 2 dimensions (*batch, n, m), got shape {tuple(shape)}"
     if shape[-2] < shape[-1]:
-        return f"`{name}` must be square or tall, shape[-2] >= shape[-1], got shape {tuple(shape)}"
+        advice = "for a wide weight keep its adjoint and use w.mH"
+        return f"`{name}` must be square or tall, shape[-2] >= shape[-1], got shape {tuple(shape)}; {advice}"
     return None
 
 
@@ -50,13 +53,27 @@ def dtype_problem(dtype: torch.dtype, name: str) -> str | None:
 
 
 def check_point(x: Tensor, name: str = "x") -> None:
-    """Raise unless x has the shape and dtype of a point."""
+    """Raise unless x is a tensor of a point's shape and dtype."""
+    check_tensor(x, name)
     problem = shape_problem(x.shape, name)
     if problem:
         raise ValueError(problem)
     problem = dtype_problem(x.dtype, name)
     if problem:
         raise TypeError(problem)
+
+
+def check_tensor(x: object, name: str, missing: str = "") -> None:
+    """Raise unless x is a tensor; ``missing`` is what to say of None."""
+    if not isinstance(x, Tensor):
+        advice = missing if x is None else ""
+        raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}{advice}")
+
+
+def check_number(value: object, name: str) -> None:
+    """Raise unless value is a real number or a tensor."""
+    if not isinstance(value, float | int | Tensor) or isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a number or a tensor, got {value!r} of type {type(value).__name__}")
 
 
 def check_count(value: object, name: str, none: str) -> int | None:
@@ -103,6 +120,7 @@ def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> Lo
 
 def check_same_matrix(x: Tensor, u: Tensor, name: str) -> None:
     """Raise unless u has x's dtype, device and matrix shape, and a batch shape that broadcasts with x's."""
+    check_tensor(u, name, "; call backward() first" if name == "gradient" else "")
     if u.dtype != x.dtype:
         raise TypeError(f"`{name}` must have the point's dtype {x.dtype}, got {u.dtype}")
     if u.device != x.device:
@@ -129,10 +147,9 @@ def broadcast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
     """Raise unless x is a point's shape and ``a b^H`` a step of that shape."""
-    for name, t in (("x", x), ("a", a), ("b", b)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"`{name}` must be a torch.Tensor, got {type(t).__name__}")
     check_point(x)
+    check_tensor(a, "a")
+    check_tensor(b, "b")
     *batch, n, m = x.shape
     for name, t, rows in (("a", a, n), ("b", b, m)):
         if t.dtype != x.dtype:

@@ -457,14 +457,14 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="64 bits"):
         UnitaryLowRank(1, seed=2**70)
     manifold = UnitaryLowRank()
-    for size, dtype, kind in (
-        ((3, 5), None, ValueError),
-        ((3,), None, ValueError),
-        ((3, 3), torch.int64, TypeError),
-        ((3, 3), torch.bfloat16, TypeError),
+    for size, dtype, kind, name in (
+        ((3, 5), None, ValueError, "size"),
+        ((3,), None, ValueError, "size"),
+        ((3, 3), torch.int64, TypeError, "dtype"),
+        ((3, 3), torch.bfloat16, TypeError, "dtype"),
     ):
         for create in (manifold.random, manifold.origin):
-            with pytest.raises(kind, match="`size` must"):
+            with pytest.raises(kind, match=f"`{name}` must"):
                 create(*size, dtype=dtype)
 
 
@@ -484,6 +484,7 @@ def test_bad_points_and_vectors_are_refused():
         assert not ok
         assert message in reason
     for u, kind, message in (
+        (None, TypeError, "NoneType"),
         (torch.zeros(4, 3), ValueError, "matrix shape"),
         (torch.zeros(4, 4).double(), TypeError, "dtype"),
         (torch.zeros(4, 4, device="meta"), ValueError, "device"),
@@ -491,6 +492,14 @@ def test_bad_points_and_vectors_are_refused():
         for method in (manifold.egrad2rgrad, manifold.retr, manifold.expmap, manifold.proju, manifold.inner):
             with pytest.raises(kind, match=message):
                 method(x, u)
+    start = x.clone()
+    with pytest.raises(TypeError, match=r"backward\(\) first"):
+        manifold.step_(x, None, 0.1)
+    with pytest.raises(TypeError, match="`lr` must be a number"):
+        manifold.step_(x, torch.ones(4, 4), "0.1")
+    with pytest.raises(TypeError, match="`scale` must be a number"):
+        manifold.retr_transp_(x, torch.zeros(4, 4), scale=None)
+    assert torch.equal(x, start)
     with pytest.raises(ValueError, match="broadcast"):
         manifold.retr(torch.eye(4).expand(2, 4, 4), torch.zeros(3, 4, 4))
     with pytest.raises(ValueError, match="cannot follow a move"):

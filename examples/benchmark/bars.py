@@ -71,13 +71,19 @@ def _speed(cells: list[Cell]) -> list[Bar]:
     )
     return [
         Bar(
-            f"{form}, n = {n}, of torch's {yardstick}",
+            f"{form}, n = {n}, of torch's {yardstick}{_missing(cells, form, n)}",
             limit,
             _worst(cells, "speed", form, {"shape": [n, n]}, partial(median_ratio, yardstick=yardstick.lower())),
         )
         for form, limits, yardstick in tables
         for n, limit in limits.items()
     ]
+
+
+def _missing(cells: list[Cell], form: str, n: int) -> str:
+    """Say which of D and T was not timed at this size, if one was."""
+    missing = [letter for letter in VARIANTS if not series(cells, "speed", f"{form} {letter}", shape=[n, n])]
+    return f" ({missing[0]} not timed)" if len(missing) == 1 else ""
 
 
 def _rank(cells: list[Cell]) -> list[Bar]:
