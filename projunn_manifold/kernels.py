@@ -20,6 +20,7 @@ import numpy as np
 
 _FLAGS = {"nsz", "arcp", "contract", "reassoc"}
 _CACHE = 2**15  # bytes of the first-level cache
+_BAND = 2**18  # bytes of a matrix that stay in the second-level cache
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +96,7 @@ def _products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> No
             x[:whole], right[0], right[1], left[0], left[1], y[0], y[1], z[0], z[1], z[2], z[3]
         )  # fmt: skip
     else:
-        band = max(4, _CACHE // (x.shape[1] * x.itemsize) // 4 * 4)
+        band = max(4, _BAND // (x.shape[1] * x.itemsize) // 4 * 4)
         for lo in range(0, whole, band):
             hi = min(lo + band, whole)
             _times(x[lo:hi], right, y[:, lo:hi])
@@ -318,7 +319,7 @@ def complex_add_product(
 def _add_product(y: Any, x: Any, fresh: bool, w: Any, v: Any) -> None:  # pragma: no cover
     n, m, r = y.shape[0], y.shape[1], w.shape[0]
     wide = r * m * y.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of Y at once
-    band = max(4, _CACHE // (m * y.itemsize) // 4 * 4) if fresh or r > 4 else n
+    band = max(4, _BAND // (m * y.itemsize) // 4 * 4) if fresh or r > 4 else n
     for lo in range(0, n, band):
         hi = min(lo + band, n)
         whole = lo + (hi - lo) // 4 * 4 if wide else lo
