@@ -70,6 +70,16 @@ def write_json(path: Path, runs: list[Run], settings: dict[str, Any], total_seco
     """Write settings, versions, machine and every run with its curves."""
     content = {
         "settings": settings,
+        **environment(),
+        "total_seconds": round(total_seconds, 1),
+        "runs": [_summary(run) for run in runs],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Return versions and machine, for a record of results."""
+    return {
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -77,10 +87,7 @@ def write_json(path: Path, runs: list[Run], settings: dict[str, Any], total_seco
             "projunn_manifold": projunn_manifold.__version__,
         },
         "machine": _machine(),
-        "total_seconds": round(total_seconds, 1),
-        "runs": [_summary(run) for run in runs],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def draw(path: Path, runs: list[Run]) -> None:

@@ -1,17 +1,22 @@
 """projUNN as a geoopt manifold: unitary and orthogonal weights with exact rank-k updates in O(k n^2)."""
 
-from projunn_manifold import init, optim
+from projunn_manifold import averaging, init, optim
 from projunn_manifold.manifold import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold.plan import check_manifolds, manifolds_of, reattach_manifolds
 from projunn_manifold.projunn import projunn_d, projunn_d_, projunn_t, projunn_t_
 
 __all__ = [
     "UnitaryLowRank",
     "UnitaryLowRankExact",
+    "averaging",
+    "check_manifolds",
     "init",
+    "manifolds_of",
     "optim",
     "projunn_d",
     "projunn_d_",
     "projunn_t",
     "projunn_t_",
+    "reattach_manifolds",
 ]
 __version__ = "0.1.0"

@@ -8,6 +8,8 @@ Every column once in t steps holds the error near :math:`3.4\cdot10^{-8}\sqrt{t/
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -18,44 +20,38 @@ __all__ = ["Schedule", "correct_columns_"]
 WIDTH = 32  # columns in a block: enough for a matrix product to run at its full speed
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
-_FAR = 0.25  # ‖E‖ of a column beyond which the correction might not converge
+FAR = 0.25  # ‖E‖ of a column beyond which the correction might not converge
 
 
+@dataclass(frozen=True)
 class Schedule:
-    """Whose turn it is: counts gradients, and visits every column once in max(sweep, m) of them on average.
+    """Whose turn it is: every column is visited once in max(sweep, m) gradients on average; sweep None: never.
 
     The multiples of the golden ratio, modulo 1, fill the unit interval evenly, and so does every k-th of them:
     parameters that share a manifold, and so a count, are corrected evenly too.
     """
 
-    def __init__(self, sweep: int | None) -> None:
-        self.sweep = sweep
-        self.tick = 0  # gradients seen
+    sweep: int | None
 
-    def first_due_column(self, m: int) -> int | None:
-        """Return where the block to be corrected after this gradient starts, or None if none is due."""
-        if self.sweep is None or self.tick == 0:
+    def first_due_column(self, gradients: int, m: int) -> int | None:
+        """Return where the block to be corrected after so many gradients starts, or None if none is due."""
+        if self.sweep is None or gradients == 0:
             return None
         width = min(WIDTH, m)
         blocks = -(-m // width)
         share = blocks / max(self.sweep, m)  # of the ticks
-        phase = (self.tick * _GOLDEN) % 2**64 / 2**64
+        phase = (gradients * _GOLDEN) % 2**64 / 2**64
         return min(int(phase / share * blocks) * width, m - width) if phase < share else None
 
-    def correct_(self, x: Tensor) -> None:
-        """Correct the block of columns that is due, if any."""
-        start = self.first_due_column(x.shape[-1]) if x.numel() else None
-        if start is not None:
-            correct_columns_(x, start)
 
-
-def correct_columns_(x: Tensor, start: int) -> None:
-    """Correct the block of x that starts at this column; columns too far off are left as they are."""
+def correct_columns_(x: Tensor, start: int) -> Tensor:
+    """Correct the block of x that starts at this column; return how many of its columns were too far off and left."""
     width = min(WIDTH, x.shape[-1])
     block = x[..., start : start + width]
     excess = linalg.adjoint_times(x, block)
     own = excess[..., start : start + width, :]
     own.diagonal(dim1=-2, dim2=-1).sub_(1)
-    near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= _FAR
+    near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= FAR
     own.div_(2)
     block.sub_(x @ excess.masked_fill_(~near, 0))
+    return (~near).sum()

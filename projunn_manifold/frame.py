@@ -41,10 +41,10 @@ class Step:
         """Bring ``a b^H`` into a frame: two products with X (four on tall X) and thin QRs; Q spans b and X^H a."""
         a = factors.a
         wide = linalg.high_precision(x.dtype)
-        q, r = torch.linalg.qr(torch.cat((factors.b, passes.adjoint_times(x, a)), -1))
-        q, r = q.contiguous(), r.to(wide)
+        q, r = linalg.thin_qr(torch.cat((factors.b, passes.adjoint_times(x, a)), -1))
+        r = r.to(wide)
         p = passes.times(x, q)
-        r_b, r_a = r.split(a.shape[-1], -1)
+        r_b, r_a = r.tensor_split([a.shape[-1]], -1)
         if x.shape[-2] == x.shape[-1]:
             return cls(p, None, q, r_a @ r_b.mH, None)
         b, r_out = _basis_outside(x, a - p @ r_a.to(x.dtype))
@@ -170,8 +170,7 @@ def _basis_outside(x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
     Rest is taken out of the range once more: its first projection was as inexact as X is, and a B that is not
     orthogonal to X would let the error of X grow with every step.
     """
-    b, c = torch.linalg.qr(rest - passes.times(x, passes.adjoint_times(x, rest)))
-    return b.contiguous(), c
+    return linalg.thin_qr(rest - passes.times(x, passes.adjoint_times(x, rest)))
 
 
 def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]

@@ -4,7 +4,10 @@ Nothing here knows about ranks, manifolds or optimisers.  ``^H`` is the conjugat
 function covers the real case; leading dimensions are batch dimensions.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +17,11 @@ __all__ = [
     "adjoint_times",
     "columns_of_identity",
     "each",
+    "finite",
     "frobenius_inner",
     "haar",
     "high_precision",
+    "in_full_precision",
     "log_unitary",
     "middle_eigenvalue",
     "newton_schulz",
@@ -29,7 +34,9 @@ __all__ = [
     "skew",
     "squared_norm",
     "sym",
+    "thin_qr",
     "tolerance",
+    "traced",
     "unitarity_error",
 ]
 
@@ -50,7 +57,25 @@ def tolerance(dtype: torch.dtype, n: int) -> float:
 
 def readable(x: Tensor) -> bool:
     """Tell whether the host may look at x's values: not on a GPU, where it would wait, nor while they are abstract."""
-    return not (x.is_cuda or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+    return not (x.is_cuda or traced())
+
+
+def traced() -> bool:
+    """Tell whether tensors are abstract now: compiled, or under a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function of tensors: inside a region of torch.autocast it runs in the tensors' own precision."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
@@ -81,8 +106,7 @@ def middle_eigenvalue(h: Tensor) -> Tensor:  # (*batch, r, r) Hermitian, r odd -
     """Return the eigenvalue with as many above as below; for r = 3 in closed form, without a factorisation."""
     r = h.shape[-1]
     if r != 3:
-        finite = torch.where(torch.isfinite(h), h, 0.0)  # LAPACK would stop at these; the sketch will see them
-        return torch.linalg.eigvalsh(finite)[..., (r - 1) // 2]
+        return torch.linalg.eigvalsh(finite(h))[..., (r - 1) // 2]
     third = h.diagonal(dim1=-2, dim2=-1).real.mean(-1)
     b = h - torch.diag_embed(third.unsqueeze(-1).expand(*third.shape, 3)).to(h.dtype)
     p = (torch.linalg.vector_norm(b, dim=(-2, -1)).square() / 6).sqrt()
@@ -90,6 +114,11 @@ def middle_eigenvalue(h: Tensor) -> Tensor:  # (*batch, r, r) Hermitian, r odd -
     cosine = (rows[0] * torch.linalg.cross(rows[1], rows[2])).sum(-1).real / 2  # half the determinant
     angle = torch.acos(cosine.clamp(-1, 1)) / 3
     return third + 2 * p * torch.cos(angle - 2 * math.pi / 3)
+
+
+def finite(h: Tensor) -> Tensor:
+    """H with zeros for entries that are not finite, where LAPACK would stop; what they came from shows them, too."""
+    return torch.where(torch.isfinite(h), h, 0.0)
 
 
 def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> (*batch,), real
@@ -118,6 +147,19 @@ def of_unit_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     x = x / torch.where(largest == 0, 1.0, largest)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
     return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+
+
+def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
+    """QR factorisation of a thin matrix of any rank; Q contiguous.
+
+    A column that the others span leaves rounding, the next one rounding of that, until LAPACK divides by what is left
+    (complex routines overflow there).  So each column gets its rounding error, eps times its norm, as a floor.
+    """
+    y = y.clone(memory_format=torch.contiguous_format)
+    floor = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y.detach(), dim=-2)
+    y.diagonal(dim1=-2, dim2=-1).add_(floor[..., : min(y.shape[-2:])])
+    q, r = torch.linalg.qr(y)
+    return q.contiguous(), r
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

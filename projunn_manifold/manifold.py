@@ -10,6 +10,7 @@ unmodified optimisers as a :class:`~projunn_manifold.factors.FactoredTensor`.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -19,15 +20,19 @@ from geoopt.utils import size2shape
 from torch import Tensor
 
 from projunn_manifold import drift, linalg, passes, sampling, validation
-from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.factors import FactoredTensor, LowRank, Scalar
 from projunn_manifold.frame import Frame
+from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.moves import Move
-from projunn_manifold.tangents import TANGENTS, Tangent, tangent_of_gradient
+from projunn_manifold.state import Faults, State
+from projunn_manifold.tangents import TANGENTS, Tangent, only_where, tangent_of_gradient
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
 # Products with u^H u when a dense tangent is reduced: Adam at small k needs half the steps it needs with none.
 _POWER = 2
+
+_SKETCH, _MOVE = 0, 1  # purposes of random numbers
 
 
 class UnitaryLowRank(Manifold):
@@ -58,11 +63,15 @@ class UnitaryLowRank(Manifold):
         column per step.  It puts back what rounding takes off the manifold (:mod:`projunn_manifold.drift`), 32
         columns at a time in an optimiser's move, at the cost of at most :math:`4n^2` operations per step.
         None: no correction.
+    non_finite : {"raise", "skip"}
+        What becomes of a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
+        of its dtype).  ``"raise"``: ValueError, with point and state as they were; on CUDA, where that would wait for
+        the device, and with ``"skip"`` everywhere: zero is taken for it, and it is counted (:meth:`check`).
 
     Raises
     ------
     TypeError, ValueError
-        k or sweep not an int or below 1, unknown sampler.
+        k or sweep not an int or below 1, unknown sampler or ``non_finite``.
 
     References
     ----------
@@ -94,14 +103,18 @@ class UnitaryLowRank(Manifold):
         sampler: str | sampling.Sampler = "lsi",
         seed: int = 0,
         sweep: int | None = 512,
+        non_finite: str = "raise",
     ) -> None:
         super().__init__()
+        if non_finite not in ("raise", "skip"):
+            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
         self.k = validation.check_count(k, "k", "full rank")
         self._drift = drift.Schedule(validation.check_count(sweep, "sweep", "no drift correction"))
         self.seed = validation.check_seed(seed)
+        self.non_finite = non_finite
         self.sampler = sampling.resolve_sampler(sampler)
         self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._state = State(self.seed)
 
     @property
     def sweep(self) -> int | None:
@@ -113,6 +126,26 @@ class UnitaryLowRank(Manifold):
         if self.k is None:
             return "k=None, dense"
         return f"k={self.k}, sampler={self._sampler_name}, dense where 2k >= m"
+
+    # -- state --------------------------------------------------------------------------------------
+
+    def check(self) -> Faults:
+        """Return how many matrices were skipped and how many columns left uncorrected since the last call.
+
+        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or CUDA); left are
+        columns too far off the manifold for the drift correction, which CPU also warns of.  Waits for the device.
+        """
+        faults = self._state.faults()
+        self._state.forget_faults()
+        return faults
+
+    def get_extra_state(self) -> Tensor:  # (24,) uint8
+        """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
+        return self._state.packed()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the state from a ``state_dict``."""
+        self._state.unpack(state)
 
     # -- checks -------------------------------------------------------------------------------------
 
@@ -129,6 +162,7 @@ class UnitaryLowRank(Manifold):
         """Raise ValueError (shape) or TypeError (dtype) unless x can be a point."""
         validation.check_point(x)
 
+    @in_full_precision
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         gram = linalg.adjoint_times(x, x)
         eye = linalg.columns_of_identity(*gram.shape, dtype=x.dtype, device=x.device)
@@ -136,6 +170,7 @@ class UnitaryLowRank(Manifold):
             return True, None
         return False, f"`X^H X != I` with atol={atol}, rtol={rtol}"
 
+    @in_full_precision
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
@@ -146,6 +181,7 @@ class UnitaryLowRank(Manifold):
 
     # -- gradients and tangent vectors --------------------------------------------------------------
 
+    @in_full_precision
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         r"""Riemannian gradient of the rank-k part of the Euclidean gradient u: :math:`\tfrac12(G_k - X G_k^H X)`.
 
@@ -167,6 +203,7 @@ class UnitaryLowRank(Manifold):
             return left @ right.mH
         return FactoredTensor(tangent)
 
+    @in_full_precision
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         r"""Orthogonal projection on the tangent space at x: :math:`u - X\,\mathrm{sym}(X^H u)`; :math:`O(n m^2)`."""
         self._accept(x, u, "u")
@@ -175,6 +212,7 @@ class UnitaryLowRank(Manifold):
         u = _plain(u)
         return u - x @ linalg.sym(linalg.adjoint_times(x, u))
 
+    @in_full_precision
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         r"""Inner product :math:`\mathrm{Re}\,\mathrm{tr}\,u^H(2I - XX^H)v`, real, ``(*batch,)`` or ``(*batch, 1, 1)``.
 
@@ -195,6 +233,7 @@ class UnitaryLowRank(Manifold):
 
     # -- moves --------------------------------------------------------------------------------------
 
+    @in_full_precision
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-D: the polar factor of X + u, :math:`(X+u)(I + u^H u)^{-1/2}`, for the rank-2k part of u.
 
@@ -208,11 +247,13 @@ class UnitaryLowRank(Manifold):
         """
         return self._arrive(self._retraction(x, u), x)
 
+    @in_full_precision
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-T: the geodesic :math:`\exp(A) X`, A skew-Hermitian with A X = u; u reduced as in ``retr``."""
         return self._arrive(self._geodesic(x, u), x)
 
     @torch.no_grad()
+    @in_full_precision
     def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
 
@@ -235,15 +276,17 @@ class UnitaryLowRank(Manifold):
             direction = (-linalg.each(lr) * self._dense_gradient(x, _plain(grad))).to(x.dtype)
             return x.copy_(self.retr(x, direction))
         self._along(self._bounded(x, self._gradient(x, grad).scaled(-lr))).apply_(x)
-        self._drift.correct_(x)
+        self._correct_(x)
         return x
 
+    @in_full_precision
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``retr`` and carry v by the same group element g (see :meth:`transp_follow_retr`)."""
         move = self._retraction(x, u)
         return self._arrive(move, x), self._carry(move, x, v)
 
     @torch.no_grad()
+    @in_full_precision
     def retr_transp_(self, x: Tensor, u: Tensor, *vectors: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         """Move x along ``retr`` by ``scale`` times u and carry the vectors with it, all in place; return x.
 
@@ -259,14 +302,16 @@ class UnitaryLowRank(Manifold):
         move.apply_(x)
         for v in vectors:
             move.carry_(v)
-        self._drift.correct_(x)
+        self._correct_(x)
         return x
 
+    @in_full_precision
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
         move = self._geodesic(x, u)
         return self._arrive(move, x), self._carry(move, x, v)
 
+    @in_full_precision
     def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
 
@@ -275,10 +320,12 @@ class UnitaryLowRank(Manifold):
         """
         return self._carry(self._retraction(x, u), x, v)
 
+    @in_full_precision
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Carry v along ``expmap(x, u)``: exp(A) v, left translation by the geodesic's own one-parameter group."""
         return self._carry(self._geodesic(x, u), x, v)
 
+    @in_full_precision
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
         r"""Carry v from x to any y by a unitary g with g X = Y: :math:`Y X^H v` on square X.
 
@@ -293,8 +340,25 @@ class UnitaryLowRank(Manifold):
         x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
         return Move.between(x, y).carry(v)
 
+    # -- drift ----------------------------------------------------------------------------------------
+
+    @in_full_precision
+    @torch.no_grad()
+    def correct_(self, x: Tensor) -> Tensor:
+        """Make one step's share of the drift correction (``sweep``) on x, in place, and return x.
+
+        Optimisers and :meth:`step_` do it by themselves; this is for points moved by other means, such as
+        :func:`~projunn_manifold.projunn_d_`: call it after each move.
+        """
+        validation.check_point(x)
+        validation.check_writable(x, "x")
+        self._state.gradients += 1
+        self._correct_(x)
+        return x
+
     # -- geodesic distance ----------------------------------------------------------------------------
 
+    @in_full_precision
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         r"""Geodesic distance on square X: the norm of the rotation angles of :math:`X^H Y`; :math:`O(n^3)`.
 
@@ -310,6 +374,7 @@ class UnitaryLowRank(Manifold):
         )
         return distance[..., None, None] if keepdim else distance
 
+    @in_full_precision
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         r"""Tangent :math:`X \log(X^H Y)` with ``expmap(x, logmap(x, y)) = y`` at full rank; square X, :math:`O(n^3)`.
 
@@ -327,6 +392,7 @@ class UnitaryLowRank(Manifold):
 
     # -- points ---------------------------------------------------------------------------------------
 
+    @in_full_precision
     def projx(self, x: Tensor) -> Tensor:
         r"""Closest point of the manifold (polar factor), exact.
 
@@ -386,15 +452,6 @@ class UnitaryLowRank(Manifold):
     def _is_dense(self, x: Tensor) -> bool:
         return self.k is None or 2 * self.k >= x.shape[-1]
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-        return self._generators[device]
-
-    def _generator_for_moves(self, device: torch.device) -> torch.Generator:
-        """Return a copy of the generator: between two gradients, equal moves use equal sketches."""
-        return torch.Generator(device).set_state(self._generator(device).get_state())
-
     def _accept(self, x: Tensor, u: Tensor, name: str) -> None:
         validation.check_point(x)
         validation.check_same_matrix(x, u, name)
@@ -419,19 +476,53 @@ class UnitaryLowRank(Manifold):
         """Riemannian gradient of the rank-k part of the Euclidean gradient u."""
         given = u.factors if isinstance(u, FactoredTensor) else None
         x, u = validation.broadcast(x, u)
-        factors = self._sketch(x, given if isinstance(given, LowRank) else _plain(u))
-        self._drift.tick += 1
-        tangent = tangent_of_gradient(x, factors)
-        if linalg.readable(x) and not math.isfinite(_largest(tangent.squared_norm())):
-            raise validation.non_finite(*((_plain(u), "gradient") if torch.isfinite(x).all() else (x, "point")))
+        tangent = tangent_of_gradient(x, self._sketch(x, given if isinstance(given, LowRank) else _plain(u)))
+        tangent = self._finite(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
+        self._state.gradients += 1
         return tangent
 
     def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        self._drift.tick += 1
         tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
-        if linalg.readable(x) and not torch.isfinite(tangent).all():
-            raise validation.non_finite(*((g, "gradient") if torch.isfinite(x).all() else (x, "point")))
-        return tangent
+        kept = self._kept(x, linalg.squared_norm(tangent), torch.finfo(x.dtype).max, g, "gradient")
+        self._state.gradients += 1
+        return tangent if kept is None else torch.where(kept[..., None, None], tangent, 0)
+
+    def _finite(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
+        """Return the tangent made from u; not, see ``_kept``, where its squared norm is beyond the limit."""
+        kept = self._kept(x, tangent.squared_norm(), limit, u, what)
+        return tangent if kept is None else only_where(kept, tangent)
+
+    def _kept(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
+        """Return None if all sizes are within the limit, or unknown; otherwise raise, or count and tell which are."""
+        if linalg.traced():
+            return None
+        if linalg.readable(x):
+            if _largest(sizes) <= limit:
+                return None
+            if not torch.isfinite(x).all():
+                raise validation.non_finite(x, "point")
+            if self.non_finite == "raise":
+                raise validation.non_finite(_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what)
+        kept = torch.as_tensor(sizes, device=x.device) <= limit
+        self._state.count(skipped=(~kept).sum(), device=x.device)
+        return kept
+
+    def _correct_(self, x: Tensor) -> None:
+        """Correct the block of columns that is due, if any."""
+        start = self._drift.first_due_column(self._state.gradients, x.shape[-1]) if x.numel() else None
+        if start is None or linalg.traced():
+            return
+        left = drift.correct_columns_(x, start)
+        if linalg.readable(x):
+            if not left:
+                return
+            warnings.warn(
+                f"a point of shape {tuple(x.shape)} is off the manifold: columns of X^H X - I exceed {drift.FAR}, too "
+                "far for the drift correction; put it back first, by manifold.projx",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._state.count(uncorrected=left, device=x.device)
 
     def _sketch(self, x: Tensor, u: Tensor | LowRank) -> LowRank:
         """Rank-k factors of the gradient."""
@@ -440,11 +531,13 @@ class UnitaryLowRank(Manifold):
             return u
         gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
         try:
-            factors = self.sampler(gradient, self.k, self._generator(x.device))
+            factors = self.sampler(gradient, self.k, self._state.generator(x.device, _SKETCH))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             dense = gradient.dense()
-            finite = torch.isfinite(dense).all()
-            raise (validation.not_converged(dense) if finite else validation.non_finite(dense, "gradient")) from None
+            if (linalg.squared_norm(dense) <= torch.finfo(x.dtype).max).all():
+                raise validation.not_converged(dense) from None
+            nothing = (x.new_full((*gradient.shape[:-2], side, 1), torch.nan) for side in gradient.shape[-2:])
+            return LowRank(*nothing)  # to be refused like any gradient that is not finite
         return validation.check_sample(factors, gradient.shape, x, self.k)
 
     def _factors_at(self, x: Tensor, u: Tensor) -> Tangent | None:
@@ -462,7 +555,7 @@ class UnitaryLowRank(Manifold):
         x, u = validation.broadcast(x, _plain(u))
         if self.k is None or self._is_dense(x):
             return Frame.of_dense(x, u, None)
-        size, generator = (x.shape[-1], 2 * self.k), self._generator_for_moves(x.device)
+        size, generator = (x.shape[-1], 2 * self.k), self._state.generator(x.device, _MOVE)
         test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)
         basis = test.expand(*x.shape[:-2], *size)
         for _ in range(_POWER):
@@ -470,14 +563,9 @@ class UnitaryLowRank(Manifold):
         return Frame.of_dense(x, u, basis)
 
     def _bounded(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
-        """Return the tangent (of u); on CPU, refuse one that is not finite or beyond all rounding."""
+        """Return the tangent (of u), or refuse one that is not finite or beyond all rounding."""
         limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
-        if linalg.readable(x) and not _largest(tangent.squared_norm()) <= limit:
-            if u is None:
-                left, right = tangent.outer()
-                u = left @ right.mH
-            raise validation.non_finite(*((_plain(u), "step") if torch.isfinite(x).all() else (x, "point")))
-        return tangent
+        return self._finite(x, tangent, limit, tangent if u is None else u, "step")
 
     def _along(self, tangent: Tangent) -> Move:
         """Return the move that this manifold's optimisers make."""
@@ -493,7 +581,7 @@ class UnitaryLowRank(Manifold):
         """Return the moved point; in an optimiser's step, with a block of columns put back where that is due."""
         y = move.apply(x)
         if not torch.is_grad_enabled():
-            self._drift.correct_(y)
+            self._correct_(y)
         return y
 
     def _carry(self, move: Move, x: Tensor, v: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ class Move:
     def between(cls, x: Tensor, y: Tensor) -> Move:
         """Return a move from x to any y of its shape: dense, in the basis [X, rest of Y]."""
         along = linalg.adjoint_times(x, y)
-        outside, r = torch.linalg.qr(y - x @ along)
+        outside, r = linalg.thin_qr(y - x @ along)
         image = torch.cat((along, r), -2)
         start = linalg.columns_of_identity(*image.shape, dtype=x.dtype, device=x.device)
         m = x.shape[-1]

@@ -21,7 +21,6 @@ import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
-from projunn_manifold import linalg, validation
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["RiemannianAdam", "RiemannianSGD"]
@@ -81,13 +80,14 @@ class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
 
     def _move_(self, point: Any, group: dict[str, Any]) -> None:
         momentum, manifold = group["momentum"], point.manifold
+        state = self.state[point]  # there, if empty: geoopt makes one for every parameter
         if momentum == 0:
             manifold.step_(point, point.grad, group["lr"])
             return
         gradient = manifold.egrad2rgrad(point, point.grad)
-        state = self.state[point]
         if not state:
-            state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
+            finite = torch.isfinite(point.grad).flatten(-2).all(-1)[..., None, None]
+            state["momentum_buffer"] = torch.where(finite, point.grad, 0)  # geoopt starts from the Euclidean gradient
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
         direction = (buffer * momentum).add_(gradient) if group["nesterov"] else buffer
         manifold.retr_transp_(point, direction, buffer, scale=-group["lr"])
@@ -114,9 +114,8 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` raises, and on CPU a gradient whose square overflows, parameter and state
-        as they were; and what ``retr`` raises of a direction beyond all rounding, the parameter as it was, its
-        moments, as in geoopt, already updated.
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
+        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
@@ -126,8 +125,6 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
         manifold, (beta1, beta2) = point.manifold, group["betas"]
         gradient = manifold.egrad2rgrad(point, point.grad)
         square = manifold.inner(point, gradient, keepdim=True)
-        if linalg.readable(point) and not torch.isfinite(square).all():  # the running mean would be infinite for ever
-            raise validation.non_finite(point.grad, "gradient")
         state = self.state[point]
         if not state:
             state["step"] = 0
@@ -162,11 +159,11 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
         """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
         super().__setstate__(state)
         for point in _parameters(self):
-            own = self.state[point] if point in self.state and _is_ours(point) else {}
+            own = self.state.get(point, {})
             if "step" in own:
-                own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, too coarse for float64
+                own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, and so of its powers
             for name in self._second_moments:
-                if name in own:
+                if name in own and _is_ours(point):
                     own[name] = own[name][..., :1, :1].real.clone()
 
 

@@ -54,7 +54,7 @@ class Pairs:
     def of_gradient(cls, x: Tensor, factors: LowRank) -> Pairs:
         """Tangent of the gradient ``a b^H`` at x."""
         wide = linalg.high_precision(x.dtype)
-        a, triangle = torch.linalg.qr(factors.a)
+        a, triangle = linalg.thin_qr(factors.a)
         b = factors.b @ triangle.mH
         xb, back = passes.both(x, b, a)
         back, xha = back.tensor_split(2, -1)
@@ -63,7 +63,7 @@ class Pairs:
         if not linalg.readable(x) or (linalg.squared_norm(rest) < size / 64).any():
             rest = rest - a @ linalg.adjoint_times(a, rest)
             back = passes.adjoint_times(x, rest)
-        r = torch.linalg.qr(rest).R
+        r = linalg.thin_qr(rest)[1]
         return cls(
             Base.of(x),
             torch.cat((a.mT, rest.mT), -2).mT,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from projunn_manifold.factors import LowRank
 from projunn_manifold.frame import Step
+from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.moves import Move
 from projunn_manifold.tangents import tangent_of_gradient
 from projunn_manifold.validation import check_factors, check_writable
@@ -29,6 +30,7 @@ def _move_t(x: Tensor, a: Tensor, b: Tensor) -> Move:
     return tangent_of_gradient(x, LowRank(a, b)).geodesic()
 
 
+@in_full_precision
 def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""Closest unitary (orthonormal-column) matrix to :math:`X + a b^H`: the paper's projUNN-D.
 
@@ -72,6 +74,7 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _move_d(x, a, b).apply(x)
 
 
+@in_full_precision
 def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""Geodesic from X along the tangent part of :math:`a b^H`: the paper's projUNN-T.
 
@@ -98,6 +101,7 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return _move_t(x, a, b).apply(x)
 
 
+@in_full_precision
 def projunn_d_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Like :func:`projunn_d`, in place: x becomes Y and is returned.  An error leaves x untouched."""
     with torch.no_grad():
@@ -105,6 +109,7 @@ def projunn_d_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return _move_d(x, a, b).apply_(x)
 
 
+@in_full_precision
 def projunn_t_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Like :func:`projunn_t`, in place: x becomes Y and is returned.  An error leaves x untouched."""
     with torch.no_grad():

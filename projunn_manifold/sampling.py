@@ -181,7 +181,7 @@ def _column_sets(t: Tensor, sets: int, size: int) -> Tensor:  # (*batch, n, m) -
 def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     """Orthonormal basis of the columns of y.  A single zero column stays zero (so a zero G gives b = 0)."""
     y = linalg.of_unit_norm(y)  # LAPACK loses orthogonality near underflow
-    return y if y.shape[-1] == 1 else torch.linalg.qr(y).Q.contiguous()
+    return y if y.shape[-1] == 1 else linalg.thin_qr(y)[0]
 
 
 def leading(basis: Tensor, gradient: Gradient, k: int) -> LowRank:
@@ -190,7 +190,7 @@ def leading(basis: Tensor, gradient: Gradient, k: int) -> LowRank:
     if basis.shape[-1] > k:
         thin = b.to(linalg.high_precision(b.dtype))
         thin = thin / thin.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(thin.dtype).tiny)
-        _, w = torch.linalg.eigh(thin.mH @ thin)  # ascending: the last k columns are the leading ones
+        _, w = torch.linalg.eigh(linalg.finite(thin.mH @ thin))  # ascending: the last k columns are the leading ones
         w = w[..., -k:].to(b.dtype)
         basis, b = basis @ w, b @ w
     return LowRank(basis, b)

@@ -16,9 +16,8 @@ def test_every_column_has_its_turn(m, sweep, stride):
     schedule = drift.Schedule(sweep)
     period = max(m, sweep)
     turns = torch.zeros(m)
-    for _ in range(20 * period):
-        schedule.tick += stride  # several parameters share the count
-        start = schedule.first_due_column(m)
+    for gradient in range(20 * period):
+        start = schedule.first_due_column((gradient + 1) * stride, m)  # several parameters share the count
         if start is not None:
             assert 0 <= start <= m - min(drift.WIDTH, m)
             turns[start : start + drift.WIDTH] += 1
@@ -28,7 +27,7 @@ def test_every_column_has_its_turn(m, sweep, stride):
 
 def test_no_sweep_no_turn():
     schedule = drift.Schedule(None)
-    assert all(schedule.first_due_column(m) is None for m in (1, 64) for schedule.tick in range(100))
+    assert all(schedule.first_due_column(t, m) is None for m in (1, 64) for t in range(100))
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (40, 33), (64, 64), (3, 48, 40)], ids=str)
@@ -110,7 +109,7 @@ def test_the_correction_is_a_part_of_optimisers_steps_only(draw):
     assert error(manifold.retr(x, u), x) <= 10 * bound(torch.float64)  # a differentiable map: nothing but the map
     with torch.no_grad():
         assert error(manifold.retr(x, u), x) <= 10 * bound(torch.float64)  # before the first gradient nothing is due
-        while manifold._drift.first_due_column(8) is None:
+        while manifold._drift.first_due_column(manifold._state.gradients, 8) is None:
             manifold.egrad2rgrad(x, x)
         assert linalg.unitarity_error(manifold.retr(x, u)) <= 1e-10
     assert manifold.sweep == 1

@@ -569,7 +569,7 @@ def test_steps_in_place_refuse_other_shapes_before_anything_moves(draw):
     with pytest.raises(ValueError, match="is expanded"):
         manifold.retr_transp_(x, u, v.expand(3, 8, 8))
     assert torch.equal(x, kept)
-    assert manifold._drift.tick == 0
+    assert manifold._state.gradients == 0
 
 
 def test_a_default_device_does_not_reach_into_a_step(draw):

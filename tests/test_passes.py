@@ -241,10 +241,10 @@ def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
     for _ in range(3):  # makes the optimiser's state and the machine code
         step()
     for _ in range(n):  # on to a step that corrects a block of columns, the one that needs most memory
-        manifold._drift.tick += 1
-        if manifold._drift.first_due_column(n) is not None:
+        manifold._state.gradients += 1
+        if manifold._drift.first_due_column(manifold._state.gradients, n) is not None:
             break
-    manifold._drift.tick -= 1
+    manifold._state.gradients -= 1
     gc.collect()
     tracemalloc.start()  # NumPy reports its memory here, PyTorch does not
     with NewStorages() as storages:

@@ -1,0 +1,46 @@
+"""Averages of weights (EMA, SWA) that stay on the manifold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from geoopt import ManifoldTensor
+
+__all__ = ["AveragedModel"]
+
+
+class AveragedModel(torch.optim.swa_utils.AveragedModel):
+    r"""``torch.optim.swa_utils.AveragedModel`` whose parameters on manifolds are projected after each average.
+
+    An average of unitary matrices is not unitary.  Its polar factor, the closest unitary, is also the unitary Y with
+    the least mean of :math:`\|Y - X_i\|_F^2` over the matrices averaged (the chordal mean).  Here the running average
+    itself is replaced by it at every update.
+
+    Takes the arguments of torch's class, so any ``avg_fn`` or ``multi_avg_fn``.  An update costs :math:`O(nm^2)` for
+    each parameter on a manifold: average every few steps where n is large.
+
+    Examples
+    --------
+    >>> import geoopt, torch
+    >>> from projunn_manifold import UnitaryLowRank
+    >>> from projunn_manifold.averaging import AveragedModel
+    >>> manifold = UnitaryLowRank(k=1)
+    >>> model = torch.nn.Linear(8, 8)
+    >>> model.weight = geoopt.ManifoldParameter(manifold.random(8, 8), manifold=manifold)
+    >>> averaged = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
+    >>> for _ in range(3):
+    ...     _ = manifold.step_(model.weight, torch.randn(8, 8), lr=0.1)
+    ...     averaged.update_parameters(model)
+    >>> manifold.check_point_on_manifold(averaged.module.weight.detach())
+    True
+    """
+
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Average, then project every parameter that is on a manifold."""
+        super().update_parameters(model)
+        parameters: Any = self.module.parameters()
+        for p in parameters:
+            if isinstance(p, ManifoldTensor):
+                p.proj_()

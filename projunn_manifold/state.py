@@ -1,0 +1,75 @@
+"""What a manifold remembers between steps: a count of gradients, from which all its random numbers follow.
+
+Every draw comes from a fresh generator, seeded by the manifold's seed, the count and the purpose of the draw.  So
+the count is the whole state of the sketches: a refused gradient leaves it as it was, equal moves between two
+gradients use equal sketches, and a checkpoint holds three integers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Faults", "State"]
+
+_MASK = 2**64 - 1
+
+
+class Faults(NamedTuple):
+    """What a manifold could not do, in matrices and columns."""
+
+    skipped: int  # matrices whose gradient or step was not finite
+    uncorrected: int  # columns too far off the manifold for the drift correction
+
+
+class State:
+    """Count of gradients and of faults; the latter are counted where they happen, on the tensors' device."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.gradients = 0  # seen and accepted
+        self._faults: dict[torch.device, Tensor] = {}
+
+    def generator(self, device: torch.device, purpose: int) -> torch.Generator:
+        """Return a generator of the numbers that belong to this count and purpose."""
+        mixed = _mixed(_mixed(_mixed(self.seed & _MASK) + self.gradients) + purpose)
+        return torch.Generator(device).manual_seed(mixed >> 32)  # CPU generators look at 32 bits
+
+    def count(self, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0, device: torch.device) -> None:
+        """Add to the faults, without a wait for the device."""
+        if device not in self._faults:
+            self._faults[device] = torch.zeros(2, dtype=torch.int64, device=device)
+        for slot, number in zip(self._faults[device], (skipped, uncorrected), strict=True):
+            slot.add_(number)
+
+    def faults(self) -> Faults:
+        """Return all faults; waits for the devices."""
+        return Faults(*map(sum, zip((0, 0), *(counts.tolist() for counts in self._faults.values()), strict=True)))
+
+    def forget_faults(self) -> None:
+        """Start to count faults anew."""
+        self._faults = {}
+
+    def packed(self) -> Tensor:  # (24,) uint8
+        """Return the state as bytes."""
+        return torch.tensor([self.gradients, *self.faults()], dtype=torch.int64).view(torch.uint8)
+
+    def unpack(self, packed: object) -> None:
+        """Take over a packed state."""
+        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (24,):
+            found = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
+            raise ValueError(f"the state of a manifold must be a uint8 tensor of 24 bytes, got {found}")
+        gradients, skipped, uncorrected = packed.detach().cpu().contiguous().view(torch.int64).tolist()
+        self.gradients = gradients
+        self.forget_faults()
+        self.count(skipped=skipped, uncorrected=uncorrected, device=torch.device("cpu"))
+
+
+def _mixed(z: int) -> int:
+    """Spread neighbouring integers over 64 bits (the finaliser of SplitMix64, Steele, Lea, Flood 2014)."""
+    z = (z + 0x9E3779B97F4A7C15) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

@@ -1,0 +1,114 @@
+"""A run that was saved, copied or moved to another process goes on as if nothing had happened, bit for bit."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import geoopt
+import pytest
+import resume
+import torch
+import torch.distributed.checkpoint as dcp
+from helpers import bound, error
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from projunn_manifold import UnitaryLowRank
+from projunn_manifold.state import Faults
+
+SETTINGS = list(resume.SETTINGS)
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def straight():
+    """Return each setting's state after 50 and after 100 steps without a break."""
+    results = {}
+    for setting in SETTINGS:
+        network, optimizer = resume.start(setting)
+        resume.train(network, optimizer, 0, 50)
+        half = copy.deepcopy({"network": network.state_dict(), "optimizer": optimizer.state_dict()})
+        resume.train(network, optimizer, 50, 100)
+        results[setting] = half, network.state_dict()
+    return results
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resumed_in_another_process(straight, setting, tmp_path):
+    half, whole = straight[setting]
+    torch.save(half, tmp_path / "checkpoint.pt")
+    script = Path(resume.__file__)
+    subprocess.run([sys.executable, script, setting, tmp_path, "50", "100"], check=True, timeout=120)
+    same(torch.load(tmp_path / "result.pt", weights_only=True), whole)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_resumed_from_a_distributed_checkpoint(straight, setting, tmp_path):
+    """By names, as PyTorch's documentation has it: under numbers it drops what is no tensor, such as Adam's count."""
+    network, optimizer = resume.start(setting)
+    resume.train(network, optimizer, 0, 50)
+    dcp.save(dict(zip("mo", get_state_dict(network, optimizer), strict=True)), checkpoint_id=tmp_path)
+    network, optimizer = resume.start(setting)
+    model, state = get_state_dict(network, optimizer)
+    dcp.load({"m": model, "o": state}, checkpoint_id=tmp_path)
+    set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state)
+    resume.train(network, optimizer, 50, 100)
+    same(network.state_dict(), straight[setting][1])
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), "torch.save"], ids=str)
+def test_resumed_from_a_copy(straight, setting, how):
+    network, optimizer = resume.start(setting)
+    resume.train(network, optimizer, 0, 50)
+    if how == "torch.save":
+        buffer = io.BytesIO()
+        torch.save((network, optimizer), buffer)
+        buffer.seek(0)
+        network, optimizer = torch.load(buffer, weights_only=False)
+    else:
+        network, optimizer = how((network, optimizer))
+    resume.train(network, optimizer, 50, 100)
+    same(network.state_dict(), straight[setting][1])
+
+
+def test_geoopts_adam_resumes_to_rounding(draw):
+    """Not bit for bit: loaded, it counts its steps in float32 (torch.optim.Adam converts them)."""
+    points = []
+    for breaks in (False, True):
+        manifold = UnitaryLowRank(1)
+        p = geoopt.ManifoldParameter(torch.eye(16), manifold=manifold)
+        optimizer = geoopt.optim.RiemannianAdam([p], lr=0.01)
+        for step in range(40):
+            if breaks and step == 20:
+                state = optimizer.state_dict()
+                optimizer = geoopt.optim.RiemannianAdam([p], lr=0.01)
+                optimizer.load_state_dict(state)
+            p.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        points.append(p.detach())
+    assert error(*points) <= bound(torch.float32)
+
+
+def test_what_is_saved_and_what_is_refused():
+    manifold = UnitaryLowRank(non_finite="skip", sweep=None)
+    x = torch.eye(8)
+    manifold.step_(x, torch.ones(8, 8), 0.1)
+    manifold.step_(x, torch.full((8, 8), torch.nan), 0.1)
+    state = manifold.state_dict()["_extra_state"]
+    assert state.dtype == torch.uint8
+    other = UnitaryLowRank()
+    other.load_state_dict(manifold.state_dict())
+    assert other._state.gradients == 2
+    assert other.check() == Faults(1, 0)
+    for wrong in (None, state.float(), state[:8]):
+        with pytest.raises(ValueError, match="uint8 tensor of 24 bytes"):
+            other.set_extra_state(wrong)
+    assert other._state.gradients == 2
