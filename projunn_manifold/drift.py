@@ -17,15 +17,21 @@ from projunn_manifold import linalg
 
 __all__ = ["Schedule", "correct_columns_"]
 
-WIDTH = 32  # columns in a block: enough for a matrix product to run at its full speed
-
+_WIDEST = 32  # columns in a block: enough for a matrix product to run at its full speed
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 FAR = 0.25  # ‖E‖ of a column beyond which the correction might not converge
+
+
+def width(m: int) -> int:
+    """Columns in a block; at least four blocks, so that the error of the whole does not go up and down with one."""
+    return min(_WIDEST, -(-m // 4))
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Whose turn it is: every column is visited once in max(sweep, m) gradients on average; sweep None: never.
+
+    A complex one is visited twice as often, since complex rounding has twice the variance.
 
     The multiples of the golden ratio, modulo 1, fill the unit interval evenly, and so does every k-th of them:
     parameters that share a manifold, and so a count, are corrected evenly too.
@@ -33,23 +39,22 @@ class Schedule:
 
     sweep: int | None
 
-    def first_due_column(self, gradients: int, m: int) -> int | None:
+    def first_due_column(self, gradients: int, m: int, is_complex: bool = False) -> int | None:
         """Return where the block to be corrected after so many gradients starts, or None if none is due."""
         if self.sweep is None or gradients == 0:
             return None
-        width = min(WIDTH, m)
-        blocks = -(-m // width)
-        share = blocks / max(self.sweep, m)  # of the ticks
+        blocks = -(-m // width(m))
+        share = min(1.0, blocks * (1 + is_complex) / max(self.sweep, m))  # of the gradients
         phase = (gradients * _GOLDEN) % 2**64 / 2**64
-        return min(int(phase / share * blocks) * width, m - width) if phase < share else None
+        return min(int(phase / share * blocks) * width(m), m - width(m)) if phase < share else None
 
 
 def correct_columns_(x: Tensor, start: int) -> Tensor:
     """Correct the block of x that starts at this column; return how many of its columns were too far off and left."""
-    width = min(WIDTH, x.shape[-1])
-    block = x[..., start : start + width]
+    due = slice(start, start + width(x.shape[-1]))
+    block = x[..., due]
     excess = linalg.adjoint_times(x, block)
-    own = excess[..., start : start + width, :]
+    own = excess[..., due, :]
     own.diagonal(dim1=-2, dim2=-1).sub_(1)
     near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= FAR
     own.div_(2)

@@ -59,9 +59,10 @@ class UnitaryLowRank(Manifold):
         Seed of the manifold's own generator, from which the sketches draw.  The global generator is
         never touched; replicas with equal seeds draw equal sketches.
     sweep : int or None
-        Steps in which the drift correction visits every column once, on average; never more than one
-        column per step.  It puts back what rounding takes off the manifold (:mod:`projunn_manifold.drift`), 32
-        columns at a time in an optimiser's move, at the cost of at most :math:`4n^2` operations per step.
+        Steps in which the drift correction visits every column once, on average (twice, if complex); never more
+        than one column per step (two, if complex).  It puts back what rounding takes off the manifold
+        (:mod:`projunn_manifold.drift`), up to 32 columns at a time in an optimiser's move, at the cost of at most
+        :math:`4n^2` operations per step (:math:`8n^2`, if complex).
         None: no correction.
     non_finite : {"raise", "skip"}
         What becomes of a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
@@ -102,7 +103,7 @@ class UnitaryLowRank(Manifold):
         *,
         sampler: str | sampling.Sampler = "lsi",
         seed: int = 0,
-        sweep: int | None = 512,
+        sweep: int | None = 256,
         non_finite: str = "raise",
     ) -> None:
         super().__init__()
@@ -509,8 +510,8 @@ class UnitaryLowRank(Manifold):
 
     def _correct_(self, x: Tensor) -> None:
         """Correct the block of columns that is due, if any."""
-        start = self._drift.first_due_column(self._state.gradients, x.shape[-1]) if x.numel() else None
-        if start is None or linalg.traced():
+        start = self._drift.first_due_column(self._state.gradients, x.shape[-1], x.is_complex())
+        if start is None or not x.numel() or linalg.traced():
             return
         left = drift.correct_columns_(x, start)
         if linalg.readable(x):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from projunn_manifold import linalg
 
@@ -161,11 +162,11 @@ def _fresh(x: Tensor) -> Tensor:
 
 
 def _add_product(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
-    target, source, left_rows, right_rows = _array(y), _array(x), _rows(left), _rows(right)
-    parts = _parts(*target.shape)
-    loops = compiled.add_product
-    if x.is_complex():
-        loops, target, source = compiled.complex_add_product, _interleaved(target), _interleaved(source)
+    source, left_rows, right_rows = _array(x), _rows(left), _rows(right)
+    parts = _parts(*source.shape)
+    source = _interleaved(source)
+    target = source if y is x else _interleaved(_array(y))
+    loops = compiled.complex_add_product if x.is_complex() else compiled.add_product
     _in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])
 
 
@@ -189,7 +190,7 @@ def _by_loops(x: Tensor, *thin: Tensor) -> bool:
     """Tell whether the compiled loops can take x and these thin matrices."""
     if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in _DTYPES or not x.numel():
         return False
-    if not linalg.readable(x) or not _is_plain(x):
+    if linalg.traced() or not _is_plain(x):
         return False
     for t in thin:
         if t.dtype is not x.dtype or t.shape[-1] >= _WIDEST or not _is_plain(t):
@@ -208,7 +209,7 @@ def _is_plain(t: Tensor) -> bool:
 
 def _is_differentiated(t: Tensor) -> bool:
     """Tell whether a derivative may depend on t, backwards or forwards."""
-    return (t.requires_grad and torch.is_grad_enabled()) or torch.autograd.forward_ad._current_level >= 0
+    return (t.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _is_single(number: Tensor) -> bool:
@@ -230,7 +231,7 @@ def _rows(t: Tensor) -> Any:  # (*batch, n, k) -> NumPy (batch, k, n), C-contigu
 
 
 def _interleaved(array: Any) -> Any:  # (batch, n, m) complex -> (batch, n, 2m) real view; real arrays as they are
-    return array.view(array.real.dtype)
+    return array.view(array.real.dtype) if array.dtype.kind == "c" else array
 
 
 def _products(x: Tensor, right: Any, left: Any, normal: bool = False) -> tuple[Any, Any]:

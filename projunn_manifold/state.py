@@ -1,6 +1,6 @@
 """What a manifold remembers between steps: a count of gradients, from which all its random numbers follow.
 
-Every draw comes from a fresh generator, seeded by the manifold's seed, the count and the purpose of the draw.  So
+Before every draw the generator is seeded by the manifold's seed, the count and the purpose of the draw.  So
 the count is the whole state of the sketches: a refused gradient leaves it as it was, equal moves between two
 gradients use equal sketches, and a checkpoint holds three integers.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["Faults", "State"]
 
 _MASK = 2**64 - 1
+_PURPOSES = 4  # more than there are
 
 
 class Faults(NamedTuple):
@@ -28,14 +29,17 @@ class State:
     """Count of gradients and of faults; the latter are counted where they happen, on the tensors' device."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
         self.gradients = 0  # seen and accepted
+        self._start = _mixed(seed & _MASK)
+        self._generators: dict[torch.device, torch.Generator] = {}
         self._faults: dict[torch.device, Tensor] = {}
 
     def generator(self, device: torch.device, purpose: int) -> torch.Generator:
-        """Return a generator of the numbers that belong to this count and purpose."""
-        mixed = _mixed(_mixed(_mixed(self.seed & _MASK) + self.gradients) + purpose)
-        return torch.Generator(device).manual_seed(mixed >> 32)  # CPU generators look at 32 bits
+        """Return a generator that is about to draw the numbers of this count and purpose."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        mixed = _mixed(self._start + self.gradients * _PURPOSES + purpose)
+        return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
     def count(self, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0, device: torch.device) -> None:
         """Add to the faults, without a wait for the device."""
