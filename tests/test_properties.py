@@ -1,6 +1,9 @@
 """Laws that hold for every shape, dtype, rank, scale and memory layout, on inputs chosen by hypothesis."""
 
+import copy
+
 import hypothesis.strategies as st
+import pytest
 import torch
 from helpers import DTYPES, Draw, bound, double, error
 from hypothesis import given, settings
@@ -30,9 +33,7 @@ def cases(draw):
     return manifold, x, g
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
-@given(cases())
-def test_a_step_stays_on_the_manifold_and_a_tangent_on_its_space(case):
+def stays_on_the_manifold_and_its_tangent_space(case):
     manifold, x, g = case
     if x.numel() == 0:
         with torch.no_grad():
@@ -55,10 +56,21 @@ def test_a_step_stays_on_the_manifold_and_a_tangent_on_its_space(case):
         assert (lengths[0] - lengths[1]).abs().max().item() <= 3 * tolerance * max(1.0, size)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(cases(), st.integers(1, 3))
-def test_left_and_right_equivariance(case, k):
-    """projUNN-T commutes with unitary changes of basis: T(P X R, P a, R^H b) = P T(X, a, b) R."""
+def gradient_and_rate_may_trade_a_factor(case, exponent):
+    """A gradient c G at the rate η/c moves X as G does at η, for c from 1e-30 to 1e30, in double precision."""
+    manifold, x, g = case
+    x, g = double(x), double(g)
+    if x.numel() == 0:
+        return
+    size = torch.linalg.matrix_norm(g).max()
+    g = g / (size if size else 1.0)
+    scale = 10.0**exponent
+    y = copy.deepcopy(manifold).step_(x.clone(), g, 0.7)
+    assert error(y, manifold.step_(x.clone(), g * scale, 0.7 / scale)) <= 4 * bound(x.dtype)
+
+
+def commutes_with_changes_of_basis(case, k):
+    """projUNN-T: T(P X R, P a, R^H b) = P T(X, a, b) R."""
     x = case[1]
     if x.numel() == 0:
         return
@@ -68,3 +80,23 @@ def test_left_and_right_equivariance(case, k):
     a, b = numbers.factors(tuple(x.shape), k, x.dtype, 0.7)
     moved = projunn_t(p @ x @ r, p @ a, r.mH @ b)
     assert error(moved, p @ projunn_t(x, a, b) @ r) <= bound(x.dtype)
+
+
+FEW = settings(max_examples=300, deadline=None, derandomize=True)
+MANY = settings(max_examples=8000, deadline=None, derandomize=True)  # three laws: 24 000 examples
+LAWS = {
+    stays_on_the_manifold_and_its_tangent_space: (cases(),),
+    gradient_and_rate_may_trade_a_factor: (cases(), st.integers(-30, 30)),
+    commutes_with_changes_of_basis: (cases(), st.integers(1, 3)),
+}
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_laws(law):
+    FEW(given(*LAWS[law])(law))()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_laws_on_many_examples(law):
+    MANY(given(*LAWS[law])(law))()
