@@ -265,25 +265,47 @@ def table(curves: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
-    """Follow every curve; return 0 if all promises were kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for drift.json and drift.png")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the steps")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    share = 100 if options.quick else 1
+def write_into(page: Path, record: dict[str, Any]) -> None:
+    """Replace what a page has between its two marks by the table of this record."""
+    begin, end = "<!-- drift table -->\n", "<!-- /drift table -->"
+    text = page.read_text(encoding="utf-8")
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    machine = f"One run on {record['machine']}; *sweep* is the default, 256, if not said otherwise.\n\n"
+    page.write_text(f"{before}{begin}{machine}{table(record['curves'])}\n{end}{after}", encoding="utf-8")
+
+
+def measure(share: int) -> dict[str, Any]:
+    """Follow every curve over one part in ``share`` of its steps."""
     planned = courses(WALKS // share, RIVALS // share, TRAINING // share)
     curves = []
     with tqdm(total=sum(course.steps for course in planned), unit="step", unit_scale=True, disable=None) as progress:
         for course in planned:
             progress.set_description(f"{course.panel}: {course.name}")
             curves.append(follow(course, progress.update))
-    content = {"quick": options.quick, **environment(), "curves": curves}
-    (options.out / "drift.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    return {"quick": share > 1, **environment(), "curves": curves}
+
+
+def main(arguments: list[str]) -> int:
+    """Follow every curve; return 0 if all promises were kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for drift.json and drift.png")
+    parser.add_argument("--quick", action="store_true", help="a thousandth of the steps")
+    parser.add_argument("--record", type=Path, help="a drift.json to show, instead of a new run")
+    parser.add_argument("--into", type=Path, help="page whose table to replace")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if options.record:
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+    else:
+        record = measure(1000 if options.quick else 1)
+        (options.out / "drift.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    curves = record["curves"]
     draw(options.out / "drift.png", curves)
     print(table(curves))
+    if options.into:
+        write_into(options.into, record)
     broken = [curve for curve in curves if curve["promised"] and not curve["largest"] <= curve["promised"]]
     for curve in broken:
         print(f"promise broken: {curve['panel']}, {curve['name']}: {curve['largest']:.1e}", file=sys.stderr)

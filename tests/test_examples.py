@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,3 +57,30 @@ def test_benchmark_checks_times_and_writes(tmp_path, section):
     assert result.returncode == 0, result.stderr
     assert "RiemannianSGD D" in result.stdout
     assert json.loads((tmp_path / "benchmark.json").read_text())["cells"]
+
+
+def test_every_promise_names_tests_that_exist():
+    page = (ROOT / "docs" / "promises.md").read_text()
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+    assert len(named) >= 20
+    for module, test in named:
+        assert f"def {test}(" in (ROOT / "tests" / module).read_text(), f"{module}::{test}"
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert all("::test_" in row for row in rows)
+
+
+def test_drift_writes_json_and_plot(tmp_path):
+    result = run("drift.py", "--quick", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "drift.json").read_text())["quick"]
+    assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_path):
+    page = ROOT / "docs" / "upkeep.md"
+    copy = shutil.copy(page, tmp_path)
+    record = ROOT / "docs" / "results" / "drift.json"
+    assert not json.loads(record.read_text())["quick"]
+    result = run("drift.py", "--record", record, "--out", tmp_path, "--into", copy)
+    assert result.returncode == 0, result.stderr
+    assert Path(copy).read_text() == page.read_text()

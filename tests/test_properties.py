@@ -57,14 +57,14 @@ def stays_on_the_manifold_and_its_tangent_space(case):
 
 
 def gradient_and_rate_may_trade_a_factor(case, exponent):
-    """A gradient c G at the rate η/c moves X as G does at η, for c from 1e-30 to 1e30, in double precision."""
+    """A gradient c G at the rate η/c moves X as G does at η, in double precision; c a power of two: no rounding."""
     manifold, x, g = case
     x, g = double(x), double(g)
     if x.numel() == 0:
         return
     size = torch.linalg.matrix_norm(g).max()
     g = g / (size if size else 1.0)
-    scale = 10.0**exponent
+    scale = 2.0**exponent
     y = copy.deepcopy(manifold).step_(x.clone(), g, 0.7)
     assert error(y, manifold.step_(x.clone(), g * scale, 0.7 / scale)) <= 4 * bound(x.dtype)
 
@@ -86,7 +86,7 @@ FEW = settings(max_examples=300, deadline=None, derandomize=True)
 MANY = settings(max_examples=8000, deadline=None, derandomize=True)  # three laws: 24 000 examples
 LAWS = {
     stays_on_the_manifold_and_its_tangent_space: (cases(),),
-    gradient_and_rate_may_trade_a_factor: (cases(), st.integers(-30, 30)),
+    gradient_and_rate_may_trade_a_factor: (cases(), st.integers(-100, 100)),
     commutes_with_changes_of_basis: (cases(), st.integers(1, 3)),
 }
 
