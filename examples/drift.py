@@ -1,7 +1,7 @@
 """How far rounding takes a point off its manifold: 100 000 steps of projUNN, beside geoopt's Stiefel and an SVD.
 
-Points make random steps a b^H of rank one and a given length, by projUNN-T, by projUNN-D along the tangent and by raw
-projUNN-D, or are trained by geoopt's optimisers on noisy data.  The error is ‖X^H X - I‖_F/√m in double precision.
+Points make random steps a b^H of rank one (once of rank four) and a given length, by projUNN-T, by projUNN-D along the
+tangent and by raw projUNN-D, or are trained by geoopt's optimisers on noisy data.  The error is ‖X^H X - I‖_F/√m in double precision.
 
 Run ``python examples/drift.py`` (about half an hour).  It leaves ``drift.json`` and ``drift.png`` in the output folder,
 and fails if an error of this package exceeds its promise: 1e-6 in single, 5e-15 in double precision.
@@ -57,18 +57,20 @@ class Course:
     steps: int
     start: Callable[[Course], Step]
     promised: float | None
+    rank: int = 1
 
 
 # -- random walks -----------------------------------------------------------------------------------
 
 
 def directions(course: Course) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Return a source of random factors with ‖a b^H‖ the length of a step, its own for every shape and length."""
+    """Return a source of random factors with ‖a‖‖b‖ the length of a step, its own for every shape and length."""
     *batch, n, m = course.shape
     generator = torch.Generator().manual_seed(1)
 
     def draw() -> tuple[Tensor, Tensor]:
-        a, b = (torch.randn(*batch, side, 1, dtype=course.dtype, generator=generator) for side in (n, m))
+        shapes = ((*batch, side, course.rank) for side in (n, m))
+        a, b = (torch.randn(shape, dtype=course.dtype, generator=generator) for shape in shapes)
         return linalg.of_unit_norm(a) * course.size, linalg.of_unit_norm(b)
 
     return draw
@@ -157,6 +159,11 @@ def courses(walk: int, rivals: int, train: int) -> list[Course]:
         for panel, (dtype, shape) in POINTS.items()
         for size in SIZES
         for name, way in ways.items()
+    ]
+    found += [
+        Course("n = 128, rank 4", name, torch.float32, (128, 128), size, walk, partial(along_tangents, cls(4)), 1e-6, 4)
+        for size in SIZES
+        for name, cls in (("T", UnitaryLowRankExact), ("D along the tangent", UnitaryLowRank))
     ]
     others = {
         "projUNN-D, T alike": partial(along_tangents, UnitaryLowRank()),

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from geoopt import ManifoldTensor
 
+from projunn_manifold.manifold import UnitaryLowRank
+
 __all__ = ["AveragedModel"]
 
 
@@ -15,7 +17,7 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
 
     An average of unitary matrices is not unitary.  Its polar factor, the closest unitary, is also the unitary Y with
     the least mean of :math:`\|Y - X_i\|_F^2` over the matrices averaged (the chordal mean).  Here the running average
-    itself is replaced by it at every update.
+    itself is replaced by it at every update.  (Of X and -X no unitary is closest to the mean; any is returned.)
 
     Takes the arguments of torch's class, so any ``avg_fn`` or ``multi_avg_fn``.  An update costs :math:`O(nm^2)` for
     each parameter on a manifold: average every few steps where n is large.
@@ -38,9 +40,12 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Average, then project every parameter that is on a manifold."""
+        """Average, project every parameter that is on a manifold, and take over the manifolds' state."""
         super().update_parameters(model)
         parameters: Any = self.module.parameters()
         for p in parameters:
             if isinstance(p, ManifoldTensor):
                 p.proj_()
+        for own, given in zip(self.module.modules(), model.modules(), strict=True):
+            if isinstance(given, UnitaryLowRank):
+                own.set_extra_state(given.get_extra_state())

@@ -31,32 +31,40 @@ def width(m: int) -> int:
 class Schedule:
     """Whose turn it is: every column is visited once in max(sweep, m) gradients on average; sweep None: never.
 
-    A complex one is visited twice as often, since complex rounding has twice the variance.
-
-    The multiples of the golden ratio, modulo 1, fill the unit interval evenly, and so does every k-th of them:
-    parameters that share a manifold, and so a count, are corrected evenly too.
+    ``rate`` times as often, where rounding has that times the variance: moves of rank k, complex numbers.  The
+    multiples of the golden ratio, modulo 1, fill the unit interval evenly.
     """
 
     sweep: int | None
 
-    def first_due_column(self, gradients: int, m: int, is_complex: bool = False) -> int | None:
+    def first_due_column(self, gradients: int, m: int, rate: int = 1) -> int | None:
         """Return where the block to be corrected after so many gradients starts, or None if none is due."""
         if self.sweep is None or gradients == 0:
             return None
         blocks = -(-m // width(m))
-        share = min(1.0, blocks * (1 + is_complex) / max(self.sweep, m))  # of the gradients
+        share = min(1.0, blocks * rate / max(self.sweep, m))  # of the gradients
         phase = (gradients * _GOLDEN) % 2**64 / 2**64
         return min(int(phase / share * blocks) * width(m), m - width(m)) if phase < share else None
 
 
 def correct_columns_(x: Tensor, start: int) -> Tensor:
-    """Correct the block of x that starts at this column; return how many of its columns were too far off and left."""
+    """Correct the block of x that starts at this column; return how many of its columns were too far off and left.
+
+    Far are columns with a large part along the others, and those that are not finite; one whose norm alone is wrong is
+    brought to unit norm, whatever its norm was, and so spoils no other for long.
+    """
     due = slice(start, start + width(x.shape[-1]))
     block = x[..., due]
     excess = linalg.adjoint_times(x, block)
     own = excess[..., due, :]
-    own.diagonal(dim1=-2, dim2=-1).sub_(1)
+    squares = own.diagonal(dim1=-2, dim2=-1).real.clone()
+    squares = torch.where(squares > 0, squares, 1.0)
+    scale = squares.rsqrt()
+    excess.mul_(scale.unsqueeze(-2))
+    own.mul_(scale.unsqueeze(-1))  # of the block's columns at unit norm
+    own.diagonal(dim1=-2, dim2=-1).fill_(0)
     near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= FAR
-    own.div_(2)
-    block.sub_(x @ excess.masked_fill_(~near, 0))
+    own.mul_(scale.unsqueeze(-1) / 2)
+    own.diagonal(dim1=-2, dim2=-1).copy_((squares - 1) / (squares + squares.sqrt()))  # 1 - 1/‖x_j‖
+    block.copy_(torch.where(near, block - x @ excess, block))
     return (~near).sum()

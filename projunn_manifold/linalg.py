@@ -156,8 +156,9 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     (complex routines overflow there).  So each column gets its rounding error, eps times its norm, as a floor.
     """
     y = y.clone(memory_format=torch.contiguous_format)
-    floor = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y.detach(), dim=-2)
-    y.diagonal(dim1=-2, dim2=-1).add_(floor[..., : min(y.shape[-2:])])
+    norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))
+    floor = (torch.finfo(y.dtype).eps * norms[..., : min(y.shape[-2:])]).to(y.dtype)
+    y.diagonal(dim1=-2, dim2=-1).add_(floor)
     q, r = torch.linalg.qr(y)
     return q.contiguous(), r
 

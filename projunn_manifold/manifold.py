@@ -59,10 +59,10 @@ class UnitaryLowRank(Manifold):
         Seed of the manifold's own generator, from which the sketches draw.  The global generator is
         never touched; replicas with equal seeds draw equal sketches.
     sweep : int or None
-        Steps in which the drift correction visits every column once, on average (twice, if complex); never more
-        than one column per step (two, if complex).  It puts back what rounding takes off the manifold
-        (:mod:`projunn_manifold.drift`), up to 32 columns at a time in an optimiser's move, at the cost of at most
-        :math:`4n^2` operations per step (:math:`8n^2`, if complex).
+        Steps in which the drift correction visits every column once, on average; never more than one column per
+        step.  Both times k, and times two if complex, as rounding has that times the variance.  It puts back what
+        rounding takes off the manifold (:mod:`projunn_manifold.drift`), up to 32 columns at a time in an optimiser's
+        move, at the cost of at most :math:`4 k n^2` operations per step.
         None: no correction.
     non_finite : {"raise", "skip"}
         What becomes of a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
@@ -111,11 +111,16 @@ class UnitaryLowRank(Manifold):
             raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
         self.k = validation.check_count(k, "k", "full rank")
         self._drift = drift.Schedule(validation.check_count(sweep, "sweep", "no drift correction"))
-        self.seed = validation.check_seed(seed)
+        self._seed = validation.check_seed(seed)
         self.non_finite = non_finite
         self.sampler = sampling.resolve_sampler(sampler)
         self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
-        self._state = State(self.seed)
+        self._state = State(self._seed)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sketches."""
+        return self._seed
 
     @property
     def sweep(self) -> int | None:
@@ -140,7 +145,7 @@ class UnitaryLowRank(Manifold):
         self._state.forget_faults()
         return faults
 
-    def get_extra_state(self) -> Tensor:  # (24,) uint8
+    def get_extra_state(self) -> Tensor:  # (32,) uint8
         """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
         return self._state.packed()
 
@@ -197,8 +202,11 @@ class UnitaryLowRank(Manifold):
         """
         self._accept(x, u, "gradient")
         if self._is_dense(x):
-            return self._dense_gradient(x, _plain(u))
+            gradient = self._dense_gradient(x, _plain(u))
+            self._state.count_gradient(x)
+            return gradient
         tangent = self._gradient(x, u)
+        self._state.count_gradient(x)
         if torch.is_grad_enabled():
             left, right = tangent.outer()
             return left @ right.mH
@@ -272,11 +280,14 @@ class UnitaryLowRank(Manifold):
         >>> x = manifold.step_(x, g, lr=0.1)
         """
         self._accept_in_place(x, grad, "gradient")
-        validation.check_number(lr, "lr")
+        validation.check_rate(lr, "lr", x)
         if self._is_dense(x):
-            direction = (-linalg.each(lr) * self._dense_gradient(x, _plain(grad))).to(x.dtype)
-            return x.copy_(self.retr(x, direction))
-        self._along(self._bounded(x, self._gradient(x, grad).scaled(-lr))).apply_(x)
+            tangent: Tangent = Frame.of_dense(x, self._dense_gradient(x, _plain(grad)), None)
+        else:
+            tangent = self._gradient(x, grad)
+        move = self._along(self._bounded(x, tangent.scaled(-lr)))
+        self._state.count_gradient(x)
+        move.apply_(x)
         self._correct_(x)
         return x
 
@@ -295,7 +306,7 @@ class UnitaryLowRank(Manifold):
         raises; x and the vectors are then as they were.
         """
         self._accept_in_place(x, u, "u")
-        validation.check_number(scale, "scale")
+        validation.check_rate(scale, "scale", x)
         for v in vectors:
             self._accept_in_place(x, v, "v")
             validation.check_writable(v, "v")
@@ -353,7 +364,7 @@ class UnitaryLowRank(Manifold):
         """
         validation.check_point(x)
         validation.check_writable(x, "x")
-        self._state.gradients += 1
+        self._state.count_gradient(x)
         self._correct_(x)
         return x
 
@@ -478,14 +489,11 @@ class UnitaryLowRank(Manifold):
         given = u.factors if isinstance(u, FactoredTensor) else None
         x, u = validation.broadcast(x, u)
         tangent = tangent_of_gradient(x, self._sketch(x, given if isinstance(given, LowRank) else _plain(u)))
-        tangent = self._finite(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
-        self._state.gradients += 1
-        return tangent
+        return self._finite(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
 
     def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
         tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
         kept = self._kept(x, linalg.squared_norm(tangent), torch.finfo(x.dtype).max, g, "gradient")
-        self._state.gradients += 1
         return tangent if kept is None else torch.where(kept[..., None, None], tangent, 0)
 
     def _finite(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
@@ -505,25 +513,26 @@ class UnitaryLowRank(Manifold):
             if self.non_finite == "raise":
                 raise validation.non_finite(_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what)
         kept = torch.as_tensor(sizes, device=x.device) <= limit
-        self._state.count(skipped=(~kept).sum(), device=x.device)
+        self._state.count_faults(x.device, skipped=(~kept).sum())
         return kept
 
     def _correct_(self, x: Tensor) -> None:
         """Correct the block of columns that is due, if any."""
-        start = self._drift.first_due_column(self._state.gradients, x.shape[-1], x.is_complex())
+        rate = (self.k or x.shape[-1]) * (2 if x.is_complex() else 1)
+        start = self._drift.first_due_column(self._state.turn(), x.shape[-1], rate)
         if start is None or not x.numel() or linalg.traced():
             return
         left = drift.correct_columns_(x, start)
+        if linalg.readable(x) and not left:
+            return
+        self._state.count_faults(x.device, uncorrected=left)
         if linalg.readable(x):
-            if not left:
-                return
             warnings.warn(
-                f"a point of shape {tuple(x.shape)} is off the manifold: columns of X^H X - I exceed {drift.FAR}, too "
+                f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
                 "far for the drift correction; put it back first, by manifold.projx",
                 RuntimeWarning,
                 stacklevel=3,
             )
-        self._state.count(uncorrected=left, device=x.device)
 
     def _sketch(self, x: Tensor, u: Tensor | LowRank) -> LowRank:
         """Rank-k factors of the gradient."""

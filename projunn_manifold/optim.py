@@ -21,6 +21,7 @@ import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
+from projunn_manifold import linalg
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["RiemannianAdam", "RiemannianSGD"]
@@ -86,7 +87,8 @@ class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
             return
         gradient = manifold.egrad2rgrad(point, point.grad)
         if not state:
-            finite = torch.isfinite(point.grad).flatten(-2).all(-1)[..., None, None]
+            sizes = linalg.squared_norm(point.grad)[..., None, None]
+            finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
             state["momentum_buffer"] = torch.where(finite, point.grad, 0)  # geoopt starts from the Euclidean gradient
         buffer = state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
         direction = (buffer * momentum).add_(gradient) if group["nesterov"] else buffer
@@ -132,6 +134,9 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
             state["exp_avg_sq"] = torch.zeros_like(square)
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(square)
+        for name in self._second_moments:
+            if name in state and state[name].shape != square.shape:  # from steps as a Euclidean parameter
+                state[name] = state[name].real.sum((-2, -1), keepdim=True)
         state["step"] += 1
         direction = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)

@@ -7,19 +7,27 @@ one as Euclidean, without a word.  A plan, made while all is well, tells afterwa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from geoopt.manifolds.base import Manifold
+from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
-__all__ = ["check_manifolds", "manifolds_of", "reattach_manifolds"]
-
-Plan = Mapping[str, Manifold]
+__all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
 
 
-def manifolds_of(model: torch.nn.Module) -> dict[str, Manifold]:
+class Plan(dict[str, Manifold]):
+    """Manifolds by the parameters' names; ``ties`` are names of one parameter each, with those that share it."""
+
+    def __init__(self, manifolds: Mapping[str, Manifold], ties: Iterable[tuple[str, ...]] = ()) -> None:
+        super().__init__(manifolds)
+        self.ties = list(ties)
+
+
+def manifolds_of(model: torch.nn.Module) -> Plan:
     """Return the manifold of every parameter that has one, under each of the parameter's names.
 
     Examples
@@ -38,25 +46,33 @@ def manifolds_of(model: torch.nn.Module) -> dict[str, Manifold]:
     >>> reattach_manifolds(model, plan)
     >>> check_manifolds(model, plan)
     """
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: p.manifold for name, p in parameters if isinstance(p, ManifoldTensor)}
+    found, names = {}, defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if isinstance(p, ManifoldTensor):
+            found[name] = p.manifold
+            names[id(p)].append(name)
+    return Plan(found, (tuple(tied) for tied in names.values() if len(tied) > 1))
 
 
 def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim.Optimizer) -> None:
     """Raise unless every parameter of the plan is in the model, on its manifold, and known to the optimisers.
 
-    With optimisers given, each trainable parameter of the plan must be held by one of them: an optimiser built before a
-    parameter was replaced goes on moving the old one.
+    With optimisers given, each trainable parameter of the plan must be held by one of them, and one of geoopt's kind:
+    an optimiser built before a parameter was replaced goes on moving the old one.
 
     Raises
     ------
     ValueError
-        Names each parameter that is gone, off its manifold or held by none of the optimisers, and each optimiser
-        that moves it as a Euclidean one.
+        Names each parameter that is gone, off its manifold, no longer shared or held by none of the optimisers, and
+        each optimiser that moves it as a Euclidean one.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems, lost = [], False
     held = [{id(p) for p in _parameters(optimizer)} for optimizer in optimizers]
+    for tied in plan.ties:
+        if len({id(parameters[name]) for name in tied if name in parameters}) > 1:
+            lost = True
+            problems.append(f"{', '.join(map(repr, tied))} were one parameter and are no longer")
     for name, manifold in plan.items():
         p = parameters.get(name)
         if p is None:
@@ -68,8 +84,9 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
         elif type(p.manifold) is not type(manifold):
             problems.append(f"{name!r} is on {_name(p.manifold)}, not on {_name(manifold)}")
         holders = [optimizer for optimizer, ids in zip(optimizers, held, strict=True) if id(p) in ids]
-        if not isinstance(p, ManifoldTensor):
-            problems += [f"{type(optimizer).__name__} moves {name!r} as Euclidean" for optimizer in holders]
+        for optimizer in holders:
+            if not isinstance(p, ManifoldTensor) or not isinstance(optimizer, OptimMixin):
+                problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean")
         if optimizers and not holders and p.requires_grad:
             problems.append(f"no given optimiser holds {name!r}: build it again and load its state_dict")
     if problems:
@@ -80,14 +97,16 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
 def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim.Optimizer) -> None:
     """Put every parameter of the plan that became a plain tensor back on its manifold, values and gradient kept.
 
-    Parameters that were shared stay shared.  In the optimisers given, the new parameter takes the place of the plain
-    one, with its state.  Values are taken as they are: after steps without the manifold, ``p.proj_()`` under
-    ``torch.no_grad()`` brings them back to it.  All is checked first: an error leaves everything as it was.
+    Parameters that were shared are shared again, with the first one's values and all gradients' sum.  In the
+    optimisers given, the new parameter takes the place of the plain one, with its state.  Values are taken as they
+    are: after steps without the manifold, ``p.proj_()`` under ``torch.no_grad()`` brings them back to it.  All is
+    checked first: an error leaves everything as it was.
 
     Raises
     ------
     ValueError, TypeError
-        The model lacks a parameter of the plan, or it cannot be a point of its manifold (shape, dtype).
+        The model lacks a parameter of the plan, it cannot be a point of its manifold (shape, dtype), or none of the
+        optimisers given holds it: then build the optimiser again and load its state_dict.
     NotImplementedError
         A sharded parameter (DTensor), which cannot carry a manifold.
     """
@@ -95,26 +114,46 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     missing = [name for name in plan if name not in parameters]
     if missing:
         raise ValueError(f"not parameters of the model any more: {', '.join(map(repr, missing))}")
-    mended: dict[int, tuple[Tensor, ManifoldParameter]] = {}
+    held = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
+    stray = [name for name in plan if parameters[name].requires_grad and id(parameters[name]) not in held]
+    if optimizers and stray:
+        raise ValueError(
+            f"no given optimiser holds {', '.join(map(repr, stray))}: it was built before they were replaced; "
+            "build it again and load its state_dict"
+        )
+    first = {name: tied[0] for tied in plan.ties for name in tied}
+    mended: dict[int, Tensor] = {}  # what takes the place of which parameter
     for name, manifold in plan.items():
-        p = parameters[name]
-        if isinstance(p, ManifoldTensor) or id(p) in mended:
-            continue
-        if type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            raise NotImplementedError(f"{name!r} is a {type(p).__name__}, which cannot carry a manifold")
-        mended[id(p)] = (p, ManifoldParameter(p.data, manifold=manifold, requires_grad=p.requires_grad))
+        p, leader = parameters[name], parameters[first.get(name, name)]
+        if p.shape != leader.shape:
+            raise ValueError(
+                f"{name!r} and {first[name]!r} were one parameter, but have shapes {tuple(p.shape)} and "
+                f"{tuple(leader.shape)} now"
+            )
+        if id(leader) not in mended and not isinstance(leader, ManifoldTensor):
+            if type(leader).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                raise NotImplementedError(f"{name!r} is a {type(leader).__name__}, which cannot carry a manifold")
+            new = ManifoldParameter(leader.data, manifold=manifold, requires_grad=leader.requires_grad)
+            mended[id(leader)] = new
+        if p is not leader:
+            mended[id(p)] = mended.get(id(leader), leader)
+    olds = {id(parameters[name]): parameters[name] for name in plan if id(parameters[name]) in mended}
     for name in plan:
         if id(parameters[name]) in mended:
-            old, new = mended[id(parameters[name])]
-            new.grad = old.grad
             path, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(path), leaf, new)
+            setattr(model.get_submodule(path), leaf, mended[id(parameters[name])])
+    for old in olds.values():
+        new = mended[id(old)]
+        if old.grad is not None:
+            new.grad = old.grad if new.grad is None else new.grad + old.grad
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [mended[id(p)][1] if id(p) in mended else p for p in group["params"]]
-        for old, new in mended.values():
+            replaced = (mended.get(id(p), p) for p in group["params"])
+            group["params"] = list({id(p): p for p in replaced}.values())
+        for old in olds.values():
             if old in optimizer.state:
-                optimizer.state[new] = optimizer.state.pop(old)
+                state = optimizer.state.pop(old)
+                optimizer.state.setdefault(mended[id(old)], state)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

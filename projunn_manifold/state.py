@@ -2,15 +2,19 @@
 
 Before every draw the generator is seeded by the manifold's seed, the count and the purpose of the draw.  So
 the count is the whole state of the sketches: a refused gradient leaves it as it was, equal moves between two
-gradients use equal sketches, and a checkpoint holds three integers.
+gradients use equal sketches, and a checkpoint holds a few integers.  Parameters that share a manifold share this
+count; divided by their number it counts the steps of each, whose turns of the drift correction must not depend on
+how many others there are.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from geoopt import ManifoldTensor
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Faults", "State"]
 
@@ -26,10 +30,12 @@ class Faults(NamedTuple):
 
 
 class State:
-    """Count of gradients and of faults; the latter are counted where they happen, on the tensors' device."""
+    """Counts of gradients and of faults; the latter are counted where they happen, on the tensors' device."""
 
     def __init__(self, seed: int) -> None:
         self.gradients = 0  # seen and accepted
+        self._sharers: Any = WeakIdKeyDictionary()  # the parameters that had them
+        self._known_sharers = 1  # how many there were before this process
         self._start = _mixed(seed & _MASK)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._faults: dict[torch.device, Tensor] = {}
@@ -41,7 +47,17 @@ class State:
         mixed = _mixed(self._start + self.gradients * _PURPOSES + purpose)
         return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
-    def count(self, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0, device: torch.device) -> None:
+    def count_gradient(self, x: Tensor) -> None:
+        """Count a gradient at x."""
+        self.gradients += 1
+        if isinstance(x, ManifoldTensor):
+            self._sharers[x] = True
+
+    def turn(self) -> int:
+        """Return about how many gradients each of the parameters that share this state has had."""
+        return self.gradients // max(self._known_sharers, len(self._sharers))
+
+    def count_faults(self, device: torch.device, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0) -> None:
         """Add to the faults, without a wait for the device."""
         if device not in self._faults:
             self._faults[device] = torch.zeros(2, dtype=torch.int64, device=device)
@@ -56,19 +72,32 @@ class State:
         """Start to count faults anew."""
         self._faults = {}
 
-    def packed(self) -> Tensor:  # (24,) uint8
+    def packed(self) -> Tensor:  # (32,) uint8
         """Return the state as bytes."""
-        return torch.tensor([self.gradients, *self.faults()], dtype=torch.int64).view(torch.uint8)
+        sharers = max(self._known_sharers, len(self._sharers))
+        return torch.tensor([self.gradients, sharers, *self.faults()], dtype=torch.int64).view(torch.uint8)
 
     def unpack(self, packed: object) -> None:
         """Take over a packed state."""
-        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (24,):
+        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (32,):
             found = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-            raise ValueError(f"the state of a manifold must be a uint8 tensor of 24 bytes, got {found}")
-        gradients, skipped, uncorrected = packed.detach().cpu().contiguous().view(torch.int64).tolist()
-        self.gradients = gradients
+            raise ValueError(f"the state of a manifold must be a uint8 tensor of 32 bytes, got {found}")
+        numbers = packed.detach().cpu().contiguous().view(torch.int64).tolist()
+        if min(numbers) < 0 or numbers[1] < 1:
+            raise ValueError(f"the state of a manifold must hold counts, got {numbers}")
+        self.gradients, self._known_sharers, skipped, uncorrected = numbers
+        self._sharers = WeakIdKeyDictionary()
         self.forget_faults()
-        self.count(skipped=skipped, uncorrected=uncorrected, device=torch.device("cpu"))
+        self.count_faults(torch.device("cpu"), skipped=skipped, uncorrected=uncorrected)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along: the counts, from which the rest follows."""
+        return {"_start": self._start, "packed": self.packed()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the counts."""
+        self._start, self._generators = state["_start"], {}
+        self.unpack(state["packed"])
 
 
 def _mixed(z: int) -> int:

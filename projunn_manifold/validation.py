@@ -16,8 +16,8 @@ __all__ = [
     "broadcast",
     "check_count",
     "check_factors",
-    "check_number",
     "check_point",
+    "check_rate",
     "check_same_matrix",
     "check_sample",
     "check_seed",
@@ -70,9 +70,14 @@ def check_tensor(x: object, name: str, missing: str = "") -> None:
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}{advice}")
 
 
-def check_number(value: object, name: str) -> None:
-    """Raise unless value is a real number or a tensor."""
-    if not isinstance(value, float | int | Tensor) or isinstance(value, bool):
+def check_rate(value: object, name: str, x: Tensor) -> None:
+    """Raise unless value is a real number, or a real tensor with one for all or for each matrix of x."""
+    if isinstance(value, Tensor):
+        if value.is_complex() or value.dtype == torch.bool:
+            raise TypeError(f"`{name}` must be real, got {value.dtype}")
+        if value.shape not in (torch.Size(), x.shape[:-2]):
+            raise ValueError(f"`{name}` must have shape () or {tuple(x.shape[:-2])}, got {tuple(value.shape)}")
+    elif not isinstance(value, float | int) or isinstance(value, bool):
         raise TypeError(f"`{name}` must be a number or a tensor, got {value!r} of type {type(value).__name__}")
 
 

@@ -108,7 +108,13 @@ def test_what_is_saved_and_what_is_refused():
     other.load_state_dict(manifold.state_dict())
     assert other._state.gradients == 2
     assert other.check() == Faults(1, 0)
-    for wrong in (None, state.float(), state[:8]):
-        with pytest.raises(ValueError, match="uint8 tensor of 24 bytes"):
+    negative = (-state.view(torch.int64)).view(torch.uint8)
+    for wrong, message in (
+        (None, "uint8 tensor of 32 bytes"),
+        (state.float(), "uint8 tensor of 32 bytes"),
+        (state[:8], "uint8 tensor of 32 bytes"),
+        (negative, "must hold counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
             other.set_extra_state(wrong)
     assert other._state.gradients == 2

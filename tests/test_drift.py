@@ -11,19 +11,35 @@ from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, drift, linalg,
 
 
 @pytest.mark.parametrize(("m", "sweep"), [(7, 40), (32, 512), (100, 512), (128, 30), (600, 512), (2048, 512)])
-@pytest.mark.parametrize("stride", [1, 3])
-@pytest.mark.parametrize("is_complex", [False, True])
-def test_every_column_has_its_turn(m, sweep, stride, is_complex):
+@pytest.mark.parametrize("rate", [1, 2, 4])
+def test_every_column_has_its_turn(m, sweep, rate):
     schedule = drift.Schedule(sweep)
-    period = max(m, sweep) / (1 + is_complex)
-    turns = torch.zeros(m)
-    for gradient in range(int(20 * period)):
-        start = schedule.first_due_column((gradient + 1) * stride, m, is_complex)  # several parameters share the count
+    period = max(m, sweep) / rate
+    turns, last, longest = torch.zeros(m), torch.zeros(m), torch.zeros(m)
+    for gradient in range(1, int(20 * period) + 1):
+        start = schedule.first_due_column(gradient, m, rate)
         if start is not None:
             assert 0 <= start <= m - drift.width(m)
-            turns[start : start + drift.width(m)] += 1
+            due = slice(start, start + drift.width(m))
+            longest[due] = torch.maximum(longest[due], gradient - last[due])
+            turns[due], last[due] = turns[due] + 1, gradient
     assert turns.min() >= 17
     assert turns[: m - drift.width(m)].max() <= 23
+    assert longest.max() <= 2.5 * period
+
+
+@pytest.mark.parametrize("sharers", [2, 3, 7, 55])
+@pytest.mark.parametrize("optimizer", [geoopt.optim.RiemannianSGD, optim.RiemannianSGD])
+def test_parameters_that_share_a_manifold_are_all_corrected(draw, sharers, optimizer):
+    manifold = UnitaryLowRank(1, sweep=16)
+    points = [draw.point(8, 8, dtype=torch.float64) * (1 + 1e-3) for _ in range(sharers)]
+    parameters = [geoopt.ManifoldParameter(x, manifold=manifold) for x in points]
+    step = optimizer(parameters, lr=0.1).step
+    for _ in range(40):
+        for p in parameters:
+            p.grad = draw.matrix(8, 1, dtype=torch.float64) @ draw.matrix(1, 8, dtype=torch.float64)
+        step()
+    assert max(linalg.unitarity_error(p).item() for p in parameters) <= 1e-5
 
 
 def test_no_sweep_no_turn():
@@ -62,13 +78,35 @@ def test_a_corrected_block_is_orthonormal_and_orthogonal_to_the_rest(draw, dtype
     assert torch.equal(x[:, end:], before[:, end:])
 
 
-def test_a_column_too_far_off_is_left_and_spoils_no_other(draw):
-    x = draw.point(8, 8, dtype=torch.float64)
-    x[:, 2] = 3 * torch.eye(8, dtype=torch.float64)[2]
+def test_columns_too_far_off_are_left_and_spoil_no_other(draw):
+    x = draw.point(40, 40, dtype=torch.float64)
+    x[:, 7] = (x[:, 7] + x[:, 30]) / 2**0.5
+    before, left = x.clone(), 0
+    for _ in range(50):
+        for start in range(0, 40, drift.width(40)):
+            left += int(drift.correct_columns_(x, start))
+    assert left == 100
+    assert torch.equal(x[:, [7, 30]], before[:, [7, 30]])
+    assert torch.dist(x, before) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1.3, 1.6, 3.0, 1e3])
+def test_a_column_of_any_norm_comes_back(draw, dtype, scale):
+    x = draw.point(40, 40, dtype=dtype)
+    x[:, 7] *= scale
+    for _ in range(5):
+        for start in range(0, 40, drift.width(40)):
+            assert drift.correct_columns_(x, start) == 0
+    assert linalg.unitarity_error(x) <= bound(dtype)
+
+
+def test_a_point_that_is_not_finite_is_left(draw):
+    x = draw.point(40, 40, dtype=torch.float64)
+    x[3, 7] = torch.nan
     before = x.clone()
-    drift.correct_columns_(x, 0)
-    assert torch.equal(x[:, 2], before[:, 2])
-    assert torch.linalg.vector_norm(x - before, dim=0).max() <= 1
+    assert drift.correct_columns_(x, 20) == drift.width(40)
+    assert torch.equal(x.nan_to_num(), before.nan_to_num())
 
 
 @pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])

@@ -95,6 +95,40 @@ def test_steps_beyond_all_rounding_are_skipped(draw, monkeypatch, device, varian
     assert manifold.check() == Faults(1, 0)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, 1e20])
+@pytest.mark.parametrize("how", ["momentum", "adam"])
+def test_a_bad_first_gradient_leaves_no_trace_in_the_moments(draw, how, bad):
+    p = parameter(draw, UnitaryLowRank(non_finite="skip"))
+    good, p.grad = p.grad, p.grad.clone()
+    p.grad[3, 5] = bad
+    step, start = STEPS[how](p), p.detach().clone()
+    step()
+    assert torch.equal(p, start)
+    p.grad = good
+    step()
+    assert 1e-3 < torch.dist(p, start) < 10
+    assert p.manifold.check() == Faults(1, 0)
+
+
+def test_a_refused_step_leaves_the_count(draw):
+    p = parameter(draw, UnitaryLowRank())
+    q, start = copy.deepcopy(p), p.detach().clone()
+    for lr, kind in ((1e30, ValueError), (float("nan"), ValueError), (torch.ones(3), ValueError), (1j, TypeError)):
+        with pytest.raises(kind):
+            p.manifold.step_(p, p.grad, lr)
+        assert torch.equal(p, start)
+    assert torch.equal(p.manifold.step_(p, p.grad, 0.1), q.manifold.step_(q, p.grad, 0.1))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e20, 1e25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(12, 12), (14, 9)], ids=str)
+def test_factors_at_the_ends_of_the_range(draw, scale, dtype, shape):
+    x, (a, b) = draw.point(*shape, dtype=dtype), draw.factors(shape, 3, dtype, 0.3)
+    for move in (projunn_d, projunn_t):
+        assert error(move(x, a * scale, b / scale), move(double(x), double(a), double(b))) <= bound(dtype)
+
+
 def test_a_point_that_is_not_finite_is_never_skipped(draw):
     p = parameter(draw, UnitaryLowRank(non_finite="skip"))
     p.detach()[0, 0] = torch.nan

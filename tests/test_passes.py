@@ -242,7 +242,7 @@ def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
         step()
     for _ in range(n):  # on to a step that corrects a block of columns, the one that needs most memory
         manifold._state.gradients += 1
-        if manifold._drift.first_due_column(manifold._state.gradients, n) is not None:
+        if manifold._drift.first_due_column(manifold._state.turn(), n) is not None:
             break
     manifold._state.gradients -= 1
     gc.collect()

@@ -8,6 +8,7 @@ from torch import nn
 from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds
 from projunn_manifold.averaging import AveragedModel
 from projunn_manifold.linalg import unitarity_error
+from projunn_manifold.plan import Plan
 
 
 class Network(nn.Module):
@@ -44,18 +45,24 @@ def test_lost_manifolds_are_named_and_restored(how):
     optimizer = optim.RiemannianSGD(network.parameters(), lr=0.1, momentum=0.9)
     with pytest.raises(ValueError, match=r"'inner.weight' is a plain Parameter, not on UnitaryLowRank") as caught:
         check_manifolds(network, plan, optimizer)
-    for words in ("'tied' is", "'other' is", "RiemannianSGD moves 'inner.weight' as Euclidean", "reattach_manifolds"):
+    for words in (
+        "'tied', 'inner.weight' were one parameter",
+        "'tied' is",
+        "'other' is",
+        "RiemannianSGD moves 'inner.weight' as Euclidean",
+        "reattach_manifolds",
+    ):
         assert words in str(caught.value)
-    shared = network.tied is network.inner.weight
+    assert network.tied is not network.inner.weight
     network(torch.randn(4, 8)).square().sum().backward()
-    grad = network.inner.weight.grad
+    grad = network.inner.weight.grad + network.tied.grad
     reattach_manifolds(network, plan, optimizer)
     check_manifolds(network, plan, optimizer)
     assert network.inner.weight.manifold is plan["inner.weight"]
     assert isinstance(network.other.manifold, geoopt.Sphere)
-    assert (network.tied is network.inner.weight) == shared
+    assert network.tied is network.inner.weight
     assert torch.equal(network.inner.weight, values)
-    assert network.inner.weight.grad is grad
+    assert torch.equal(network.inner.weight.grad, grad)
     for _ in range(3):
         optimizer.zero_grad()
         network(torch.randn(4, 8)).square().sum().backward()
@@ -71,7 +78,7 @@ def test_an_optimizers_state_moves_with_the_parameter():
     optimizer = geoopt.optim.RiemannianSGD(network.parameters(), lr=0.1, momentum=0.9)
     network(torch.randn(4, 8)).square().sum().backward()
     optimizer.step()
-    buffer = optimizer.state[network.inner.weight]["momentum_buffer"]
+    buffer = optimizer.state[network.tied]["momentum_buffer"]
     reattach_manifolds(network, plan, optimizer)
     assert optimizer.state[network.inner.weight]["momentum_buffer"] is buffer
 
@@ -82,10 +89,34 @@ def test_an_optimizer_built_before_the_parameters_were_replaced_is_found():
     before = optim.RiemannianSGD(network.parameters(), lr=0.1)
     check_manifolds(network, plan, before)
     network = lose(network, "assign")
+    with pytest.raises(ValueError, match=r"no given optimiser holds .*'inner.weight'.*build it again"):
+        reattach_manifolds(network, plan, before)
+    assert type(network.inner.weight) is nn.Parameter
     reattach_manifolds(network, plan)
     check_manifolds(network, plan)
     with pytest.raises(ValueError, match=r"no given optimiser holds 'inner.weight'"):
         check_manifolds(network, plan, before)
+
+
+def test_an_optimizer_that_knows_no_manifolds_is_found():
+    network = Network()
+    with pytest.raises(ValueError, match=r"Adam moves 'inner.weight' as Euclidean"):
+        check_manifolds(network, manifolds_of(network), torch.optim.Adam(network.parameters()))
+
+
+def test_adam_reads_the_state_of_steps_made_without_the_manifold(draw):
+    network = Network()
+    plan = manifolds_of(network)
+    network = lose(network, "assign")
+    optimizer = optim.RiemannianAdam(network.parameters(), lr=0.1)
+    network(torch.randn(4, 8)).square().sum().backward()
+    squares = network.tied.grad.square().sum().item()
+    optimizer.step()
+    optimizer.zero_grad()
+    reattach_manifolds(network, plan, optimizer)
+    network.inner.weight.grad = torch.zeros(8, 8)
+    optimizer.step()
+    assert optimizer.state[network.inner.weight]["exp_avg_sq"].item() == pytest.approx(0.999 * 0.001 * squares)
 
 
 def test_what_cannot_be_mended_is_refused_and_nothing_changed():
@@ -93,7 +124,7 @@ def test_what_cannot_be_mended_is_refused_and_nothing_changed():
     plan = manifolds_of(network)
     network = lose(network, "assign")
     before = dict(network.named_parameters())
-    network.inner.weight = nn.Parameter(torch.zeros(3, 8))
+    network.tied = network.inner.weight = nn.Parameter(torch.zeros(3, 8))
     with pytest.raises(ValueError, match="square or tall"):
         reattach_manifolds(network, plan)
     assert network.other is before["other"]
@@ -105,7 +136,7 @@ def test_what_cannot_be_mended_is_refused_and_nothing_changed():
         reattach_manifolds(network, plan)
     network = Network()
     with pytest.raises(ValueError, match="'other' is on Sphere, not on UnitaryLowRank"):
-        check_manifolds(network, {"other": UnitaryLowRank()})
+        check_manifolds(network, Plan({"other": UnitaryLowRank()}))
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
