@@ -1,7 +1,8 @@
 """How far rounding takes a point off its manifold: 100 000 steps of projUNN, beside geoopt's Stiefel and an SVD.
 
 Points make random steps a b^H of rank one (once of rank four) and a given length, by projUNN-T, by projUNN-D along the
-tangent and by raw projUNN-D, or are trained by geoopt's optimisers on noisy data.  The error is ‖X^H X - I‖_F/√m in double precision.
+tangent and by raw projUNN-D, or are trained by geoopt's optimisers on noisy data.  The error is ‖X^H X - I‖_F/√m in
+double precision.
 
 Run ``python examples/drift.py`` (about half an hour).  It leaves ``drift.json`` and ``drift.png`` in the output folder,
 and fails if an error of this package exceeds its promise: 1e-6 in single, 5e-15 in double precision.

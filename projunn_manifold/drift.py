@@ -66,5 +66,5 @@ def correct_columns_(x: Tensor, start: int) -> Tensor:
     near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= FAR
     own.mul_(scale.unsqueeze(-1) / 2)
     own.diagonal(dim1=-2, dim2=-1).copy_((squares - 1) / (squares + squares.sqrt()))  # 1 - 1/‖x_j‖
-    block.copy_(torch.where(near, block - x @ excess, block))
+    block.sub_((x @ excess).masked_fill_(~near, 0))
     return (~near).sum()
