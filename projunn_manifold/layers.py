@@ -1,0 +1,550 @@
+"""Layers whose weights stay unitary: a linear map and recurrent networks, with the conventions of torch.nn.
+
+A layer owns its manifold as a submodule, so that ``state_dict`` keeps the manifold's state, and puts its weights back
+on it where PyTorch replaces them (``load_state_dict(assign=True)``, ``to_empty``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from geoopt import ManifoldParameter, ManifoldTensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from projunn_manifold import init as initialise
+from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.plan import Plan, manifolds_of, reattach_manifolds
+from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
+
+__all__ = ["ModReLU", "UnitaryLinear", "UnitaryRNN", "UnitaryRNNCell", "param_groups", "unitary_"]
+
+_INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cayley": initialise.cayley_,
+    "haar": initialise.haar_,
+    "henaff": initialise.henaff_,
+    "identity": initialise.identity_,
+}
+
+
+class _KeepsManifolds(nn.Module):
+    """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
+
+    def _remember_manifolds(self) -> None:
+        self._plan = manifolds_of(self)
+        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        reattach_manifolds(self, self._plan)
+        return self
+
+
+def _reattach(module: Any, _: Any) -> None:
+    reattach_manifolds(module, module._plan)
+
+
+class ModReLU(nn.Module):
+    r""":math:`\max(|z| + b, 0)\, z/|z|` with a learnt real bias for each feature, ``(..., n)`` to ``(..., n)``.
+
+    For real numbers :math:`\mathrm{sign}(z)\max(|z| + b, 0)`.  It keeps the phase (the sign) of its argument and so
+    suits unitary networks.  The bias starts uniform in (-0.01, 0.01).
+
+    Parameters
+    ----------
+    features : int
+        n
+    device, dtype
+        Of the bias; for a complex dtype its real counterpart.
+
+    References
+    ----------
+    Arjovsky, Shah, Bengio, *Unitary evolution recurrent neural networks*, ICML 2016, equation 8.
+    """
+
+    def __init__(self, features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        real = torch.empty((), dtype=dtype).real.dtype
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=real).uniform_(-0.01, 0.01))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return the activation of z."""
+        return modrelu(z, self.bias)
+
+    def extra_repr(self) -> str:
+        """Return the number of features."""
+        return f"{len(self.bias)}"
+
+
+class UnitaryLinear(_KeepsManifolds):
+    """``torch.nn.Linear`` with an orthonormal weight: an isometry for tall weights, its adjoint for wide ones.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        The weight has shape ``(out_features, in_features)`` where that is square or tall; for a wide map ``weight``
+        holds its adjoint, ``(in_features, out_features)``.
+    bias : bool
+        Whether to add a bias, which starts at zero.
+    k : int or None
+        Rank of the moves, for a manifold made here.
+    manifold : UnitaryLowRank, optional
+        To be used instead.
+    init : {"haar", "identity", "henaff", "cayley"}
+        First weight; the last two for square ones.
+    device, dtype
+        As in torch.nn; complex dtypes give a unitary map.
+
+    Raises
+    ------
+    ValueError
+        Unknown ``init``, or one that does not fit the shape; ``k`` and ``manifold`` both given.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        k: int | None = 1,
+        manifold: UnitaryLowRank | None = None,
+        init: str = "haar",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.manifold = UnitaryLowRank(k) if manifold is None else manifold
+        shape = (max(in_features, out_features), min(in_features, out_features))
+        self.weight = _on_manifold(shape, self.manifold, init, device, dtype)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self._remember_manifolds()
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        """Return ``x W^T + b``."""
+        return nn.functional.linear(x.to(self.weight.dtype), self._matrix(), self.bias)
+
+    def _matrix(self) -> Tensor:  # (out_features, in_features)
+        return self.weight if self.out_features >= self.in_features else self.weight.mH
+
+    def to_plain(self) -> nn.Linear:
+        """Return the same map as a ``torch.nn.Linear``, its weights copied."""
+        weight = self._matrix().detach().resolve_conj()
+        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
+        with torch.no_grad():
+            plain.weight.copy_(weight)
+            if self.bias is not None:
+                plain.bias.copy_(self.bias)
+        return plain
+
+    def extra_repr(self) -> str:
+        """Return the sizes, as torch.nn.Linear does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _on_manifold(
+    shape: tuple[int, int], manifold: UnitaryLowRank, init: str, device: Any, dtype: torch.dtype | None
+) -> ManifoldParameter:
+    if init not in _INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, sorted(_INITS)))}, got {init!r}")
+    point = torch.empty(shape, device=device, dtype=dtype)
+    return ManifoldParameter(point if point.is_meta else _INITS[init](point), manifold=manifold)
+
+
+# -- recurrent networks ------------------------------------------------------------------------------
+
+
+class _Recurrent(_KeepsManifolds):
+    """What the cell and the network share: arguments, one layer's weights, its step, messages for wrong input."""
+
+    nonlinearity: Any
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        nonlinearity: str | Callable[[Tensor], Tensor],
+        k: int | None,
+        manifold: UnitaryLowRank | None,
+        init: str,
+    ) -> None:
+        super().__init__()
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+        if not callable(nonlinearity) and nonlinearity not in NONLINEARITIES:
+            known = ", ".join(map(repr, NONLINEARITIES))
+            raise ValueError(f"nonlinearity must be one of {known}, or a function of a tensor, got {nonlinearity!r}")
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.nonlinearity = nonlinearity
+        self._k, self._manifold, self._init = k, manifold, init
+
+    def _add_layer(self, suffix: str, input_size: int, device: Any, dtype: torch.dtype | None) -> None:
+        """Make the weights of a layer: uniform inputs as in torch.nn.RNN, a unitary transition, no bias at first."""
+        n = self.hidden_size
+        bound = 1 / math.sqrt(n)
+        inward = torch.empty(n, input_size, device=device, dtype=dtype)
+        (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
+        self.register_parameter(f"weight_ih{suffix}", nn.Parameter(inward))
+        manifold = UnitaryLowRank(self._k) if self._manifold is None else self._manifold
+        self.add_module(f"manifold{suffix}", manifold)
+        self.register_parameter(f"weight_hh{suffix}", _on_manifold((n, n), manifold, self._init, device, dtype))
+        beta = nn.Parameter(torch.zeros(n, device=device, dtype=dtype)) if self.bias else None
+        self.register_parameter(f"bias_ih{suffix}", beta)
+        if self.nonlinearity == "modrelu":
+            self.add_module(f"modrelu{suffix}", ModReLU(n, device, dtype))
+
+    def _run_layer(self, suffix: str, x: Tensor, h0: Tensor) -> Tensor:  # (T, B, m), (B, n) -> (T, B, n)
+        inward, weight = getattr(self, f"weight_ih{suffix}"), getattr(self, f"weight_hh{suffix}")
+        beta = getattr(self, f"bias_ih{suffix}")
+        if callable(self.nonlinearity):
+            function = self.nonlinearity
+            return step_by_step(x, h0, inward, weight, beta, None, lambda z, bias: function(z))
+        bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None
+        return recurrence(x, h0, inward, weight, beta, bias, self.nonlinearity, factored=_may_be_factored(weight))
+
+    def _check_input(self, x: Tensor, dims: tuple[int, ...]) -> None:
+        name = type(self).__name__
+        if x.dim() not in dims:
+            expected = " or ".join(f"{d}D" for d in dims)
+            raise ValueError(f"{name}: expected input to be {expected}, got {x.dim()}D, shape {tuple(x.shape)}")
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{name}: the last dimension of input must be input_size={self.input_size}, got shape {tuple(x.shape)}"
+            )
+
+    def _check_hidden(self, hx: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
+        name = type(self).__name__
+        if tuple(hx.shape) != shape:
+            raise ValueError(f"{name}: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
+        if hx.is_complex() and not weight.is_complex():
+            raise TypeError(f"{name}: hidden state must be {weight.dtype}, as the weights are, got {hx.dtype}")
+        return hx.to(weight.dtype)
+
+    def _cast(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Bring real or half-precision input to the weights' dtype."""
+        if not (x.is_floating_point() or x.is_complex()) or (x.is_complex() and not weight.is_complex()):
+            raise TypeError(f"{type(self).__name__}: input must be {weight.dtype}, as the weights are, got {x.dtype}")
+        return x.to(weight.dtype)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, as torch.nn.RNN does."""
+        nonlinearity = self.nonlinearity if isinstance(self.nonlinearity, str) else "function"
+        return f"{self.input_size}, {self.hidden_size}, nonlinearity={nonlinearity}, bias={self.bias}"
+
+    def _plain_nonlinearity(self) -> str:
+        if self.nonlinearity not in ("relu", "tanh"):
+            raise ValueError(f"torch.nn has no recurrent network with nonlinearity {self.nonlinearity!r}")
+        return str(self.nonlinearity)
+
+
+def _copy_weights_(plain: nn.RNN | nn.RNNCell, ours: nn.Module) -> None:
+    """Copy weights of the same names; torch's second bias is redundant."""
+    for name, p in plain.named_parameters():
+        if name.startswith("bias_hh"):
+            p.zero_()
+        else:
+            p.copy_(getattr(ours, name))
+
+
+def _may_be_factored(weight: Tensor) -> bool:
+    """Tell whether a gradient of this weight will be sketched, so that it need not be formed."""
+    manifold = getattr(weight, "manifold", None)
+    return isinstance(manifold, UnitaryLowRank) and manifold.k is not None and 2 * manifold.k < weight.shape[-1]
+
+
+class UnitaryRNNCell(_Recurrent):
+    r"""``torch.nn.RNNCell`` with a unitary transition: :math:`h' = \sigma(V x + \beta + W h)`, W unitary.
+
+    Parameters
+    ----------
+    input_size, hidden_size : int
+        m and n
+    bias : bool
+        Whether there is a β (one: torch's second bias would be redundant).
+    nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
+        σ; a callable is a function of a tensor, such as a module.
+    k, manifold, init, device, dtype
+        As for :class:`UnitaryRNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str | Callable[[Tensor], Tensor] = "modrelu",
+        *,
+        k: int | None = 1,
+        manifold: UnitaryLowRank | None = None,
+        init: str = "henaff",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, k, manifold, init)
+        self._add_layer("", input_size, device, dtype)
+        self._remember_manifolds()
+
+    def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
+        """Return the next state."""
+        self._check_input(x, (1, 2))
+        weight = self._parameters["weight_hh"]
+        assert weight is not None
+        x = self._cast(x, weight)
+        shape = (*x.shape[:-1], self.hidden_size)
+        hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
+        batched = x.dim() == 2
+        state = self._run_layer("", x[None] if batched else x[None, None], hx if batched else hx[None])
+        return state[0] if batched else state[0, 0]
+
+    def to_plain(self) -> nn.RNNCell:
+        """Return the same cell as a ``torch.nn.RNNCell`` (relu or tanh), its weights copied."""
+        weight = self._parameters["weight_hh"]
+        assert weight is not None
+        kind = self._plain_nonlinearity()
+        plain = nn.RNNCell(self.input_size, self.hidden_size, self.bias, kind, weight.device, weight.dtype)
+        with torch.no_grad():
+            _copy_weights_(plain, self)
+        return plain
+
+
+class UnitaryRNN(_Recurrent):
+    r"""``torch.nn.RNN`` with unitary transitions: :math:`h_t = \sigma(V x_t + \beta + W h_{t-1})`, each W unitary.
+
+    The whole sequence is one operation for autograd if σ is built in.  The gradient of a W on
+    :class:`~projunn_manifold.UnitaryLowRank` is then a :class:`~projunn_manifold.factors.FactoredTensor`: kept as what
+    it is the product of, never formed unless somebody reads it.
+
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers : int
+        m, n and the number of layers.
+    nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
+        σ; a callable is a function of a tensor, such as a module (one for all layers).  A complex network has
+        modrelu, none or a callable.
+    bias : bool
+        Whether there is a β (one: torch's second bias would be redundant).
+    batch_first : bool
+        Input and output are ``(B, T, ·)`` instead of ``(T, B, ·)``.
+    dropout : float
+        Share of states set to zero between layers, while training.
+    k : int or None
+        Rank of the moves, for manifolds made here, one for each layer.
+    manifold : UnitaryLowRank, optional
+        One for all layers, to be used instead.
+    init : {"henaff", "cayley", "haar", "identity"}
+        First transition.
+    device, dtype
+        As in torch.nn; a complex dtype gives a unitary network, and real input is taken for complex.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Unknown names, sizes below 1; in ``forward``: wrong shapes or dtypes of input or first state, no time step.
+
+    References
+    ----------
+    Kiani et al. 2022, section 5; Arjovsky, Shah, Bengio 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import UnitaryRNN, param_groups
+    >>> from projunn_manifold.optim import RiemannianSGD
+    >>> network = UnitaryRNN(3, 64, nonlinearity="relu", k=1)
+    >>> optimizer = RiemannianSGD(param_groups(network, lr=0.1), lr=0.1)
+    >>> output, last = network(torch.randn(50, 8, 3))
+    >>> output.shape, last.shape
+    (torch.Size([50, 8, 64]), torch.Size([1, 8, 64]))
+    >>> output.square().mean().backward()
+    >>> network.weight_hh_l0.grad
+    FactoredTensor(LowRank, shape=(64, 64), dtype=torch.float32)
+    >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str | Callable[[Tensor], Tensor] = "modrelu",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        *,
+        k: int | None = 1,
+        manifold: UnitaryLowRank | None = None,
+        init: str = "henaff",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, nonlinearity, k, manifold, init)
+        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
+            raise ValueError(f"num_layers must be an int >= 1, got {num_layers!r}")
+        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
+            raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
+        self.num_layers, self.batch_first, self.dropout = num_layers, batch_first, dropout
+        for layer in range(num_layers):
+            self._add_layer(f"_l{layer}", input_size if layer == 0 else hidden_size, device, dtype)
+        self._remember_manifolds()
+
+    def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
+        """Return the last layer's states, and the last state of every layer ``(num_layers, B, n)``.
+
+        ``input`` is ``(T, B, m)``, ``(T, m)``, with ``batch_first`` ``(B, T, m)``, or a PackedSequence; the states have
+        its form.  ``hx`` holds first states, ``(num_layers, B, n)`` or, for unbatched input, ``(num_layers, n)``.
+        """
+        if isinstance(input, PackedSequence):
+            return self._run_packed(input, hx)
+        self._check_input(input, (2, 3))
+        batched = input.dim() == 3
+        x = input if batched else input[None] if self.batch_first else input[:, None]
+        x = x.transpose(0, 1) if self.batch_first else x
+        if hx is not None and hx.dim() != x.dim() - (not batched):
+            shape = (self.num_layers, *((x.shape[1],) if batched else ()), self.hidden_size)
+            raise ValueError(f"UnitaryRNN: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
+        states, last = self._run(x, hx if hx is None or batched else hx[:, None], lambda states: states[-1])
+        states = states.transpose(0, 1) if self.batch_first else states
+        return (states, last) if batched else (states.squeeze(0 if self.batch_first else 1), last.squeeze(1))
+
+    def _run(
+        self, x: Tensor, hx: Tensor | None, last_of: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:  # (T, B, m), (L, B, n) -> (T, B, n), (L, B, n)
+        if x.shape[0] == 0:
+            raise ValueError("UnitaryRNN: expected at least one time step, got none")
+        weight = self._parameters["weight_hh_l0"]
+        assert weight is not None
+        x = self._cast(x, weight)
+        shape = (self.num_layers, x.shape[1], self.hidden_size)
+        hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
+        last = []
+        for layer in range(self.num_layers):
+            if layer > 0:
+                x = nn.functional.dropout(x, self.dropout, self.training)
+            x = self._run_layer(f"_l{layer}", x, hx[layer])
+            last.append(last_of(x))
+        return x, torch.stack(last)
+
+    def _run_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
+        """Run over the padded sequences: states beyond a sequence's end are computed and dropped."""
+        self._check_input(packed.data, (2,))
+        sorted_ = PackedSequence(packed.data, packed.batch_sizes)  # by length, as the data are
+        x, lengths = pad_packed_sequence(sorted_)
+        if hx is not None and packed.sorted_indices is not None and hx.dim() == 3:
+            hx = hx[:, packed.sorted_indices]
+        ends, rows = (lengths - 1).to(x.device), torch.arange(x.shape[1], device=x.device)
+        states, last = self._run(x, hx, lambda states: states[ends, rows])
+        valid = torch.arange(x.shape[0])[:, None] < lengths
+        output = PackedSequence(
+            states[valid.to(x.device)], packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
+        )
+        return output, last if packed.unsorted_indices is None else last[:, packed.unsorted_indices]
+
+    def to_plain(self) -> nn.RNN:
+        """Return the same network as a ``torch.nn.RNN`` (relu or tanh), its weights copied."""
+        weight = self._parameters["weight_hh_l0"]
+        assert weight is not None
+        plain = nn.RNN(
+            self.input_size,
+            self.hidden_size,
+            self.num_layers,
+            nonlinearity=self._plain_nonlinearity(),
+            bias=self.bias,
+            batch_first=self.batch_first,
+            dropout=self.dropout,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            _copy_weights_(plain, self)
+        return plain
+
+
+# -- existing modules ----------------------------------------------------------------------------------
+
+
+def unitary_(
+    module: nn.Module, name: str = "weight", k: int | None = 1, *, manifold: UnitaryLowRank | None = None
+) -> nn.Module:
+    """Put a square or tall weight of an existing module on a manifold, at its closest point; return the module.
+
+    The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
+    ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
+    it otherwise is refused.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    name : str
+        Of a parameter ``(*batch, n, m)``, n >= m.
+    k, manifold
+        As for :class:`UnitaryLinear`.
+
+    Raises
+    ------
+    AttributeError, TypeError
+        The module has no such parameter.
+    ValueError
+        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix; a
+        rank-deficient one, whose closest unitary is not unique.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import unitary_
+    >>> unitary_(torch.nn.RNN(4, 16, nonlinearity="relu"), "weight_hh_l0", k=2).weight_hh_l0.manifold
+    UnitaryLowRank(k=2, sampler=lsi, dense where 2k >= m) manifold
+    """
+    weight = getattr(module, name)
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
+    if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
+        raise ValueError(f"{type(module).__name__}.{name} is a stack of gates: as one matrix it means nothing")
+    if isinstance(module, nn.modules.conv._ConvNd):
+        raise ValueError(f"{type(module).__name__}.{name} is a kernel: a matrix for each place of it means nothing")
+    if isinstance(weight, ManifoldTensor):
+        raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
+    manifold = UnitaryLowRank(k) if manifold is None else manifold
+    point = initialise.nearest_unitary_(weight.detach().clone(memory_format=torch.contiguous_format))
+    setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
+    module.add_module(f"{name}_manifold", manifold)
+    guard = _Guard(name, manifold)
+    module.register_load_state_dict_post_hook(guard.reattach)  # type: ignore[no-untyped-call]
+    module.register_forward_pre_hook(guard.check)
+    return module
+
+
+class _Guard:
+    """Keeps the manifold of one weight of a module that is not ours."""
+
+    def __init__(self, name: str, manifold: UnitaryLowRank) -> None:
+        self.plan = Plan({name: manifold})
+
+    def reattach(self, module: nn.Module, _: Any) -> None:
+        """Put the weight back."""
+        reattach_manifolds(module, self.plan)
+
+    def check(self, module: nn.Module, _: Any) -> None:
+        """Refuse a forward pass with a weight that is on no manifold."""
+        for name in self.plan:
+            if not isinstance(getattr(module, name), ManifoldTensor):
+                raise RuntimeError(
+                    f"`{name}` has lost its manifold; call reattach_manifolds, or load a state_dict, before an "
+                    "optimiser is built"
+                )
+
+
+def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
+    """Return two groups for an optimiser: Euclidean parameters at ``lr``, those on manifolds at ``unitary_lr``.
+
+    The default, lr/32, is the paper's (Kiani et al. 2022, section 5).  A group without parameters is left out.
+    """
+    unitary = [p for p in model.parameters() if isinstance(p, ManifoldTensor)]
+    others = [p for p in model.parameters() if not isinstance(p, ManifoldTensor)]
+    groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
+    return [{"params": params, "lr": rate} for params, rate in groups if params]

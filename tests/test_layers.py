@@ -1,0 +1,220 @@
+"""Layers: torch.nn's conventions, weights that stay unitary, manifolds that are not lost."""
+
+import copy
+import pickle
+
+import geoopt
+import pytest
+import torch
+from helpers import bound, error
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
+from projunn_manifold.layers import ModReLU, UnitaryLinear, UnitaryRNN, UnitaryRNNCell, param_groups, unitary_
+from projunn_manifold.linalg import unitarity_error
+
+
+def network(**kwargs):
+    torch.manual_seed(0)
+    made = UnitaryRNN(4, 10, dtype=torch.float64, **kwargs)
+    with torch.no_grad():
+        for name, p in made.named_parameters():
+            if "bias" in name:
+                p.normal_(0, 0.1)
+    return made
+
+
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh"])
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("with_hx", [True, False])
+@pytest.mark.parametrize("form", ["batch", "one", "packed", "sorted"])
+def test_it_is_torch_nn_rnn_with_a_unitary_weight(draw, nonlinearity, layers, bias, batch_first, with_hx, form):
+    ours = network(num_layers=layers, nonlinearity=nonlinearity, bias=bias, batch_first=batch_first)
+    plain = ours.to_plain()
+    assert type(plain) is nn.RNN
+    if form in ("packed", "sorted"):
+        lengths = (5, 7, 1, 5) if form == "packed" else (7, 5, 5, 1)
+        sequences = [draw.matrix(length, 4, dtype=torch.float64) for length in lengths]
+        x = pack_sequence(sequences, enforce_sorted=form == "sorted")
+    else:
+        x = draw.matrix(*((6, 7, 4) if form == "batch" else (6, 4)), dtype=torch.float64)
+    batch = () if form == "one" else (4,) if form in ("packed", "sorted") else (6 if batch_first else 7,)
+    hx = draw.matrix(layers, *batch, 10, dtype=torch.float64) if with_hx else None
+    (states, last), (expected, expected_last) = ours(x, hx), plain(x, hx)
+    if form in ("packed", "sorted"):
+        assert torch.equal(states.batch_sizes, expected.batch_sizes)
+        padded, lengths = pad_packed_sequence(states)
+        states, expected = states.data, expected.data
+        assert padded.shape == (7, 4, 10)
+    assert states.shape == expected.shape
+    assert last.shape == expected_last.shape
+    assert torch.allclose(states, expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(last, expected_last, rtol=1e-12, atol=1e-12)
+    (states.sum() + last.square().sum()).backward()
+    (expected.sum() + expected_last.square().sum()).backward()
+    for name, p in ours.named_parameters():
+        assert torch.allclose(p.grad.clone(), getattr(plain, name).grad, rtol=1e-9, atol=1e-9), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("nonlinearity", ["modrelu", "none", torch.sin, nn.Hardtanh()], ids=str)
+def test_a_network_runs_its_cell_step_by_step(draw, dtype, nonlinearity):
+    if dtype.is_complex and isinstance(nonlinearity, nn.Module):
+        nonlinearity = torch.tanh
+    network = UnitaryRNN(3, 8, nonlinearity=nonlinearity, dtype=dtype)
+    cell = UnitaryRNNCell(3, 8, nonlinearity=nonlinearity, dtype=dtype)
+    for name, p in cell.named_parameters():
+        stem, _, rest = name.partition(".")
+        source = getattr(network, f"{stem}_l0")
+        p.data.copy_(source if not rest else getattr(source, rest))
+    x = draw.matrix(5, 2, 3, dtype=torch.float64)  # real input for the complex network, too
+    states, last = network(x)
+    h = None
+    for t in range(5):
+        h = cell(x[t], h)
+        assert error(states[t], h) <= bound(dtype)
+    assert error(last[0], h) <= bound(dtype)
+    assert error(cell(x[0, 0])[None], cell(x[0])[:1]) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("build", [optim.RiemannianSGD, geoopt.optim.RiemannianSGD, optim.RiemannianAdam])
+def test_training_lowers_the_loss_on_the_manifold(draw, dtype, variant, build):
+    torch.manual_seed(0)
+    network = UnitaryRNN(2, 24, num_layers=2, manifold=variant(1), dtype=dtype)
+    head = UnitaryLinear(24, 3, dtype=dtype, k=1)
+    model = nn.ModuleList([network, head])
+    optimizer = build(param_groups(model, lr=0.01, unitary_lr=0.01), lr=0.01)
+    x, y = draw.matrix(10, 16, 2, dtype=dtype), draw.matrix(16, 3, dtype=dtype)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (head(network(x)[0][-1]) - y).abs().square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    for weight in (network.weight_hh_l0, network.weight_hh_l1, head.weight):
+        assert unitarity_error(weight) < 2e-6
+
+
+@pytest.mark.parametrize(("inward", "outward"), [(5, 9), (9, 5), (7, 7)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_unitary_linear_is_an_isometry_or_its_adjoint(draw, inward, outward, dtype):
+    layer = UnitaryLinear(inward, outward, dtype=dtype)
+    x = draw.matrix(6, inward, dtype=dtype)
+    y = layer(x)
+    if inward <= outward:
+        assert torch.allclose(torch.linalg.vector_norm(y, dim=-1), torch.linalg.vector_norm(x, dim=-1))
+    else:
+        back = layer._matrix().mH @ y.mT
+        assert torch.allclose(layer(back.mT), y)
+    plain = layer.to_plain()
+    assert type(plain) is nn.Linear
+    assert torch.allclose(plain(x), y)
+
+
+@pytest.mark.parametrize("how", ["assign", "to_empty", "deepcopy", "pickle", "double"])
+def test_a_layer_keeps_its_manifolds(how):
+    model = nn.Sequential(UnitaryRNN(2, 6, num_layers=2), UnitaryLinear(6, 3))
+    plan = manifolds_of(model)
+    assert len(plan) == 3
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    if how == "assign":
+        model.load_state_dict(state, assign=True)
+    elif how == "to_empty":
+        model = model.to("meta").to_empty(device="cpu")
+        model.load_state_dict(state)
+    elif how == "double":
+        model = model.double()
+    else:
+        model = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert manifolds_of(model).keys() == plan.keys()
+    assert all(
+        torch.equal(model.state_dict()[key], value.to(model.state_dict()[key].dtype)) for key, value in state.items()
+    )
+    assert model[0].weight_hh_l0.manifold is model[0].manifold_l0
+
+
+def test_unitary_converts_a_weight_and_guards_it(draw):
+    module = nn.RNN(4, 16, nonlinearity="relu")
+    before = module.weight_hh_l0.detach().clone()
+    assert unitary_(module, "weight_hh_l0", k=2) is module
+    u, _, vh = torch.linalg.svd(before)
+    assert torch.allclose(module.weight_hh_l0, u @ vh, atol=1e-5)
+    assert module.weight_hh_l0.manifold.k == 2
+    optimizer = optim.RiemannianSGD(param_groups(module, 0.1), lr=0.1)
+    module(torch.randn(5, 3, 4))[0].square().mean().backward()
+    optimizer.step()
+    assert unitarity_error(module.weight_hh_l0) < 1e-6
+    state = module.state_dict()
+    assert "weight_hh_l0_manifold._extra_state" in state
+    module.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    assert isinstance(module.weight_hh_l0, geoopt.ManifoldParameter)
+    linear = unitary_(nn.Linear(5, 8))
+    assert linear(torch.randn(2, 5)).shape == (2, 8)
+    linear = linear.to("meta").to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="lost its manifold"):
+        linear(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "kind", "message"),
+    [
+        (nn.Linear(8, 5), "weight", ValueError, "square or tall"),
+        (nn.LSTM(4, 4), "weight_hh_l0", ValueError, "stack of gates"),
+        (nn.GRUCell(4, 4), "weight_hh", ValueError, "stack of gates"),
+        (nn.Conv2d(4, 4, 3), "weight", ValueError, "kernel"),
+        (nn.Linear(4, 4), "nothing", AttributeError, "nothing"),
+        (nn.Linear(4, 4), "in_features", TypeError, "parameter"),
+        (UnitaryLinear(4, 4), "weight", ValueError, "already"),
+    ],
+    ids=str,
+)
+def test_what_unitary_refuses(module, name, kind, message):
+    with pytest.raises(kind, match=message):
+        unitary_(module, name)
+
+
+def test_groups_and_modrelu():
+    model = nn.Sequential(nn.Linear(3, 3), UnitaryLinear(3, 3))
+    groups = param_groups(model, lr=0.32)
+    assert [group["lr"] for group in groups] == [0.32, 0.01]
+    assert groups[1]["params"] == [model[1].weight]
+    assert len(param_groups(model[0], lr=1.0)) == 1
+    activation = ModReLU(3, dtype=torch.complex64)
+    activation.bias.data.fill_(-1.0)
+    z = torch.tensor([3 + 4j, 0.5j, 0j])
+    assert torch.allclose(activation(z), torch.tensor([2.4 + 3.2j, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 6)), ValueError, "input_size=3"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 2, 3)), ValueError, "2D or 3D"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(0, 2, 3)), ValueError, "at least one time step"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 3, 5)), ValueError, r"\(1, 2, 5\)"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3), torch.zeros(2, 5)), ValueError, r"\(1, 2, 5\)"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 3), torch.zeros(1, 1, 5)), ValueError, r"\(1, 5\)"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5) * 1j), TypeError, "hidden state"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3).long()), TypeError, "float32"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3) * 1j), TypeError, "float32"),
+        (lambda: UnitaryRNN(3, 5, nonlinearity="gelu"), ValueError, "'modrelu', 'relu'"),
+        (lambda: UnitaryRNN(3, 5, init="zeros"), ValueError, "'cayley', 'haar'"),
+        (lambda: UnitaryRNN(3, 0), ValueError, "hidden_size"),
+        (lambda: UnitaryRNN(3, 5, num_layers=0), ValueError, "num_layers"),
+        (lambda: UnitaryRNN(3, 5, dropout=2), ValueError, "dropout"),
+        (lambda: UnitaryRNN(3, 5).to_plain(), ValueError, "modrelu"),
+        (lambda: UnitaryRNNCell(3, 5)(torch.zeros(2, 2, 3)), ValueError, "1D or 2D"),
+        (lambda: UnitaryRNNCell(3, 5)(torch.zeros(2, 3), torch.zeros(5)), ValueError, r"\(2, 5\)"),
+        (lambda: UnitaryLinear(3, 5, init="henaff"), ValueError, "square"),
+    ],
+)
+def test_wrong_input_is_told_what_was_expected(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
