@@ -21,7 +21,7 @@ from torch import Tensor
 
 from projunn_manifold import drift, linalg, passes, sampling, validation
 from projunn_manifold.factors import FactoredTensor, LowRank, Scalar
-from projunn_manifold.frame import Frame
+from projunn_manifold.frame import Frame, Step
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.moves import Move
 from projunn_manifold.state import Faults, State
@@ -352,6 +352,37 @@ class UnitaryLowRank(Manifold):
         x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
         return Move.between(x, y).carry(v)
 
+    @in_full_precision
+    @torch.no_grad()
+    def step_raw_(self, x: Tensor, move: Tensor) -> Tensor:
+        r"""Move x in place by the rank-k part of any matrix, not necessarily tangent: the paper's step; return x.
+
+        With factors :math:`a b^H` of the move, sketched as gradients are, x becomes :func:`~projunn_manifold.projunn_d`
+        (X, a, b), the closest unitary to :math:`X + a b^H`; on :class:`UnitaryLowRankExact`
+        :func:`~projunn_manifold.projunn_t`.  A move of zeros is no step: nothing is drawn or counted.
+
+        Raises
+        ------
+        ValueError
+            On CPU, a move that is not finite, or, for projUNN-D, :math:`X + a b^H` singular; x is then as it was.
+        """
+        self._accept_in_place(x, move, "move")
+        if linalg.readable(x) and not move.any():
+            return x
+        if self._is_dense(x):
+            q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
+            factors = LowRank(move, q)
+        else:
+            factors = self._sketch(x, move)
+        sizes = linalg.squared_norm(factors.b) * linalg.squared_norm(factors.a)
+        kept = self._kept(x, sizes, torch.finfo(x.dtype).max, move, "move")
+        if kept is not None:
+            factors = LowRank(*(torch.where(kept[..., None, None], t, 0) for t in factors))
+        self._raw_move(x, factors).apply_(x)
+        self._state.count_gradient(x)
+        self._correct_(x)
+        return x
+
     # -- drift ----------------------------------------------------------------------------------------
 
     @in_full_precision
@@ -581,6 +612,10 @@ class UnitaryLowRank(Manifold):
         """Return the move that this manifold's optimisers make."""
         return tangent.retraction()
 
+    def _raw_move(self, x: Tensor, factors: LowRank) -> Move:
+        """Return the move along any factors, tangent or not."""
+        return Step.of_factors(x, factors).raw_retraction()
+
     def _retraction(self, x: Tensor, u: Tensor) -> Move:
         return self._bounded(x, self._reduced(x, u), u).retraction()
 
@@ -626,6 +661,9 @@ class UnitaryLowRankExact(UnitaryLowRank):
 
     def _along(self, tangent: Tangent) -> Move:
         return tangent.geodesic()
+
+    def _raw_move(self, x: Tensor, factors: LowRank) -> Move:
+        return tangent_of_gradient(x, factors).geodesic()
 
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute

@@ -22,9 +22,10 @@ from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
 from projunn_manifold import linalg
+from projunn_manifold.ambient import constrain
 from projunn_manifold.manifold import UnitaryLowRank
 
-__all__ = ["RiemannianAdam", "RiemannianSGD"]
+__all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
 
 
 class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):

@@ -16,6 +16,8 @@ from geoopt.manifolds.base import Manifold
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
+from projunn_manifold.ambient import is_constrained
+
 __all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
 
 
@@ -57,8 +59,9 @@ def manifolds_of(model: torch.nn.Module) -> Plan:
 def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim.Optimizer) -> None:
     """Raise unless every parameter of the plan is in the model, on its manifold, and known to the optimisers.
 
-    With optimisers given, each trainable parameter of the plan must be held by one of them, and one of geoopt's kind:
-    an optimiser built before a parameter was replaced goes on moving the old one.
+    With optimisers given, each trainable parameter of the plan must be held by one of them, of geoopt's kind or
+    :func:`constrained <projunn_manifold.optim.constrain>`: an optimiser built before a parameter was replaced goes on
+    moving the old one.
 
     Raises
     ------
@@ -85,7 +88,8 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
             problems.append(f"{name!r} is on {_name(p.manifold)}, not on {_name(manifold)}")
         holders = [optimizer for optimizer, ids in zip(optimizers, held, strict=True) if id(p) in ids]
         for optimizer in holders:
-            if not isinstance(p, ManifoldTensor) or not isinstance(optimizer, OptimMixin):
+            knows = isinstance(optimizer, OptimMixin) or is_constrained(optimizer)
+            if not isinstance(p, ManifoldTensor) or not knows:
                 problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean")
         if optimizers and not holders and p.requires_grad:
             problems.append(f"no given optimiser holds {name!r}: build it again and load its state_dict")

@@ -1,0 +1,115 @@
+r"""Any optimiser of torch, constrained: it moves X freely to X', and X arrives at a rank-k step of its move.
+
+This is the training loop of the projUNN paper, with RMSprop: the optimiser sees the Euclidean gradient, and its step
+:math:`X' - X` is replaced by rank-k factors, :math:`X \leftarrow \mathrm{projunn}(X, a, b)`, raw projUNN-D on
+:class:`~projunn_manifold.UnitaryLowRank` and projUNN-T on :class:`~projunn_manifold.UnitaryLowRankExact`.
+
+X' - X carries the rounding of X', which counts for steps near the precision of X: 0.6 % of a step of norm 1e-4 in
+float32 at n = 512.  Coupled weight decay enters the second moments of RMSprop and Adam: it does not move X, but slows
+it; use none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from geoopt import ManifoldTensor
+from geoopt.optim.mixin import OptimMixin
+from torch import Tensor
+
+from projunn_manifold.manifold import UnitaryLowRank
+
+__all__ = ["Constraint", "constrain", "is_constrained"]
+
+
+class Constraint:
+    """Handle of a constrained optimiser; :meth:`remove` sets it free."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._before: dict[Tensor, Tensor] = {}
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._remember),
+            optimizer.register_step_post_hook(self._arrive),
+        )
+
+    def remove(self) -> None:
+        """Lift the constraint; parameters stay where they are."""
+        for hook in self._hooks:
+            hook.remove()
+
+    @torch.no_grad()
+    def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._before = {
+            p: p.detach().clone()
+            for group in optimizer.param_groups
+            for p in group["params"]
+            if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank) and p.grad is not None
+        }
+
+    @torch.no_grad()
+    def _arrive(self, *_: Any) -> None:
+        before, self._before = self._before, {}
+        failure = None
+        for p, x in before.items():
+            move = p.detach().sub_(x).clone()
+            p.copy_(x)  # a move that is refused leaves it here
+            try:
+                p.manifold.step_raw_(p, move)  # type: ignore[attr-defined]
+            except ValueError as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
+    """Keep the parameters that an optimiser of torch moves on their :class:`UnitaryLowRank`; return a handle.
+
+    Schedulers, groups and ``state_dict`` are untouched.  Calling it twice returns the handle of the first call.  A
+    parameter without a gradient, or whose move is zero, is left alone.  Hooks do not survive ``copy.deepcopy`` and
+    ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds` tells).  A step takes a copy of X
+    and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
+
+    Raises
+    ------
+    TypeError
+        LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it;
+        geoopt's optimisers, which know manifolds themselves.
+    ValueError
+        In ``step``, on CPU: a move that is not finite; the parameter is back where it was, the optimiser's state
+        is not.
+
+    Examples
+    --------
+    >>> import geoopt, torch
+    >>> from projunn_manifold import UnitaryLowRankExact
+    >>> from projunn_manifold.optim import constrain
+    >>> manifold = UnitaryLowRankExact(k=1)
+    >>> w = geoopt.ManifoldParameter(manifold.random(32, 32), manifold=manifold)
+    >>> optimizer = torch.optim.RMSprop([w], lr=1e-3)
+    >>> handle = constrain(optimizer)
+    >>> (w @ torch.randn(32, 4)).relu().sum().backward()
+    >>> optimizer.step()
+    >>> manifold.check_point_on_manifold(w.detach())
+    True
+    """
+    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.ASGD):
+        reasons = {"LBFGS": "evaluates the loss off the manifold", "ASGD": "keeps an average that leaves the manifold"}
+        name = "LBFGS" if isinstance(optimizer, torch.optim.LBFGS) else "ASGD"
+        raise TypeError(f"{name} cannot be constrained: it {reasons[name]}")
+    if isinstance(optimizer, OptimMixin):
+        raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
+    return _handle(optimizer) or Constraint(optimizer)
+
+
+def is_constrained(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether this very optimiser has been constrained."""
+    return _handle(optimizer) is not None
+
+
+def _handle(optimizer: torch.optim.Optimizer) -> Constraint | None:
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, Constraint):
+            return owner
+    return None

@@ -1,0 +1,156 @@
+"""torch's own optimisers, constrained: they follow the dense raw maps, and nothing of theirs is touched."""
+
+import copy
+import pickle
+
+import geoopt
+import pytest
+import torch
+from helpers import DTYPES, bound, error
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, check_manifolds, linalg, manifolds_of, reference
+from projunn_manifold.ambient import is_constrained
+from projunn_manifold.optim import RiemannianSGD, constrain
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.01),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = lambda p: torch.optim.Muon(p, lr=0.01)
+
+
+def dense_raw(variant, x, a, b):
+    """Polar factor, or exponential, of the rank-k update, in double precision by dense linear algebra."""
+    step = a @ b.mH
+    if variant is UnitaryLowRank:
+        u, _, vh = torch.linalg.svd(x + step, full_matrices=False)
+        return u @ vh
+    return reference.geodesic(x, (step - x @ step.mH @ x) / 2)
+
+
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("k", [1, 3, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_it_follows_the_dense_trajectory(draw, variant, name, k, dtype):
+    if name == "muon" and dtype.is_complex:
+        pytest.skip("torch's Muon is for real matrices")
+    n = 10
+    p = geoopt.ManifoldParameter(draw.point(n, n, dtype=dtype), manifold=variant(k, sweep=None))
+    optimizer = OPTIMIZERS[name]([p])
+    constrain(optimizer)
+    given = []
+    raw = p.manifold._raw_move
+    p.manifold._raw_move = lambda x, factors: given.append((x.detach().clone(), *factors)) or raw(x, factors)
+    y = p.detach().clone()
+    for _ in range(200):
+        p.grad = draw.matrix(n, n, dtype=dtype)
+        optimizer.step()
+        x, a, b = given.pop()
+        y = dense_raw(variant, y, a, b)
+        assert error(p, y) <= 1e-10
+        assert error(x, x) == 0
+    assert linalg.unitarity_error(p) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(20, 20), (24, 10), (3, 12, 12)], ids=str)
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+def test_points_of_every_shape_stay_on_the_manifold(draw, dtype, shape, variant):
+    p = geoopt.ManifoldParameter(draw.point(*shape, dtype=dtype), manifold=variant(2))
+    bias = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.RMSprop([p, bias], lr=0.01)
+    constrain(optimizer)
+    for _ in range(50):
+        p.grad, bias.grad = draw.matrix(*shape, dtype=dtype), torch.ones(3)
+        optimizer.step()
+    assert linalg.unitarity_error(p).max() <= bound(dtype)
+    assert (bias < 1).all()
+
+
+def test_groups_schedulers_and_state_dict_are_untouched(draw):
+    x = draw.point(8, 8, dtype=torch.float64)
+    results = []
+    for constrained in (True, False):
+        p = geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(1))
+        optimizer = torch.optim.Adam([{"params": [p], "lr": 0.1}], lr=0.3)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        handle = constrain(optimizer) if constrained else None
+        p.grad = torch.ones(8, 8, dtype=torch.float64)
+        optimizer.step(), scheduler.step()
+        results.append(copy.deepcopy(optimizer.state_dict()))
+        if handle:
+            assert constrain(optimizer) is handle
+            assert len(optimizer._optimizer_step_post_hooks) == 1
+            handle.remove()
+            assert not is_constrained(optimizer)
+            optimizer.step()
+            assert linalg.unitarity_error(p) > 1e-3
+    first, second = results
+    assert first["param_groups"] == second["param_groups"]
+    for key, value in first["state"][0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second["state"][0][key]))
+
+
+def test_nothing_is_drawn_without_a_move(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+    start = p.detach().clone()
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    constrain(optimizer)
+    optimizer.step()
+    p.grad = torch.zeros(8, 8)
+    optimizer.step()
+    assert torch.equal(p, start)
+    assert p.manifold._state.gradients == 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_move_that_is_not_finite_is_refused_or_skipped(draw, bad):
+    for mode in ("raise", "skip"):
+        p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1, non_finite=mode))
+        good = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+        start = p.detach().clone()
+        optimizer = torch.optim.SGD([p, good], lr=0.1)
+        constrain(optimizer)
+        p.grad, good.grad = torch.full((8, 8), bad), torch.ones(8, 8)
+        if mode == "raise":
+            with pytest.raises(ValueError, match=r"move of shape \(8, 8\) has 64 non-finite"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert p.manifold.check().skipped == 1
+        assert torch.equal(p, start)
+        assert linalg.unitarity_error(good) < 1e-6
+
+
+def test_copies_are_free_and_said_to_be(draw):
+    model = torch.nn.Linear(8, 8)
+    model.weight = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+    plan = manifolds_of(model)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="Adam moves 'weight' as Euclidean"):
+        check_manifolds(model, plan, optimizer)
+    constrain(optimizer)
+    check_manifolds(model, plan, optimizer)
+    for clone in (lambda t: copy.deepcopy(t), lambda t: pickle.loads(pickle.dumps(t))):
+        other, copied = clone((model, optimizer))
+        assert not is_constrained(copied)
+        with pytest.raises(ValueError, match="Adam moves 'weight' as Euclidean"):
+            check_manifolds(other, manifolds_of(other), copied)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (torch.optim.LBFGS, "LBFGS cannot be constrained"),
+        (torch.optim.ASGD, "ASGD cannot be constrained"),
+        (lambda p: RiemannianSGD(p, lr=0.1), "RiemannianSGD is an optimiser on manifolds"),
+    ],
+)
+def test_what_cannot_be_constrained_is_refused_by_name(draw, build, message):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+    with pytest.raises(TypeError, match=message):
+        constrain(build([p]))
