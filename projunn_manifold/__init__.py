@@ -1,6 +1,6 @@
 """projUNN as a geoopt manifold: unitary and orthogonal weights with exact rank-k updates in O(k n^2)."""
 
-from projunn_manifold import averaging, init, optim
+from projunn_manifold import averaging, init, layers, optim
 from projunn_manifold.manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.plan import check_manifolds, manifolds_of, reattach_manifolds
 from projunn_manifold.projunn import projunn_d, projunn_d_, projunn_t, projunn_t_
@@ -11,6 +11,7 @@ __all__ = [
     "averaging",
     "check_manifolds",
     "init",
+    "layers",
     "manifolds_of",
     "optim",
     "projunn_d",
