@@ -18,6 +18,7 @@ from geoopt import ManifoldTensor
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
+from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["Constraint", "constrain", "is_constrained"]
@@ -39,36 +40,40 @@ class Constraint:
             hook.remove()
 
     @torch.no_grad()
-    def _remember(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._before = {
-            p: p.detach().clone()
-            for group in optimizer.param_groups
-            for p in group["params"]
-            if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank) and p.grad is not None
-        }
+    def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        has_closure = bool(args) or kwargs.get("closure") is not None  # which may make gradients
+        self._before = {}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):
+                if has_closure or p.grad is not None:
+                    self._before[p] = p.detach().clone()
+                if isinstance(p.grad, FactoredTensor):
+                    p.grad = p.grad.clone()  # formed once: the optimiser will read it more than once
 
     @torch.no_grad()
     def _arrive(self, *_: Any) -> None:
         before, self._before = self._before, {}
-        failure = None
-        for p, x in before.items():
-            move = p.detach().sub_(x).clone()
-            p.copy_(x)  # a move that is refused leaves it here
+        moves = {}
+        for p, x in before.items():  # all are put back first, so that a failure leaves none off its manifold
+            moves[p] = p.detach() - x
+            p.copy_(x)
+        failures = []
+        for p, move in moves.items():
             try:
                 p.manifold.step_raw_(p, move)  # type: ignore[attr-defined]
-            except ValueError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
 
 def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
     """Keep the parameters that an optimiser of torch moves on their :class:`UnitaryLowRank`; return a handle.
 
     Schedulers, groups and ``state_dict`` are untouched.  Calling it twice returns the handle of the first call.  A
-    parameter without a gradient, or whose move is zero, is left alone.  Hooks do not survive ``copy.deepcopy`` and
-    ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds` tells).  A step takes a copy of X
-    and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
+    parameter without a gradient, or (on CPU) whose move is zero, is left alone.  Hooks do not survive
+    ``copy.deepcopy`` and ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds` tells).  A
+    step takes a copy of X and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
 
     Raises
     ------

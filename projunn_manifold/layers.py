@@ -19,6 +19,7 @@ from projunn_manifold import init as initialise
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import Plan, manifolds_of, reattach_manifolds
 from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
+from projunn_manifold.sampling import Subspace
 
 __all__ = ["ModReLU", "UnitaryLinear", "UnitaryRNN", "UnitaryRNNCell", "param_groups", "unitary_"]
 
@@ -38,8 +39,9 @@ class _KeepsManifolds(nn.Module):
         self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        plan = manifolds_of(self)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        reattach_manifolds(self, self._plan)
+        reattach_manifolds(self, plan)
         return self
 
 
@@ -92,7 +94,7 @@ class UnitaryLinear(_KeepsManifolds):
     k : int or None
         Rank of the moves, for a manifold made here.
     manifold : UnitaryLowRank, optional
-        To be used instead.
+        To be used instead; it has a k of its own.
     init : {"haar", "identity", "henaff", "cayley"}
         First weight; the last two for square ones.
     device, dtype
@@ -101,7 +103,9 @@ class UnitaryLinear(_KeepsManifolds):
     Raises
     ------
     ValueError
-        Unknown ``init``, or one that does not fit the shape; ``k`` and ``manifold`` both given.
+        Unknown ``init``, or one that does not fit the shape.
+    TypeError
+        In ``forward``: input that is not floating, or that the weight's dtype would cut.
     """
 
     def __init__(
@@ -119,14 +123,21 @@ class UnitaryLinear(_KeepsManifolds):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.manifold = UnitaryLowRank(k) if manifold is None else manifold
+        self.init = init
         shape = (max(in_features, out_features), min(in_features, out_features))
         self.weight = _on_manifold(shape, self.manifold, init, device, dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self._remember_manifolds()
 
+    def reset_parameters(self) -> None:
+        """Draw new weights, as after ``to_empty``."""
+        _INITS[self.init](self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
         """Return ``x W^T + b``."""
-        return nn.functional.linear(x.to(self.weight.dtype), self._matrix(), self.bias)
+        return nn.functional.linear(_cast(self, x, "input", self.weight.dtype), self._matrix(), self.bias)
 
     def _matrix(self) -> Tensor:  # (out_features, in_features)
         return self.weight if self.out_features >= self.in_features else self.weight.mH
@@ -144,6 +155,15 @@ class UnitaryLinear(_KeepsManifolds):
     def extra_repr(self) -> str:
         """Return the sizes, as torch.nn.Linear does."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def _cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """Bring real or less precise numbers to a layer's dtype; refuse what it would cut."""
+    if x.dtype == dtype:
+        return x
+    if not (x.is_floating_point() or x.is_complex()) or torch.promote_types(x.dtype, dtype) != dtype:
+        raise TypeError(f"{type(module).__name__}: {what} must be {dtype}, as the weights are, got {x.dtype}")
+    return x.to(dtype)
 
 
 def _on_manifold(
@@ -169,9 +189,8 @@ class _Recurrent(_KeepsManifolds):
         hidden_size: int,
         bias: bool,
         nonlinearity: str | Callable[[Tensor], Tensor],
-        k: int | None,
-        manifold: UnitaryLowRank | None,
         init: str,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
@@ -180,20 +199,23 @@ class _Recurrent(_KeepsManifolds):
         if not callable(nonlinearity) and nonlinearity not in NONLINEARITIES:
             known = ", ".join(map(repr, NONLINEARITIES))
             raise ValueError(f"nonlinearity must be one of {known}, or a function of a tensor, got {nonlinearity!r}")
+        if nonlinearity == "relu" and torch.empty((), dtype=dtype).is_complex():
+            raise ValueError(
+                "nonlinearity 'relu' is for real numbers; a complex network has 'modrelu', 'tanh' or 'none'"
+            )
         self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        self.nonlinearity = nonlinearity
-        self._k, self._manifold, self._init = k, manifold, init
+        self.nonlinearity, self.init = nonlinearity, init
 
-    def _add_layer(self, suffix: str, input_size: int, device: Any, dtype: torch.dtype | None) -> None:
+    def _add_layer(
+        self, suffix: str, input_size: int, manifold: UnitaryLowRank, device: Any, dtype: torch.dtype | None
+    ) -> None:
         """Make the weights of a layer: uniform inputs as in torch.nn.RNN, a unitary transition, no bias at first."""
         n = self.hidden_size
-        bound = 1 / math.sqrt(n)
-        inward = torch.empty(n, input_size, device=device, dtype=dtype)
-        (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
-        self.register_parameter(f"weight_ih{suffix}", nn.Parameter(inward))
-        manifold = UnitaryLowRank(self._k) if self._manifold is None else self._manifold
+        inward = nn.Parameter(torch.empty(n, input_size, device=device, dtype=dtype))
+        self.register_parameter(f"weight_ih{suffix}", inward)
+        _uniform_(inward)
         self.add_module(f"manifold{suffix}", manifold)
-        self.register_parameter(f"weight_hh{suffix}", _on_manifold((n, n), manifold, self._init, device, dtype))
+        self.register_parameter(f"weight_hh{suffix}", _on_manifold((n, n), manifold, self.init, device, dtype))
         beta = nn.Parameter(torch.zeros(n, device=device, dtype=dtype)) if self.bias else None
         self.register_parameter(f"bias_ih{suffix}", beta)
         if self.nonlinearity == "modrelu":
@@ -206,7 +228,9 @@ class _Recurrent(_KeepsManifolds):
             function = self.nonlinearity
             return step_by_step(x, h0, inward, weight, beta, None, lambda z, bias: function(z))
         bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None
-        return recurrence(x, h0, inward, weight, beta, bias, self.nonlinearity, factored=_may_be_factored(weight))
+        return recurrence(
+            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=_may_be_factored(weight, len(x))
+        )
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...]) -> None:
         name = type(self).__name__
@@ -222,15 +246,19 @@ class _Recurrent(_KeepsManifolds):
         name = type(self).__name__
         if tuple(hx.shape) != shape:
             raise ValueError(f"{name}: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
-        if hx.is_complex() and not weight.is_complex():
-            raise TypeError(f"{name}: hidden state must be {weight.dtype}, as the weights are, got {hx.dtype}")
-        return hx.to(weight.dtype)
+        return _cast(self, hx, "hidden state", weight.dtype)
 
-    def _cast(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Bring real or half-precision input to the weights' dtype."""
-        if not (x.is_floating_point() or x.is_complex()) or (x.is_complex() and not weight.is_complex()):
-            raise TypeError(f"{type(self).__name__}: input must be {weight.dtype}, as the weights are, got {x.dtype}")
-        return x.to(weight.dtype)
+    def reset_parameters(self) -> None:
+        """Draw new weights, as after ``to_empty``."""
+        for name, p in self.named_parameters():
+            if name.startswith("weight_ih"):
+                _uniform_(p)
+            elif name.startswith("weight_hh"):
+                _INITS[self.init](p)
+            elif name.startswith("bias_ih"):
+                nn.init.zeros_(p)
+            else:
+                nn.init.uniform_(p, -0.01, 0.01)
 
     def extra_repr(self) -> str:
         """Return the sizes, as torch.nn.RNN does."""
@@ -249,13 +277,26 @@ def _copy_weights_(plain: nn.RNN | nn.RNNCell, ours: nn.Module) -> None:
         if name.startswith("bias_hh"):
             p.zero_()
         else:
-            p.copy_(getattr(ours, name))
+            p.copy_(getattr(ours, name)).requires_grad_(getattr(ours, name).requires_grad)
 
 
-def _may_be_factored(weight: Tensor) -> bool:
-    """Tell whether a gradient of this weight will be sketched, so that it need not be formed."""
+@torch.no_grad()
+def _uniform_(inward: Tensor) -> None:
+    """Fill with numbers of the size that torch.nn.RNN has."""
+    bound = 1 / math.sqrt(len(inward))
+    (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
+
+
+def _may_be_factored(weight: Tensor, steps: int) -> bool:
+    """Tell whether a gradient of this weight will be sketched, at less than it costs to form it."""
     manifold = getattr(weight, "manifold", None)
-    return isinstance(manifold, UnitaryLowRank) and manifold.k is not None and 2 * manifold.k < weight.shape[-1]
+    if not isinstance(manifold, UnitaryLowRank) or manifold.k is None or steps == 1:
+        return False
+    sampler = manifold.sampler
+    if not isinstance(sampler, Subspace):
+        return False  # it would be formed in any case
+    passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
+    return 16 * passes <= weight.shape[-1]
 
 
 class UnitaryRNNCell(_Recurrent):
@@ -286,8 +327,8 @@ class UnitaryRNNCell(_Recurrent):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, nonlinearity, k, manifold, init)
-        self._add_layer("", input_size, device, dtype)
+        super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
+        self._add_layer("", input_size, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
         self._remember_manifolds()
 
     def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
@@ -295,7 +336,7 @@ class UnitaryRNNCell(_Recurrent):
         self._check_input(x, (1, 2))
         weight = self._parameters["weight_hh"]
         assert weight is not None
-        x = self._cast(x, weight)
+        x = _cast(self, x, "input", weight.dtype)
         shape = (*x.shape[:-1], self.hidden_size)
         hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
         batched = x.dim() == 2
@@ -310,7 +351,7 @@ class UnitaryRNNCell(_Recurrent):
         plain = nn.RNNCell(self.input_size, self.hidden_size, self.bias, kind, weight.device, weight.dtype)
         with torch.no_grad():
             _copy_weights_(plain, self)
-        return plain
+        return plain.train(self.training)
 
 
 class UnitaryRNN(_Recurrent):
@@ -326,7 +367,7 @@ class UnitaryRNN(_Recurrent):
         m, n and the number of layers.
     nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
         σ; a callable is a function of a tensor, such as a module (one for all layers).  A complex network has
-        modrelu, none or a callable.
+        no relu.
     bias : bool
         Whether there is a β (one: torch's second bias would be redundant).
     batch_first : bool
@@ -383,14 +424,15 @@ class UnitaryRNN(_Recurrent):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, nonlinearity, k, manifold, init)
+        super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
         if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
             raise ValueError(f"num_layers must be an int >= 1, got {num_layers!r}")
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
         self.num_layers, self.batch_first, self.dropout = num_layers, batch_first, dropout
         for layer in range(num_layers):
-            self._add_layer(f"_l{layer}", input_size if layer == 0 else hidden_size, device, dtype)
+            own = UnitaryLowRank(k) if manifold is None else manifold
+            self._add_layer(f"_l{layer}", input_size if layer == 0 else hidden_size, own, device, dtype)
         self._remember_manifolds()
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
@@ -419,7 +461,7 @@ class UnitaryRNN(_Recurrent):
             raise ValueError("UnitaryRNN: expected at least one time step, got none")
         weight = self._parameters["weight_hh_l0"]
         assert weight is not None
-        x = self._cast(x, weight)
+        x = _cast(self, x, "input", weight.dtype)
         shape = (self.num_layers, x.shape[1], self.hidden_size)
         hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
         last = []
@@ -446,7 +488,10 @@ class UnitaryRNN(_Recurrent):
         return output, last if packed.unsorted_indices is None else last[:, packed.unsorted_indices]
 
     def to_plain(self) -> nn.RNN:
-        """Return the same network as a ``torch.nn.RNN`` (relu or tanh), its weights copied."""
+        """Return the same network as a ``torch.nn.RNN`` (relu or tanh), its weights copied.
+
+        torch's network has a second bias, zero here; trained on, the two move twice as fast as one.
+        """
         weight = self._parameters["weight_hh_l0"]
         assert weight is not None
         plain = nn.RNN(
@@ -462,7 +507,7 @@ class UnitaryRNN(_Recurrent):
         )
         with torch.no_grad():
             _copy_weights_(plain, self)
-        return plain
+        return plain.train(self.training)
 
 
 # -- existing modules ----------------------------------------------------------------------------------
@@ -475,13 +520,13 @@ def unitary_(
 
     The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
     ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
-    it otherwise is refused.
+    it otherwise is refused.  Do it before an optimiser is built, and before the weight is shared with another module.
 
     Parameters
     ----------
     module : torch.nn.Module
     name : str
-        Of a parameter ``(*batch, n, m)``, n >= m.
+        Of a parameter ``(n, m)``, n >= m.
     k, manifold
         As for :class:`UnitaryLinear`.
 
@@ -490,7 +535,7 @@ def unitary_(
     AttributeError, TypeError
         The module has no such parameter.
     ValueError
-        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix; a
+        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix, and the like; a
         rank-deficient one, whose closest unitary is not unique.
 
     Examples
@@ -505,8 +550,10 @@ def unitary_(
         raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
     if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
         raise ValueError(f"{type(module).__name__}.{name} is a stack of gates: as one matrix it means nothing")
-    if isinstance(module, nn.modules.conv._ConvNd):
-        raise ValueError(f"{type(module).__name__}.{name} is a kernel: a matrix for each place of it means nothing")
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        raise ValueError(f"{type(module).__name__}.{name} is a stack of three weights: as one matrix it means nothing")
+    if weight.dim() != 2:
+        raise ValueError(f"{type(module).__name__}.{name} is a kernel of shape {tuple(weight.shape)}, and no matrix")
     if isinstance(weight, ManifoldTensor):
         raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
     manifold = UnitaryLowRank(k) if manifold is None else manifold
@@ -540,11 +587,13 @@ class _Guard:
 
 
 def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
-    """Return two groups for an optimiser: Euclidean parameters at ``lr``, those on manifolds at ``unitary_lr``.
+    """Return two groups for an optimiser: those on :class:`UnitaryLowRank` at ``unitary_lr``, all others at ``lr``.
 
     The default, lr/32, is the paper's (Kiani et al. 2022, section 5).  A group without parameters is left out.
     """
-    unitary = [p for p in model.parameters() if isinstance(p, ManifoldTensor)]
-    others = [p for p in model.parameters() if not isinstance(p, ManifoldTensor)]
+    unitary: list[Any] = []
+    others: list[Any] = []
+    for p in model.parameters():
+        (unitary if isinstance(getattr(p, "manifold", None), UnitaryLowRank) else others).append(p)
     groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
     return [{"params": params, "lr": rate} for params, rate in groups if params]

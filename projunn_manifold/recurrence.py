@@ -2,7 +2,8 @@ r"""A recurrence over a whole sequence as one autograd function.
 
 .. math:: h_t = \sigma(V x_t + \beta + W h_{t-1}),\qquad t = 1, \dots, T
 
-The forward pass keeps the states only; every derivative of a built-in σ follows from its value.  The backward pass
+The forward pass keeps the states only; every derivative of a built-in σ follows from its value (complex modReLU keeps
+|z|, too).  The backward pass
 returns the gradient of W from :math:`\Delta = [\delta_1, \dots, \delta_T]` (what arrives at σ's argument) and
 :math:`H = [h_0, \dots, h_{T-1}]` at once, :math:`G = \Delta H^H`: as a dense matrix, one product over all time, or as
 the factors (Δ, H) themselves, so that a sketch costs O(T B n k) and G is never formed.
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.linalg import in_full_precision
@@ -72,6 +74,8 @@ def recurrence(
     Tensor
         ``(T, B, n)``
     """
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return step_by_step(x, h0, inward, weight, beta, bias, NONLINEARITIES[nonlinearity])
     states: Tensor = _Recurrence.apply(x, h0, inward, weight, beta, bias, nonlinearity, factored)  # type: ignore[no-untyped-call]
     return states
 
@@ -112,27 +116,30 @@ class _Recurrence(torch.autograd.Function):
         states = history[1:]
         product = states.view(steps * batch, n)
         if beta is None:
-            torch.mm(x.reshape(steps * batch, -1), inward.mT, out=product)
+            torch.mm(x.flatten(0, 1), inward.mT, out=product)
         else:
-            torch.addmm(beta, x.reshape(steps * batch, -1), inward.mT, out=product)
+            torch.addmm(beta, x.flatten(0, 1), inward.mT, out=product)
         transposed, activate_ = weight.mT, _ACTIVATE_[nonlinearity]
+        sizes = states.real.new_empty(states.shape) if nonlinearity == "modrelu" and states.is_complex() else None
         h = history[0]
-        for state in states.unbind(0):
-            activate_(state.addmm_(h, transposed), bias)
+        for t, state in enumerate(states.unbind(0)):
+            activate_(state.addmm_(h, transposed), bias, None if sizes is None else sizes[t])
             h = state
-        ctx.save_for_backward(x, h0, inward, weight, beta, bias, history)
+        ctx.save_for_backward(x, h0, inward, weight, beta, bias, history, sizes)
         ctx.nonlinearity, ctx.factored = nonlinearity, factored
         return states
 
     @staticmethod
     @in_full_precision
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, h0, inward, weight, beta, bias, history = ctx.saved_tensors
+        x, h0, inward, weight, beta, bias, history, sizes = ctx.saved_tensors
         if torch.is_grad_enabled():  # derivatives of derivatives: through the graph of every step
-            inputs = [t for t in (x, h0, inward, weight, beta, bias) if t is not None and t.requires_grad]
-            plain = step_by_step(x, h0, inward, weight, beta, bias, NONLINEARITIES[ctx.nonlinearity])
+            # fresh aliases: one input may depend on another, and that is for others to follow
+            given = [None if t is None else t.view_as(t) for t in (x, h0, inward, weight, beta, bias)]
+            inputs = [t for t in given if t is not None and t.requires_grad]
+            arguments: Any = (*given, NONLINEARITIES[ctx.nonlinearity])
+            plain = step_by_step(*arguments)
             found = iter(torch.autograd.grad(plain, inputs, grad, create_graph=True))
-            given = (x, h0, inward, weight, beta, bias)
             return (*(next(found) if t is not None and t.requires_grad else None for t in given), None, None)
         steps, batch, n = grad.shape
         delta = torch.empty_like(grad, memory_format=torch.contiguous_format)
@@ -140,23 +147,26 @@ class _Recurrence(torch.autograd.Function):
         pull_back_ = _PULL_BACK_[ctx.nonlinearity]
         of_bias = torch.zeros_like(bias) if bias is not None else None
         after = None
-        for g, state, target in zip(*(reversed(t.unbind(0)) for t in (grad, history[1:], delta)), strict=True):
+        for t in reversed(range(steps)):
+            target = delta[t]
             if after is None:
-                target.copy_(g)
+                target.copy_(grad[t])
             else:
-                torch.addmm(g, after, conjugate, out=target)
-            pull_back_(target, state, bias, of_bias)
+                torch.addmm(grad[t], after, conjugate, out=target)
+            pull_back_(target, history[t + 1], bias, None if sizes is None else sizes[t], of_bias)
             after = target
         needs = ctx.needs_input_grad
         flat, before = delta.view(steps * batch, n), history[:-1].view(steps * batch, n)
-        of_weight = None
+        of_weight: Tensor | None = None
         if needs[3]:
-            factors = LowRank(flat.mT, before.mT)
-            of_weight = FactoredTensor(factors) if ctx.factored else factors.dense()
+            if ctx.factored and batch:
+                of_weight = FactoredTensor(LowRank(flat.mT, before.clone().mT))  # the states belong to the caller
+            else:
+                of_weight = LowRank(flat.mT, before.mT).dense()
         return (
-            (flat @ inward.conj()).view(steps, batch, -1) if needs[0] else None,
+            (flat @ inward.conj()).view(x.shape) if needs[0] else None,
             delta[0] @ conjugate if needs[1] else None,
-            flat.mT @ x.reshape(steps * batch, -1).conj() if needs[2] else None,
+            flat.mT @ x.flatten(0, 1).conj() if needs[2] else None,
             of_weight,
             flat.sum(0) if needs[4] else None,
             of_bias if needs[5] else None,
@@ -165,35 +175,36 @@ class _Recurrence(torch.autograd.Function):
         )
 
 
-# -- built-in nonlinearities: the value written over the argument, and the pull-back from the value alone ------
+# -- built-in nonlinearities: the value written over the argument, and the pull-back from the value ---------------
 
 
-def _modrelu_(z: Tensor, bias: Any) -> None:
-    size = z.abs().add_(bias).relu_()
-    z.sgn_().mul_(size)
+def _modrelu_(z: Tensor, bias: Any, size: Tensor | None) -> None:
+    """Write modReLU over z and, for complex z, |z| to ``size``."""
+    size = z.abs() if size is None else torch.abs(z, out=size)
+    z.sgn_().mul_((size + bias).relu_())
 
 
-def _pull_back_modrelu_(g: Tensor, y: Tensor, bias: Any, of_bias: Any) -> None:
+def _pull_back_modrelu_(g: Tensor, y: Tensor, bias: Any, size: Tensor | None, of_bias: Any) -> None:
     direction = torch.sgn(y)
-    if not y.is_complex():
+    if size is None:
         of_bias.add_((direction * g).sum(0))
         g.mul_(direction.abs_())
         return
-    turned, size = direction.conj() * g, y.abs()
+    turned = direction.conj() * g
     of_bias.add_(turned.real.sum(0))
-    stretch = size / torch.where(size == 0, 1.0, size - bias)  # |y|/|z|, of what is across the direction
+    stretch = y.abs() / torch.where(size == 0, 1.0, size)  # of what is across the direction of z
     torch.mul(direction, torch.complex(turned.real, turned.imag * stretch), out=g)
 
 
-_ACTIVATE_: dict[str, Callable[[Tensor, Tensor | None], object]] = {
+_ACTIVATE_: dict[str, Callable[[Tensor, Tensor | None, Tensor | None], object]] = {
     "modrelu": _modrelu_,
-    "relu": lambda z, bias: z.relu_(),
-    "tanh": lambda z, bias: z.tanh_(),
-    "none": lambda z, bias: z,
+    "relu": lambda z, bias, size: z.relu_(),
+    "tanh": lambda z, bias, size: z.tanh_(),
+    "none": lambda z, bias, size: z,
 }
-_PULL_BACK_: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor | None], object]] = {
+_PULL_BACK_: dict[str, Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], object]] = {
     "modrelu": _pull_back_modrelu_,
-    "relu": lambda g, y, bias, of_bias: torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g),
-    "tanh": lambda g, y, bias, of_bias: torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=g),
-    "none": lambda g, y, bias, of_bias: g,
+    "relu": lambda g, y, *_: torch.ops.aten.threshold_backward.grad_input(g, y, 0, grad_input=g),
+    "tanh": lambda g, y, *_: torch.ops.aten.tanh_backward.grad_input(g, y, grad_input=g),
+    "none": lambda g, *_: g,
 }

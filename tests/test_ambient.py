@@ -95,6 +95,45 @@ def test_groups_schedulers_and_state_dict_are_untouched(draw):
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(second["state"][0][key]))
 
 
+def test_closures_make_their_gradients_inside_the_step(draw):
+    for zeroed_inside in (True, False):
+        p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+        idle = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
+        start, rest = p.detach().clone(), idle.detach().clone()
+        optimizer = torch.optim.SGD([p, idle], lr=1.0)
+        constrain(optimizer)
+
+        def closure(p=p, optimizer=optimizer, zeroed_inside=zeroed_inside):
+            if zeroed_inside:
+                optimizer.zero_grad()
+            loss = (p[:, 0] * 10).sum()
+            loss.backward()
+            return loss
+
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(closure)
+        assert linalg.unitarity_error(p) < 1e-6
+        assert not torch.equal(p, start)
+        assert torch.equal(idle, rest)
+
+
+def test_no_failure_leaves_a_parameter_off_its_manifold(draw):
+    def fail(gradient, k, generator):
+        raise TypeError("a sampler's own fault")
+
+    points = [draw.point(8, 8, dtype=torch.float32) for _ in range(2)]
+    bad = geoopt.ManifoldParameter(points[0].clone(), manifold=UnitaryLowRank(1, sampler=fail))
+    good = geoopt.ManifoldParameter(points[1].clone(), manifold=UnitaryLowRank(1))
+    optimizer = torch.optim.SGD([bad, good], lr=1.0)
+    constrain(optimizer)
+    bad.grad, good.grad = draw.matrix(8, 8, dtype=torch.float32), draw.matrix(8, 8, dtype=torch.float32)
+    with pytest.raises(TypeError, match="own fault"):
+        optimizer.step()
+    assert torch.equal(bad, points[0])
+    assert linalg.unitarity_error(good) < 1e-6
+
+
 def test_nothing_is_drawn_without_a_move(draw):
     p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
     start = p.detach().clone()

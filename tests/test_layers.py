@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
+from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.layers import ModReLU, UnitaryLinear, UnitaryRNN, UnitaryRNNCell, param_groups, unitary_
 from projunn_manifold.linalg import unitarity_error
 
@@ -162,6 +163,35 @@ def test_unitary_converts_a_weight_and_guards_it(draw):
         linear(torch.randn(2, 5))
 
 
+def test_new_weights_after_to_empty_and_a_plain_copy_in_the_same_mode():
+    model = nn.Sequential(UnitaryRNN(2, 6, num_layers=2, nonlinearity="relu", dropout=0.5), UnitaryLinear(6, 3))
+    model = model.to("meta").to_empty(device="cpu")
+    for layer in model:
+        layer.reset_parameters()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert unitarity_error(model[0].weight_hh_l1) < 1e-6
+    model.eval()
+    model[0].weight_ih_l0.requires_grad_(False)
+    plain = model[0].to_plain()
+    assert not plain.training
+    assert not plain.weight_ih_l0.requires_grad
+    shared = UnitaryRNN(2, 6, num_layers=2, manifold=UnitaryLowRank(1))
+    assert not any(key.startswith("_manifold") for key in shared.state_dict())
+
+
+def test_a_gradient_is_factored_where_that_pays():
+    for n, steps, options, factored in (
+        (64, 5, {}, True),
+        (32, 5, {}, False),
+        (64, 1, {}, False),
+        (64, 5, {"k": 4}, False),
+        (64, 5, {"manifold": UnitaryLowRank(1, sampler="column")}, False),
+    ):
+        network = UnitaryRNN(2, n, nonlinearity="relu", **options)
+        network(torch.randn(steps, 3, 2))[0].sum().backward()
+        assert isinstance(network.weight_hh_l0.grad, FactoredTensor) == factored
+
+
 @pytest.mark.parametrize(
     ("module", "name", "kind", "message"),
     [
@@ -169,6 +199,8 @@ def test_unitary_converts_a_weight_and_guards_it(draw):
         (nn.LSTM(4, 4), "weight_hh_l0", ValueError, "stack of gates"),
         (nn.GRUCell(4, 4), "weight_hh", ValueError, "stack of gates"),
         (nn.Conv2d(4, 4, 3), "weight", ValueError, "kernel"),
+        (nn.Bilinear(4, 4, 4), "weight", ValueError, "kernel"),
+        (nn.MultiheadAttention(4, 1), "in_proj_weight", ValueError, "three weights"),
         (nn.Linear(4, 4), "nothing", AttributeError, "nothing"),
         (nn.Linear(4, 4), "in_features", TypeError, "parameter"),
         (UnitaryLinear(4, 4), "weight", ValueError, "already"),
@@ -204,6 +236,10 @@ def test_groups_and_modrelu():
         (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5) * 1j), TypeError, "hidden state"),
         (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3).long()), TypeError, "float32"),
         (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3) * 1j), TypeError, "float32"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3).double()), TypeError, "float32"),
+        (lambda: UnitaryRNN(3, 5)(torch.zeros(4, 2, 3), torch.zeros(1, 2, 5).long()), TypeError, "hidden state"),
+        (lambda: UnitaryLinear(3, 5)(torch.zeros(2, 3) * 1j), TypeError, "float32"),
+        (lambda: UnitaryRNN(3, 5, nonlinearity="relu", dtype=torch.complex64), ValueError, "real numbers"),
         (lambda: UnitaryRNN(3, 5, nonlinearity="gelu"), ValueError, "'modrelu', 'relu'"),
         (lambda: UnitaryRNN(3, 5, init="zeros"), ValueError, "'cayley', 'haar'"),
         (lambda: UnitaryRNN(3, 0), ValueError, "hidden_size"),

@@ -12,7 +12,7 @@ from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.recurrence import NONLINEARITIES, recurrence, step_by_step
 
 CASES = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in NONLINEARITIES]
-CASES += [(dtype, name) for dtype in (torch.complex64, torch.complex128) for name in ("modrelu", "none")]
+CASES += [(dtype, name) for dtype in (torch.complex64, torch.complex128) for name in ("modrelu", "tanh", "none")]
 
 
 def arguments(draw, dtype, name, *, steps=5, batch=3, m=4, n=7, beta=True):
@@ -110,6 +110,77 @@ def test_accumulated_clipped_and_read_gradients_are_right(draw):
     half = len(results) // 2
     for found, exact in zip(results[:half], results[half:], strict=True):
         assert torch.allclose(found, exact, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["relu", "tanh", "modrelu"])
+def test_first_derivatives_do_not_depend_on_create_graph(draw, name):
+    """Also where the first state depends on the weight or on the input, as in a loop over a cell or over chunks."""
+    given = arguments(draw, torch.float64, name)
+    x, h0, weight = given["x"], given["h0"], given["weight"]
+    inputs = [x, h0, weight, given["inward"]]
+
+    def chunks(x, h0):
+        first = recurrence(**(given | {"x": x[:2], "h0": h0}), nonlinearity=name, factored=False)
+        second = recurrence(**(given | {"x": x[2:], "h0": first[-1]}), nonlinearity=name, factored=False)
+        return first.sum() + second.square().sum()
+
+    for loss in (chunks(x, h0), chunks(x, h0 + x[0].sum() + weight[0])):
+        plain = torch.autograd.grad(loss, inputs, retain_graph=True)
+        graph = torch.autograd.grad(loss, inputs, create_graph=True)
+        for first, second in zip(plain, graph, strict=True):
+            assert torch.allclose(first, second, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-9, 0.0])
+def test_complex_modrelu_near_zero(draw, scale):
+    """Where |z| is small beside the bias, its value alone does not tell |z|."""
+    z = (draw.matrix(1, 3, 7, dtype=torch.complex64) * scale).requires_grad_()
+    eye, zero, bias = (
+        torch.eye(7, dtype=torch.complex64),
+        torch.zeros(3, 7, dtype=torch.complex64),
+        torch.full((7,), 0.1),
+    )
+    g = draw.matrix(1, 3, 7, dtype=torch.complex64)
+    found = torch.autograd.grad(recurrence(z, zero, eye, eye, None, bias, "modrelu", factored=False), z, g)[0]
+    wide = [t.detach().to(torch.complex128) for t in (z, zero, eye, eye)]
+    wide[0].requires_grad_()
+    exact = step_by_step(*wide, None, bias.double(), NONLINEARITIES["modrelu"])
+    exact = torch.autograd.grad(exact, wide[0], g.to(torch.complex128))[0]
+    assert torch.isfinite(found).all()
+    assert (found - exact).abs().max() <= 1e-5 * max(1.0, exact.abs().max().item())
+
+
+def test_torch_func_takes_the_steps(draw):
+    given = arguments(draw, torch.float64, "tanh")
+    plain = {key: t if t is None else t.detach() for key, t in given.items()}
+
+    def loss(weight):
+        return recurrence(**(plain | {"weight": weight}), nonlinearity="tanh", factored=True).square().sum()
+
+    gradient = torch.func.grad(loss)(plain["weight"])
+    exact = torch.autograd.grad(loss(given["weight"]), given["weight"])[0]
+    assert error(gradient, exact.clone()) <= 1e3 * bound(torch.float64)
+    v = draw.matrix(7, 7, dtype=torch.float64)
+    derivative = torch.func.jvp(loss, (plain["weight"],), (v,))[1]
+    assert derivative.item() == pytest.approx((gradient * v).sum().item(), rel=1e-9)
+
+
+def test_changes_to_the_states_after_the_gradient_do_not_reach_it(draw):
+    given = arguments(draw, torch.float64, "relu", n=12)
+    states = recurrence(**given, nonlinearity="relu", factored=True)
+    states.square().sum().backward()
+    before = given["weight"].grad.clone()
+    with torch.no_grad():
+        states.zero_()
+    assert torch.equal(given["weight"].grad.clone(), before)
+
+
+def test_an_empty_batch(draw):
+    given = arguments(draw, torch.float64, "modrelu", batch=0)
+    states = recurrence(**given, nonlinearity="modrelu", factored=True)
+    assert states.shape == (5, 0, 7)
+    states.sum().backward()
+    assert not given["weight"].grad.any()
 
 
 class Largest(TorchDispatchMode):
