@@ -84,3 +84,14 @@ def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_pa
     result = run("drift.py", "--record", record, "--out", tmp_path, "--into", copy)
     assert result.returncode == 0, result.stderr
     assert Path(copy).read_text() == page.read_text()
+
+
+def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
+    result = run("recurrent_speed.py", "--quick", "--rounds", "1", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "recurrent_speed.json").read_text())["quick"]
+    page = ROOT / "docs" / "recurrent.md"
+    copy = shutil.copy(page, tmp_path)
+    result = run("recurrent_speed.py", "--record", ROOT / "docs" / "results" / "recurrent_speed.json", "--into", copy)
+    assert result.returncode == 0, result.stderr
+    assert Path(copy).read_text() == page.read_text()
