@@ -5,8 +5,8 @@ r"""A recurrence over a whole sequence as one autograd function.
 The forward pass keeps the states only; every derivative of a built-in σ follows from its value (complex modReLU keeps
 the modulus of its argument, too).  The backward pass returns the gradient of W from
 :math:`\Delta = [\delta_1, \dots, \delta_T]` (what arrives at σ's argument) and :math:`H = [h_0, \dots, h_{T-1}]` at
-once, :math:`G = \Delta H^H`: as a dense matrix, one product over all time, or as the factors (Δ, H) themselves, so that a
-sketch costs O(T B n k) and G is never formed.
+once, :math:`G = \Delta H^H`: as a dense matrix, one product over all time, or as the factors (Δ, H) themselves, so that
+a sketch costs O(T B n k) and G is never formed.
 """
 
 from __future__ import annotations
