@@ -28,7 +28,7 @@ import geoopt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import environment
+from report import environment, write_between
 from torch import Tensor
 from tqdm import tqdm
 
@@ -298,13 +298,9 @@ def table(curves: list[dict[str, Any]]) -> str:
 
 
 def write_into(page: Path, record: dict[str, Any]) -> None:
-    """Replace what a page has between its two marks by the table of this record."""
-    begin, end = "<!-- drift table -->\n", "<!-- /drift table -->"
-    text = page.read_text(encoding="utf-8")
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
+    """Show this record's table in a page."""
     machine = f"One run on {record['machine']}; *sweep* is the default, 256, if not said otherwise.\n\n"
-    page.write_text(f"{before}{begin}{machine}{table(record['curves'])}\n{end}{after}", encoding="utf-8")
+    write_between(page, "drift table", machine + table(record["curves"]))
 
 
 def measure(share: int, jobs: int) -> dict[str, Any]:

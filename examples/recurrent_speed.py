@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from report import environment
+from report import environment, write_between
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
@@ -203,13 +203,8 @@ def table(record: dict[str, Any]) -> str:
 
 
 def write_into(page: Path, record: dict[str, Any]) -> None:
-    """Replace what a page has between its two marks by the table of this record."""
-    begin, end = "<!-- recurrent speed -->\n", "<!-- /recurrent speed -->"
-    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    after = rest.partition(end)[2]
-    page.write_text(
-        f"{before}{begin}One run on {record['machine']}:\n\n{table(record)}\n{end}{after}", encoding="utf-8"
-    )
+    """Show this record's tables in a page."""
+    write_between(page, "recurrent speed", f"One run on {record['machine']}:\n\n{table(record)}")
 
 
 def main(arguments: list[str]) -> int:

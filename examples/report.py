@@ -77,6 +77,14 @@ def write_json(path: Path, runs: list[Run], settings: dict[str, Any], total_seco
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def write_between(page: Path, name: str, text: str) -> None:
+    """Replace what a page has between the marks ``<!-- name -->`` and ``<!-- /name -->``."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
 def environment() -> dict[str, Any]:
     """Return versions and machine, for a record of results."""
     return {

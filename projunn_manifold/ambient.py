@@ -11,6 +11,7 @@ it; use none.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,12 @@ from torch import Tensor
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
 
-__all__ = ["Constraint", "constrain", "is_constrained"]
+__all__ = ["Constraint", "constrain", "is_constrained", "parameters_of"]
+
+_REFUSED: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "evaluates the loss off the manifold",
+    torch.optim.ASGD: "keeps an average that leaves the manifold",
+}
 
 
 class Constraint:
@@ -43,7 +49,7 @@ class Constraint:
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         has_closure = bool(args) or kwargs.get("closure") is not None  # which may make gradients
         self._before = {}
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        for p in parameters_of(optimizer):
             if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):
                 if has_closure or p.grad is not None:
                     self._before[p] = p.detach().clone()
@@ -98,13 +104,17 @@ def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
     >>> manifold.check_point_on_manifold(w.detach())
     True
     """
-    if isinstance(optimizer, torch.optim.LBFGS | torch.optim.ASGD):
-        reasons = {"LBFGS": "evaluates the loss off the manifold", "ASGD": "keeps an average that leaves the manifold"}
-        name = "LBFGS" if isinstance(optimizer, torch.optim.LBFGS) else "ASGD"
-        raise TypeError(f"{name} cannot be constrained: it {reasons[name]}")
+    for kind, reason in _REFUSED.items():
+        if isinstance(optimizer, kind):
+            raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
     return _handle(optimizer) or Constraint(optimizer)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
+    """Walk through the parameters of all groups."""
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def is_constrained(optimizer: torch.optim.Optimizer) -> bool:

@@ -70,7 +70,12 @@ class ModReLU(nn.Module):
     def __init__(self, features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         real = torch.empty((), dtype=dtype).real.dtype
-        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=real).uniform_(-0.01, 0.01))
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=real))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a new bias, as after ``to_empty``."""
+        nn.init.uniform_(self.bias, -0.01, 0.01)
 
     def forward(self, z: Tensor) -> Tensor:
         """Return the activation of z."""
@@ -242,11 +247,18 @@ class _Recurrent(_KeepsManifolds):
                 f"{name}: the last dimension of input must be input_size={self.input_size}, got shape {tuple(x.shape)}"
             )
 
-    def _check_hidden(self, hx: Tensor, shape: tuple[int, ...], weight: Tensor) -> Tensor:
-        name = type(self).__name__
+    def _first_state(self, hx: Tensor | None, shape: tuple[int, ...], x: Tensor) -> Tensor:
+        """Return the state given, in the dtype of x, or zeros."""
+        if hx is None:
+            return x.new_zeros(shape)
         if tuple(hx.shape) != shape:
-            raise ValueError(f"{name}: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
-        return _cast(self, hx, "hidden state", weight.dtype)
+            raise ValueError(f"{type(self).__name__}: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
+        return _cast(self, hx, "hidden state", x.dtype)
+
+    def _weight(self, name: str) -> Tensor:
+        weight = self._parameters[name]
+        assert weight is not None
+        return weight
 
     def reset_parameters(self) -> None:
         """Draw new weights, as after ``to_empty``."""
@@ -257,8 +269,9 @@ class _Recurrent(_KeepsManifolds):
                 _INITS[self.init](p)
             elif name.startswith("bias_ih"):
                 nn.init.zeros_(p)
-            else:
-                nn.init.uniform_(p, -0.01, 0.01)
+        for child in self.children():
+            if isinstance(child, ModReLU):
+                child.reset_parameters()
 
     def extra_repr(self) -> str:
         """Return the sizes, as torch.nn.RNN does."""
@@ -334,19 +347,15 @@ class UnitaryRNNCell(_Recurrent):
     def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
         """Return the next state."""
         self._check_input(x, (1, 2))
-        weight = self._parameters["weight_hh"]
-        assert weight is not None
-        x = _cast(self, x, "input", weight.dtype)
-        shape = (*x.shape[:-1], self.hidden_size)
-        hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
+        x = _cast(self, x, "input", self._weight("weight_hh").dtype)
+        hx = self._first_state(hx, (*x.shape[:-1], self.hidden_size), x)
         batched = x.dim() == 2
         state = self._run_layer("", x[None] if batched else x[None, None], hx if batched else hx[None])
         return state[0] if batched else state[0, 0]
 
     def to_plain(self) -> nn.RNNCell:
         """Return the same cell as a ``torch.nn.RNNCell`` (relu or tanh), its weights copied."""
-        weight = self._parameters["weight_hh"]
-        assert weight is not None
+        weight = self._weight("weight_hh")
         kind = self._plain_nonlinearity()
         plain = nn.RNNCell(self.input_size, self.hidden_size, self.bias, kind, weight.device, weight.dtype)
         with torch.no_grad():
@@ -459,11 +468,8 @@ class UnitaryRNN(_Recurrent):
     ) -> tuple[Tensor, Tensor]:  # (T, B, m), (L, B, n) -> (T, B, n), (L, B, n)
         if x.shape[0] == 0:
             raise ValueError("UnitaryRNN: expected at least one time step, got none")
-        weight = self._parameters["weight_hh_l0"]
-        assert weight is not None
-        x = _cast(self, x, "input", weight.dtype)
-        shape = (self.num_layers, x.shape[1], self.hidden_size)
-        hx = x.new_zeros(shape) if hx is None else self._check_hidden(hx, shape, weight)
+        x = _cast(self, x, "input", self._weight("weight_hh_l0").dtype)
+        hx = self._first_state(hx, (self.num_layers, x.shape[1], self.hidden_size), x)
         last = []
         for layer in range(self.num_layers):
             if layer > 0:
@@ -492,8 +498,7 @@ class UnitaryRNN(_Recurrent):
 
         torch's network has a second bias, zero here; trained on, the two move twice as fast as one.
         """
-        weight = self._parameters["weight_hh_l0"]
-        assert weight is not None
+        weight = self._weight("weight_hh_l0")
         plain = nn.RNN(
             self.input_size,
             self.hidden_size,

@@ -22,7 +22,7 @@ from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
 from projunn_manifold import linalg
-from projunn_manifold.ambient import constrain
+from projunn_manifold.ambient import constrain, parameters_of
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
@@ -153,7 +153,7 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as geoopt's optimiser of this name would."""
         packed: dict[str, Any] = super().state_dict()
-        for index, point in enumerate(_parameters(self)):
+        for index, point in enumerate(parameters_of(self)):
             if index in packed["state"] and _is_ours(point):
                 state = packed["state"][index] = dict(packed["state"][index])
                 for name in self._second_moments:
@@ -164,7 +164,7 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
         super().__setstate__(state)
-        for point in _parameters(self):
+        for point in parameters_of(self):
             own = self.state.get(point, {})
             if "step" in own:
                 own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, and so of its powers
@@ -175,10 +175,6 @@ class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
 
 def _is_ours(point: Tensor) -> bool:
     return isinstance(point, ManifoldParameter | ManifoldTensor) and isinstance(point.manifold, UnitaryLowRank)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (point for group in optimizer.param_groups for point in group["params"])
 
 
 @contextmanager

@@ -8,7 +8,7 @@ one as Euclidean, without a word.  A plan, made while all is well, tells afterwa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
@@ -16,7 +16,7 @@ from geoopt.manifolds.base import Manifold
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
-from projunn_manifold.ambient import is_constrained
+from projunn_manifold.ambient import is_constrained, parameters_of
 
 __all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
 
@@ -71,7 +71,7 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems, lost = [], False
-    held = [{id(p) for p in _parameters(optimizer)} for optimizer in optimizers]
+    held = [{id(p) for p in parameters_of(optimizer)} for optimizer in optimizers]
     for tied in plan.ties:
         if len({id(parameters[name]) for name in tied if name in parameters}) > 1:
             lost = True
@@ -118,7 +118,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     missing = [name for name in plan if name not in parameters]
     if missing:
         raise ValueError(f"not parameters of the model any more: {', '.join(map(repr, missing))}")
-    held = {id(p) for optimizer in optimizers for p in _parameters(optimizer)}
+    held = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
     stray = [name for name in plan if parameters[name].requires_grad and id(parameters[name]) not in held]
     if optimizers and stray:
         raise ValueError(
@@ -158,10 +158,6 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
             if old in optimizer.state:
                 state = optimizer.state.pop(old)
                 optimizer.state.setdefault(mended[id(old)], state)
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _name(manifold: Manifold) -> str:

@@ -23,7 +23,7 @@ from projunn_manifold.linalg import in_full_precision
 
 __all__ = ["NONLINEARITIES", "modrelu", "recurrence", "step_by_step"]
 
-Nonlinearity = Callable[[Tensor, Tensor | None], Tensor]
+Nonlinearity = Callable[[Tensor, Any], Tensor]
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:  # (..., n), (n,) -> (..., n)
@@ -33,7 +33,7 @@ def modrelu(z: Tensor, bias: Tensor) -> Tensor:  # (..., n), (n,) -> (..., n)
 
 #: Built-in nonlinearities: functions of the argument and of modReLU's bias.
 NONLINEARITIES: dict[str, Nonlinearity] = {
-    "modrelu": lambda z, bias: modrelu(z, torch.zeros((), device=z.device) if bias is None else bias),
+    "modrelu": modrelu,
     "relu": lambda z, bias: torch.relu(z),
     "tanh": lambda z, bias: torch.tanh(z),
     "none": lambda z, bias: z,

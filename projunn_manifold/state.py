@@ -55,7 +55,11 @@ class State:
 
     def turn(self) -> int:
         """Return about how many gradients each of the parameters that share this state has had."""
-        return self.gradients // max(self._known_sharers, len(self._sharers))
+        return self.gradients // self._sharing()
+
+    def _sharing(self) -> int:
+        """Return how many parameters share this state."""
+        return max(self._known_sharers, len(self._sharers))
 
     def count_faults(self, device: torch.device, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0) -> None:
         """Add to the faults, without a wait for the device."""
@@ -74,8 +78,7 @@ class State:
 
     def packed(self) -> Tensor:  # (32,) uint8
         """Return the state as bytes."""
-        sharers = max(self._known_sharers, len(self._sharers))
-        return torch.tensor([self.gradients, sharers, *self.faults()], dtype=torch.int64).view(torch.uint8)
+        return torch.tensor([self.gradients, self._sharing(), *self.faults()], dtype=torch.int64).view(torch.uint8)
 
     def unpack(self, packed: object) -> None:
         """Take over a packed state."""

@@ -5,6 +5,10 @@ Points come from a QR in double precision, not from the package; oracles are tho
 """
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from projunn_manifold.factors import FactoredTensor
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SQUARE = [(1, 1), (2, 2), (9, 9), (24, 24), (3, 12, 12), (2, 2, 6, 6)]
@@ -64,3 +68,22 @@ class Draw:
         wide, g = double(x), double(self.matrix(*x.shape, dtype=x.dtype))
         u = g - wide @ (wide.mH @ g + g.mH @ wide) / 2
         return (u * (norm / torch.linalg.matrix_norm(u)[..., None, None].clamp_min(1e-300))).to(x.dtype)
+
+
+class NewStorages(TorchDispatchMode):
+    """Lists the bytes of every storage that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FactoredTensor in types:
+            return NotImplemented  # it has no storage, and its own operators come here in turn
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            is_stored = isinstance(t, torch.Tensor) and not isinstance(t, FactoredTensor)
+            if is_stored and t.untyped_storage().data_ptr() not in known:
+                self.sizes.append(t.untyped_storage().nbytes())
+        return result

@@ -3,9 +3,7 @@
 import geoopt
 import pytest
 import torch
-from helpers import bound, error
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from helpers import NewStorages, bound, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim, sampling
 from projunn_manifold.factors import FactoredTensor
@@ -183,34 +181,17 @@ def test_an_empty_batch(draw):
     assert not given["weight"].grad.any()
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest new storage that an operator makes."""
-
-    size = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if FactoredTensor in types:
-            return NotImplemented  # it has no storage, and its own operators come here in turn
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and not isinstance(t, FactoredTensor):
-                storage = t.untyped_storage()
-                self.size = max(self.size, storage.nbytes() * (storage.data_ptr() not in known))
-        return result
-
-
 @pytest.mark.parametrize("factored", [True, False])
 def test_no_gradient_of_the_matrix_is_in_memory(draw, factored):
     n = 512
     w = geoopt.ManifoldParameter(torch.eye(n), manifold=UnitaryLowRank(1))
     x, inward = draw.matrix(3, 2, 4, dtype=torch.float32), draw.matrix(n, 4, dtype=torch.float32).requires_grad_()
     optimizer = optim.RiemannianSGD([w, inward], lr=0.1)
-    with Largest() as largest:
+    with NewStorages() as storages:
         states = recurrence(x, x.new_zeros(2, n), inward, w, None, None, "relu", factored=factored)
         states.sum().backward()
         optimizer.step()
-    assert (largest.size >= 4 * n * n) != factored
+    assert (max(storages.sizes) >= 4 * n * n) != factored
 
 
 def test_the_states_may_not_be_changed_before_the_gradient(draw):
