@@ -19,47 +19,19 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import geoopt
 import torch
-from report import CAPTION, draw, grid_table, results_table, verdict, write_json
-from tasks import Copying, Digits, Task
-from training import Method, Run, train
+from comparison import CAPTION, draw, grid_table, results_table, verdict, write_json
+from networks import METHODS, Choices
+from tasks import Copying, Pixels, Task
+from training import Run, train
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method(
-            name="UnitaryLowRank",
-            manifold=lambda seed: UnitaryLowRank(k=1, seed=seed),
-            rates={"copying": 0.03, "digits": 0.03},
-            low_rank=True,
-            colour="tab:blue",
-        ),
-        Method(
-            name="UnitaryLowRankExact",
-            manifold=lambda seed: UnitaryLowRankExact(k=1, seed=seed),
-            rates={"copying": 0.03, "digits": 0.03},
-            low_rank=True,
-            colour="tab:orange",
-        ),
-        Method(
-            name="Stiefel-euclidean",
-            manifold=lambda seed: geoopt.Stiefel(canonical=False),
-            rates={"copying": 0.03, "digits": 0.03},
-            low_rank=False,
-            colour="tab:green",
-        ),
-        Method(
-            name="Stiefel-canonical",
-            manifold=lambda seed: geoopt.Stiefel(canonical=True),
-            rates={"copying": 0.01, "digits": 0.01},
-            low_rank=False,
-            colour="tab:red",
-        ),
-    )
-}
+DENSE_RATE = 1e-3  # of RMSprop, which moves all but the transition, the same for every method
+RATES = {
+    "projUNN-D, RAdam": {"copying": 0.03, "permuted digits": 0.03},
+    "projUNN-T, RAdam": {"copying": 0.03, "permuted digits": 0.03},
+    "Stiefel-euclidean, RAdam": {"copying": 0.03, "permuted digits": 0.03},
+    "Stiefel-canonical, RAdam": {"copying": 0.01, "permuted digits": 0.01},
+}  # the best rates that --grid found
 GRID = (0.003, 0.01, 0.03, 0.1, 0.3)
 FULL = {"steps": 600, "epochs": 40, "length": 200, "hidden": 128, "batch": 128}
 QUICK = {"steps": 20, "epochs": 1, "length": 20, "hidden": 32, "batch": 64}
@@ -71,10 +43,12 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     start = perf_counter()
-    if options.grid:
-        runs = [train(task, method, rate) for task in tasks(options) for method in methods(options) for rate in GRID]
-    else:
-        runs = [train(task, method, method.rates[task.name]) for task in tasks(options) for method in methods(options)]
+    runs = [
+        train(task, METHODS[name], choices(options, rate))
+        for task in tasks(options)
+        for name in options.methods
+        for rate in (GRID if options.grid else (RATES[name][task.name],))
+    ]
     seconds = perf_counter() - start
     return (report_grid if options.grid else report_comparison)(runs, options, seconds)
 
@@ -83,15 +57,21 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     """Return the tasks asked for."""
     chosen: list[Task] = []
     if options.task in ("copying", "both"):
-        chosen.append(Copying(options.length, options.hidden, options.batch, options.steps, options.seed))
+        chosen.append(Copying(options.length, options.batch, options.steps, options.seed))
     if options.task in ("digits", "both"):
-        chosen.append(Digits(options.hidden, options.batch, options.epochs, options.seed))
+        chosen.append(Pixels(options.batch, options.epochs, options.seed))
     return chosen
 
 
-def methods(options: argparse.Namespace) -> list[Method]:
-    """Return the methods asked for."""
-    return [METHODS[name] for name in options.methods]
+def choices(options: argparse.Namespace, rate: float) -> Choices:
+    """Return what all methods have in common, and a rate for the transition."""
+    return Choices(
+        options.hidden,
+        seed=options.seed,
+        nonlinearity="modrelu",
+        lr=DENSE_RATE,
+        unitary_lr=rate,
+    )
 
 
 def report_grid(runs: list[Run], options: argparse.Namespace, seconds: float) -> int:
@@ -130,10 +110,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=METHODS,
-        default=list(METHODS),
+        choices=RATES,
+        default=list(RATES),
         metavar="METHOD",
-        help=f"from {', '.join(METHODS)} (default: all)",
+        help=f"from {', '.join(RATES)} (default: all)",
     )
     for name, what in (
         ("steps", "training steps on copying"),

@@ -1,6 +1,7 @@
-"""The two tasks of the comparison: copying memory, and handwritten digits read pixel by pixel.
+"""Tasks for networks that read sequences: copying memory, adding, and images read pixel by pixel.
 
-A task's weights and batches follow from its seed, so all methods start alike and see the same data in the same order.
+Batches follow from a task's seed, so that all methods see the same data in the same order.  Inputs are
+``(time, batch, width)``, or for symbols integers ``(time, batch)``.
 """
 
 from __future__ import annotations
@@ -8,25 +9,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
-from geoopt.manifolds.base import Manifold
-from recurrent import RecurrentNetwork
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from data import Batch, digits, mnist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
-Batch = tuple[Tensor, Tensor]
+from torch.nn.functional import cross_entropy, mse_loss
 
 
 class Task(Protocol):
-    """What training needs to know of a task; inputs and logits are ``(time, batch, ...)``."""
+    """What a network and its training need to know of a task."""
 
-    name: ClassVar[str]
-    seed: int
+    name: str
+    width: int  # of the inputs
+    outputs: int
+    everywhere: bool  # outputs are wanted at every step, not only at the last
+    measure: str  # what ``score`` returns
 
     @property
     def steps(self) -> int:
@@ -36,17 +35,18 @@ class Task(Protocol):
     def baseline(self) -> float | None:
         """Loss of a network without memory, where it is known."""
 
-    def network(self, manifold: Manifold) -> RecurrentNetwork:
-        """Return a freshly initialised network."""
+    @property
+    def goal(self) -> float | None:
+        """Loss at which the task counts as solved."""
 
     def batches(self) -> Iterator[Batch]:
         """Yield ``steps`` pairs of inputs and targets."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the training loss."""
 
-    def accuracy(self, network: RecurrentNetwork) -> float:
-        """Return the fraction of correct answers on data not trained on."""
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return how well the network does on data not trained on."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,15 @@ class Copying:
     """
 
     length: int
-    hidden: int
     batch: int
     steps: int
     seed: int
 
     name: ClassVar[str] = "copying"
+    width: ClassVar[int] = 10
+    outputs: ClassVar[int] = 9
+    everywhere: ClassVar[bool] = True
+    measure: ClassVar[str] = "symbols recalled"
     symbols: ClassVar[int] = 8
     copied: ClassVar[int] = 10
     blank: ClassVar[int] = 8
@@ -75,11 +78,10 @@ class Copying:
         """Loss of the memoryless strategy."""
         return self.copied * math.log(self.symbols) / (self.length + 2 * self.copied)
 
-    def network(self, manifold: Manifold) -> RecurrentNetwork:
-        """Return a network that looks its input symbols up and answers with a symbol or blank."""
-        torch.manual_seed(self.seed)
-        encoder = nn.Embedding(self.symbols + 2, self.hidden)
-        return RecurrentNetwork(encoder, self.hidden, self.symbols + 1, manifold)
+    @property
+    def goal(self) -> float:
+        """A tenth of the baseline."""
+        return self.baseline / 10
 
     def batches(self) -> Iterator[Batch]:
         """Yield fresh random sequences."""
@@ -97,67 +99,119 @@ class Copying:
         targets[-self.copied :] = symbols
         return inputs, targets
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy over all positions."""
-        return cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
-    def accuracy(self, network: RecurrentNetwork) -> float:
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
         """Return the fraction of the ten symbols recalled, on a batch of sequences of another seed."""
         inputs, targets = self.sequences(torch.Generator().manual_seed(self.seed + 1))
-        correct = network(inputs)[-self.copied :].argmax(-1) == targets[-self.copied :]
-        return correct.float().mean().item()
+        answers = network(inputs.to(device))[-self.copied :].argmax(-1).cpu()
+        return (answers == targets[-self.copied :]).float().mean().item()
 
 
 @dataclass(frozen=True)
-class Digits:
-    """Scikit-learn's 8 x 8 handwritten digits, one pixel a step, in one fixed random order of the 64."""
+class Adding:
+    """The sum of two marked numbers among ``length`` uniform ones, one mark in each half; to answer 1 costs 1/6."""
 
-    hidden: int
+    length: int
+    batch: int
+    steps: int
+    seed: int
+
+    name: ClassVar[str] = "adding"
+    width: ClassVar[int] = 2
+    outputs: ClassVar[int] = 1
+    everywhere: ClassVar[bool] = False
+    measure: ClassVar[str] = "mean squared error"
+    baseline: ClassVar[float] = 1 / 6
+    goal: ClassVar[float] = 0.01
+    held_out: ClassVar[int] = 2000
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield fresh random sequences."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            yield self.sequences(self.batch, generator)
+
+    def sequences(self, batch: int, generator: torch.Generator) -> Batch:
+        """Draw sequences and their sums."""
+        numbers, marks = torch.rand(self.length, batch, generator=generator), torch.zeros(self.length, batch)
+        half, columns = self.length // 2, torch.arange(batch)
+        marks[torch.randint(half, (batch,), generator=generator), columns] = 1
+        marks[torch.randint(half, self.length, (batch,), generator=generator), columns] = 1
+        return torch.stack((numbers, marks), -1), (numbers * marks).sum(0)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        return mse_loss(outputs[:, 0], targets)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the mean squared error on sequences of another seed."""
+        inputs, sums = self.sequences(self.held_out, torch.Generator().manual_seed(self.seed + 1))
+        return self.loss(network(inputs.to(device)).cpu(), sums).item()
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Handwritten digits, one pixel a step, in the order of reading or in one fixed random order.
+
+    Without a ``folder`` these are scikit-learn's 1797 images of 8 x 8 pixels, otherwise MNIST's 70 000 of 28 x 28.
+    """
+
     batch: int
     epochs: int
     seed: int
+    permuted: bool = True
+    folder: Path | None = None
 
-    name: ClassVar[str] = "digits"
-    classes: ClassVar[int] = 10
+    width: ClassVar[int] = 1
+    outputs: ClassVar[int] = 10
+    everywhere: ClassVar[bool] = False
+    measure: ClassVar[str] = "test accuracy"
     baseline: ClassVar[None] = None
+    goal: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        """What the images are called."""
+        kind = "digits" if self.folder is None else "MNIST"
+        return f"permuted {kind}" if self.permuted else kind
+
+    def images(self) -> tuple[Batch, Batch]:
+        """Return training and test images, with labels."""
+        return digits(self.permuted) if self.folder is None else mnist(self.folder, self.permuted)
 
     @property
     def steps(self) -> int:
         """Number of optimiser steps; an epoch's last batch may be smaller."""
-        (_, labels), _ = permuted_digits()
+        (_, labels), _ = self.images()
         return self.epochs * math.ceil(len(labels) / self.batch)
-
-    def network(self, manifold: Manifold) -> RecurrentNetwork:
-        """Return a network that reads one grey value a step."""
-        torch.manual_seed(self.seed)
-        return RecurrentNetwork(nn.Linear(1, self.hidden), self.hidden, self.classes, manifold)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the training images, reshuffled every epoch."""
-        (images, labels), _ = permuted_digits()
+        (images, labels), _ = self.images()
         generator = torch.Generator().manual_seed(self.seed)
         for _ in range(self.epochs):
             for chosen in torch.randperm(len(labels), generator=generator).split(self.batch):
-                yield images[:, chosen], labels[chosen]
+                yield _grey(images[:, chosen]), labels[chosen]
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the cross entropy of the answer after the last pixel."""
-        return cross_entropy(logits[-1], targets)
+        return cross_entropy(outputs, targets)
 
     @torch.no_grad()
-    def accuracy(self, network: RecurrentNetwork) -> float:
-        """Return the test accuracy."""
-        _, (images, labels) = permuted_digits()
-        return (network(images)[-1].argmax(-1) == labels).float().mean().item()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the share of test images that are recognised."""
+        _, (images, labels) = self.images()
+        right = 0
+        for chosen in torch.arange(len(labels)).split(1000):
+            answers = network(_grey(images[:, chosen]).to(device)).argmax(-1).cpu()
+            right += int((answers == labels[chosen]).sum())
+        return right / len(labels)
 
 
-@cache
-def permuted_digits() -> tuple[Batch, Batch]:
-    """Return the training and test images ``(64, images, 1)`` with their labels; order and split never change."""
-    digits = load_digits()
-    order = torch.randperm(digits.data.shape[1], generator=torch.Generator().manual_seed(0))
-    pixels = torch.tensor(digits.data / 16, dtype=torch.float32)[:, order].T.unsqueeze(-1)
-    labels = torch.tensor(digits.target)
-    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    return (pixels[:, train], labels[train]), (pixels[:, test], labels[test])
+def _grey(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else images.float() / 255

@@ -1,45 +1,42 @@
-"""Training of one network: Riemannian Adam for the transition, RMSprop for the rest, everything timed."""
+"""Training of one network on one task, everything timed and recorded; it can be interrupted and goes on."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
-from geoopt.manifolds.base import Manifold
-from geoopt.optim import RiemannianAdam
+from networks import Choices, Method, Reader
+from report import thinned
 from tasks import Task
+from torch import Tensor
 from tqdm import tqdm
 
-DENSE_RATE = 1e-3  # of RMSprop, the same for every method
 LAST = 10  # a final loss is the mean over so many last steps
+Observer = Callable[[int, Reader, Tensor], None]  # of the step, the network with its gradients, and the inputs
 
 
-@dataclass(frozen=True)
-class Method:
-    """A manifold for the transition, and the best learning rate of its Riemannian Adam on every task."""
-
-    name: str
-    manifold: Callable[[int], Manifold]  # of a seed
-    rates: dict[str, float]
-    low_rank: bool
-    colour: str
-
-
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """One finished training: a value for every step, and the accuracy at the end."""
+    """A training: a value for every step."""
 
-    task: Task
-    method: Method
-    rate: float
-    losses: list[float]
-    seconds: list[float]  # elapsed at the end of the step, measurements left out
-    unitarity: list[float]
-    optimiser_ms: list[float]  # the step of the transition's optimiser alone
-    accuracy: float
+    task: str
+    method: str
+    colour: str
+    settings: dict[str, Any]
+    baseline: float | None
+    goal: float | None
+    measure: str
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # elapsed at the end of the step, measurements left out
+    unitarity: list[float | None] = field(default_factory=list)
+    optimiser_ms: list[float] = field(default_factory=list)  # the step of the last optimiser: the transition's own
+    score: float | None = None
 
     @property
     def final_loss(self) -> float:
@@ -52,35 +49,107 @@ class Run:
         return torch.quantile(torch.tensor(self.optimiser_ms), torch.tensor([0.25, 0.5, 0.75])).tolist()
 
     @property
+    def solved_at(self) -> int | None:
+        """The first step after which the mean of the last few losses is below the goal."""
+        if self.goal is not None:
+            for step in range(LAST, len(self.losses) + 1):
+                if statistics.fmean(self.losses[step - LAST : step]) < self.goal:
+                    return step
+        return None
+
+    @property
     def solved(self) -> bool | None:
-        """Whether the loss fell under a tenth of the memoryless baseline; None where no baseline is known."""
-        return None if self.task.baseline is None else self.final_loss < self.task.baseline / 10
+        """Whether the final loss is below the goal; None where there is none."""
+        return None if self.goal is None else self.final_loss < self.goal
 
 
-def train(task: Task, method: Method, rate: float) -> Run:
-    """Train a fresh network on a task, with a progress bar where there is a terminal to show it."""
-    network = task.network(method.manifold(task.seed))
-    riemannian = RiemannianAdam([network.transition], lr=rate)
-    dense = torch.optim.RMSprop(network.dense_parameters(), lr=DENSE_RATE)
-    losses, seconds, unitarity, optimiser_ms = [], [], [], []
-    elapsed = 0.0
-    label = f"{task.name}, {method.name}, lr {rate:g}"
-    with tqdm(task.batches(), label, task.steps, unit="step", leave=False, disable=None) as batches:
-        for inputs, targets in batches:
+def train(
+    task: Task,
+    method: Method,
+    choices: Choices,
+    *,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+    every: int = 100,
+    stop_when_solved: bool = False,
+    observe: Observer | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Train a fresh network, or go on from a checkpoint, with a progress bar where there is a terminal to show it.
+
+    Parameters
+    ----------
+    task, method, choices, device
+        What is trained, on what, how and where.
+    checkpoint : Path, optional
+        File to go on from, where there is one; it is written ``every`` so many steps.
+    stop_when_solved : bool
+        Whether to end at the goal.
+    observe : callable, optional
+        Called in each step between backward pass and optimisers, outside the time taken.
+    quiet : bool
+        Whether to show and print nothing.
+    """
+    network, optimizers = method.build(task, choices, device)
+    settings = {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(choices).items()
+    }
+    run = Run(task.name, method.name, method.colour, settings, task.baseline, task.goal, task.measure)
+    if checkpoint is not None and checkpoint.exists():
+        _restore(checkpoint, run, network, optimizers)
+    done, elapsed = len(run.losses), run.seconds[-1] if run.seconds else 0.0
+    label = f"{task.name}, {method.name}, k {choices.k}, seed {choices.seed}"
+    measured = set(thinned(task.steps))
+    batches = islice(task.batches(), done, None)
+    with tqdm(batches, label, task.steps, initial=done, unit="step", leave=False, disable=quiet or None) as bar:
+        for step, (inputs, targets) in enumerate(bar, done):
+            inputs, targets = inputs.to(device), targets.to(device)
             start = perf_counter()
             network.zero_grad()
             loss = task.loss(network(inputs), targets)
             loss.backward()
-            dense.step()
+            if observe is not None:
+                elapsed += perf_counter() - start
+                observe(step, network, inputs)
+                start = perf_counter()
+            for optimizer in optimizers[:-1]:
+                optimizer.step()
             before = perf_counter()
-            riemannian.step()
+            optimizers[-1].step()
+            run.losses.append(loss.item())
             end = perf_counter()
             elapsed += end - start
-            losses.append(loss.item())
-            seconds.append(elapsed)
-            optimiser_ms.append(1e3 * (end - before))
-            unitarity.append(network.unitarity_error())
-            batches.set_postfix(loss=f"{losses[-1]:.4f}", refresh=False)
-    run = Run(task, method, rate, losses, seconds, unitarity, optimiser_ms, task.accuracy(network))
-    print(f"{label}: loss {run.final_loss:.4g}, accuracy {run.accuracy:.1%}, {elapsed:.1f} s", flush=True)
+            run.seconds.append(elapsed)
+            run.optimiser_ms.append(1e3 * (end - before))
+            run.unitarity.append(network.unitarity_error() if step in measured else None)
+            bar.set_postfix(loss=f"{run.losses[-1]:.4f}", refresh=False)
+            if checkpoint is not None and (step + 1) % every == 0:
+                _save(checkpoint, run, network, optimizers)
+            if stop_when_solved and step + 1 >= LAST and run.solved:
+                break
+    run.unitarity[-1] = network.unitarity_error()
+    run.score = task.score(network, device)
+    if not quiet:
+        print(f"{label}: loss {run.final_loss:.4g}, {task.measure} {run.score:.4g}, {elapsed:.1f} s", flush=True)
     return run
+
+
+def _save(file: Path, run: Run, network: Reader, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Write a checkpoint; an interruption leaves the one before."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    partial = file.with_suffix(".partial")
+    torch.save({"run": asdict(run), "network": network.state_dict(), "optimizers": states}, partial)
+    partial.replace(file)
+
+
+def _restore(file: Path, run: Run, network: Reader, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Go on from a checkpoint of the same training; refuse another's."""
+    saved = torch.load(file, weights_only=True)
+    for name in ("task", "method", "settings"):
+        if saved["run"][name] != getattr(run, name):
+            raise ValueError(f"{file} is of another training: {name} is {saved['run'][name]}, not {getattr(run, name)}")
+    for name in ("losses", "seconds", "unitarity", "optimiser_ms"):
+        getattr(run, name).extend(saved["run"][name])
+    network.load_state_dict(saved["network"])
+    for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+        optimizer.load_state_dict(state)

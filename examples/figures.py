@@ -1,0 +1,91 @@
+"""Pictures of trainings: loss against steps and against seconds, a colour for each method, a dash for each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.figure import Figure
+
+DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
+
+
+def curves(path: Path, records: list[dict[str, Any]]) -> None:
+    """Draw all runs of a task in two panels."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    named = set()
+    several = len({record["settings"]["k"] for record in records}) > 1
+    for record in records:
+        name = record["method"]
+        if several and "projUNN" in name:
+            name += f", k = {record['settings']['k']}"
+        style = {"color": record["colour"], "linestyle": DASHES.get(record["settings"]["k"], "-"), "linewidth": 1.2}
+        for panel, axis in zip(panels, ("step", "seconds"), strict=True):
+            label = name if panel is panels[0] and name not in named else None
+            panel.plot(record["curves"][axis], record["curves"]["loss"], label=label, **style)
+        named.add(name)
+    for panel, axis in zip(panels, ("step", "seconds of training"), strict=True):
+        panel.set(xlabel=axis, yscale="log")
+        panel.grid(alpha=0.3)
+        for key, dash, label in (("baseline", "--", "without memory"), ("goal", ":", "goal")):
+            value = records[0][key]
+            if value is not None:
+                style = {"color": "black", "linestyle": dash, "linewidth": 1}
+                panel.axhline(value, label=label if panel is panels[0] else None, **style)
+    panels[0].set(ylabel="training loss", title=records[0]["task"])
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def study(path: Path, cells: list[dict[str, Any]]) -> None:
+    """Draw the losses of all variants and seeds, a row for each task: at equal steps, and at equal time."""
+    tasks = list(dict.fromkeys(cell["task"] for cell in cells))
+    names = list(dict.fromkeys(cell["name"] for cell in cells))
+    figure = Figure(figsize=(4.2 * len(tasks), 0.22 * len(names) * 2 + 2), layout="constrained")
+    for row, key in zip(figure.subplots(2, len(tasks), squeeze=False), ("losses", "losses_at_equal_time"), strict=True):
+        for panel, task in zip(row, tasks, strict=True):
+            for cell in (cell for cell in cells if cell["task"] == task):
+                height = -names.index(cell["name"])
+                colour = "tab:blue" if cell["k"] == 1 else "tab:orange"
+                panel.plot(cell[key], [height] * len(cell[key]), ".", color=colour, alpha=0.6)
+                panel.plot([median(cell[key])], [height], "|", color=colour, markersize=12)
+            budget = next(cell["budget"] for cell in cells if cell["task"] == task)
+            when = "after equal steps" if key == "losses" else f"after {budget:.1f} s"
+            panel.set(xscale="log", title=f"{task}: loss {when}", yticks=[-i for i in range(len(names))])
+            panel.set_yticklabels(names if panel is row[0] else [], fontsize="x-small")
+            panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def premise(path: Path, trainings: list[dict[str, Any]]) -> None:
+    """Draw for each task the share of rank-k parts and the spectrum of G, and how far derivatives reach back."""
+    tasks = list(dict.fromkeys(training["task"] for training in trainings))
+    figure = Figure(figsize=(14, 4 * len(tasks)), layout="constrained")
+    for row, task in zip(figure.subplots(len(tasks), 3, squeeze=False), tasks, strict=True):
+        of_task = [training for training in trainings if training["task"] == task]
+        seen = of_task[0]["observations"]
+        for k in seen[0]["share"]:
+            row[0].plot([o["step"] for o in seen], [o["share"][k] for o in seen], label=f"k = {k}")
+        row[0].set(xlabel="step", ylabel="‖G_k‖ / ‖G‖", ylim=(0, 1.02), title=f"{task}: share of the best rank-k part")
+        for o in seen[:: max(1, len(seen) // 4)]:
+            row[1].plot(range(1, len(o["singular_values"]) + 1), o["singular_values"], label=f"step {o['step']}")
+        row[1].set(
+            xlabel="index",
+            ylabel="singular value / largest",
+            xscale="log",
+            yscale="log",
+            ylim=(1e-8, 2),
+            title="spectrum of G",
+        )
+        for training, colour in zip(of_task, ("tab:blue", "tab:orange", "tab:gray"), strict=True):
+            for o, dash in ((training["observations"][0], ":"), (training["observations"][-1], "-")):
+                label = f"{training['network']}, step {o['step']}"
+                norms = [value or None for value in o["states"]]  # nothing at all cannot be drawn
+                row[2].plot(range(1, len(norms) + 1), norms, dash, color=colour, label=label)
+        row[2].set(xlabel="t", ylabel="‖∂L/∂h_t‖", yscale="log", title="how far derivatives reach back")
+        for panel in row:
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="x-small", frameon=False)
+    figure.savefig(path, dpi=120)

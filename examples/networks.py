@@ -1,0 +1,204 @@
+"""The networks that are compared: one reader of sequences, whose recurrent part and optimisers differ by method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import geoopt
+import torch
+from geoopt.manifolds.base import Manifold
+from tasks import Task
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold.init import henaff_, identity_
+from projunn_manifold.layers import UnitaryRNN
+from projunn_manifold.optim import constrain
+
+Optimizers = list[torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What all methods are asked for alike."""
+
+    hidden: int
+    k: int = 1
+    sampler: Any = "lsi"
+    seed: int = 0
+    nonlinearity: str = "relu"
+    init: str = "henaff"
+    lr: float = 1e-3
+    unitary_lr: float = 1e-3 / 32  # of the transition, where a method has one on a manifold or parametrised
+
+
+class Reader(nn.Module):
+    """A recurrent network over a sequence, and a linear read-out of its last state, or of every state."""
+
+    def __init__(self, recurrent: nn.Module, hidden: int, task: Task) -> None:
+        super().__init__()
+        self.recurrent, self.width, self.everywhere = recurrent, task.width, task.everywhere
+        self.readout = nn.Linear(hidden, task.outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:  # (T, B) integers or (T, B, width) -> (T, B, outputs) or (B, outputs)
+        """Return the outputs."""
+        return self.readout(self.states(inputs) if self.everywhere else self.states(inputs)[-1])
+
+    def states(self, inputs: Tensor) -> Tensor:
+        """Return the states ``(T, B, hidden)``."""
+        if not inputs.is_floating_point():
+            inputs = nn.functional.one_hot(inputs, self.width).to(self.readout.weight.dtype)
+        return self.recurrent(inputs)[0]
+
+    @property
+    def transition(self) -> Tensor | None:
+        """The matrix from state to state, where a method has one."""
+        return getattr(self.recurrent, "weight_hh_l0", None)
+
+    def unitarity_error(self) -> float | None:
+        """Distance of the transition from the manifold, where there is one."""
+        square = self.transition is not None and self.transition.shape[0] == self.transition.shape[1]
+        return unitarity_error(self.transition) if square else None
+
+
+@torch.no_grad()
+def unitarity_error(weight: Tensor) -> float:
+    r"""Distance :math:`\|W^H W - I\|_F/\\sqrt n` from the manifold, in double precision."""
+    wide = weight.detach().cpu().to(torch.cdouble if weight.is_complex() else torch.double)
+    n = wide.shape[-1]
+    return torch.linalg.matrix_norm(wide.mH @ wide - torch.eye(n, dtype=wide.dtype)).item() / n**0.5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recurrent part and its optimisers."""
+
+    name: str
+    recurrent: Callable[[int, Choices], nn.Module]
+    optimizers: Callable[[Reader, Choices], Optimizers]
+    colour: str
+    low_rank: bool = False
+
+    def build(self, task: Task, choices: Choices, device: torch.device | str = "cpu") -> tuple[Reader, Optimizers]:
+        """Return a fresh network, whose weights follow from the seed, and its optimisers."""
+        torch.manual_seed(choices.seed)
+        network = Reader(self.recurrent(task.width, choices), choices.hidden, task).to(device)
+        return network, self.optimizers(network, choices)
+
+
+# -- recurrent parts ------------------------------------------------------------------------------------
+
+
+def on_manifold(make: Callable[[Choices], Manifold]) -> Callable[[int, Choices], nn.Module]:
+    """Return a network with its transition on a manifold."""
+
+    def build(width: int, choices: Choices) -> nn.Module:
+        return UnitaryRNN(
+            width, choices.hidden, nonlinearity=choices.nonlinearity, init=choices.init, manifold=make(choices)
+        )
+
+    return build
+
+
+def parametrised(kind: str) -> Callable[[int, Choices], nn.Module]:
+    """Return torch's network with torch's orthogonal parametrisation, started where the others start."""
+
+    def build(width: int, choices: Choices) -> nn.Module:
+        network = plain(width, choices)
+        return orthogonal(network, "weight_hh_l0", orthogonal_map=kind)
+
+    return build
+
+
+def plain(width: int, choices: Choices) -> nn.Module:
+    """Return torch's network, unconstrained; but for ``init="torch"`` it starts as the others do."""
+    network = nn.RNN(width, choices.hidden, nonlinearity=choices.nonlinearity)
+    if choices.init == "torch":
+        return network
+    {"henaff": henaff_, "identity": identity_, "haar": nn.init.orthogonal_}[choices.init](network.weight_hh_l0)
+    nn.init.zeros_(network.bias_ih_l0)
+    nn.init.zeros_(network.bias_hh_l0)
+    return network
+
+
+def lstm(width: int, choices: Choices) -> nn.Module:
+    """Return torch's LSTM."""
+    return nn.LSTM(width, choices.hidden)
+
+
+def eunn(width: int, choices: Choices) -> nn.Module:
+    """Return torch_eunn's tunable network of capacity 2, complex, with modReLU."""
+    from torch_eunn import EURNN  # of the extra `experiments`
+
+    return EURNN(width, choices.hidden, capacity=2)
+
+
+# -- optimisers -----------------------------------------------------------------------------------------
+
+
+def _of_transition(network: Reader) -> list[nn.Parameter]:
+    """Return the parameters behind the transition."""
+    own = [p for name, p in network.named_parameters() if "weight_hh_l0" in name or "angles" in name]
+    return own if network.transition is None or network.transition.shape[0] == network.transition.shape[1] else []
+
+
+def rmsprop(network: Reader, choices: Choices) -> Optimizers:
+    """One RMSprop, the transition at its own rate; what is on UnitaryLowRank is constrained: the paper's training."""
+    own = _of_transition(network)
+    others = [p for p in network.parameters() if all(p is not q for q in own)]
+    groups = [{"params": others, "lr": choices.lr}, {"params": own, "lr": choices.unitary_lr}]
+    optimizer = torch.optim.RMSprop([group for group in groups if group["params"]])
+    constrain(optimizer)
+    return [optimizer]
+
+
+def unconstrained(network: Reader, choices: Choices) -> Optimizers:
+    """RMSprop at one rate."""
+    return [torch.optim.RMSprop(network.parameters(), lr=choices.lr)]
+
+
+def riemannian(network: Reader, choices: Choices) -> Optimizers:
+    """Geoopt's RiemannianAdam for the transition, RMSprop for all others."""
+    own = _of_transition(network)
+    others = [p for p in network.parameters() if all(p is not q for q in own)]
+    return [
+        torch.optim.RMSprop(others, lr=choices.lr),
+        geoopt.optim.RiemannianAdam(own, lr=choices.unitary_lr),
+    ]
+
+
+def _d(choices: Choices) -> Manifold:
+    return UnitaryLowRank(choices.k, sampler=choices.sampler, seed=choices.seed)
+
+
+def _t(choices: Choices) -> Manifold:
+    return UnitaryLowRankExact(choices.k, sampler=choices.sampler, seed=choices.seed)
+
+
+def _canonical(choices: Choices) -> Manifold:
+    return geoopt.Stiefel(canonical=True)
+
+
+def _euclidean(choices: Choices) -> Manifold:
+    return geoopt.Stiefel(canonical=False)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("projUNN-D", on_manifold(_d), rmsprop, "tab:blue", low_rank=True),
+        Method("projUNN-T", on_manifold(_t), rmsprop, "tab:orange", low_rank=True),
+        Method("projUNN-D, RAdam", on_manifold(_d), riemannian, "tab:cyan", low_rank=True),
+        Method("projUNN-T, RAdam", on_manifold(_t), riemannian, "goldenrod", low_rank=True),
+        Method("Stiefel-canonical, RAdam", on_manifold(_canonical), riemannian, "tab:red"),
+        Method("Stiefel-euclidean, RAdam", on_manifold(_euclidean), riemannian, "tab:green"),
+        Method("expRNN", parametrised("matrix_exp"), rmsprop, "tab:purple"),
+        Method("scoRNN", parametrised("cayley"), rmsprop, "tab:brown"),
+        Method("EUNN", eunn, rmsprop, "tab:pink"),
+        Method("LSTM", lstm, unconstrained, "tab:olive"),
+        Method("RNN", plain, unconstrained, "tab:gray"),
+    )
+}

@@ -1,0 +1,157 @@
+"""Learning a random unitary matrix (the paper's Fig. 2b): complex, 4096 Gaussian samples, batches of 16, plain SGD.
+
+The loss is ``‖(U - U*) x‖² / (2 n)``, the mean over a batch, so that at first it is 1.  Its gradient has rank 16, the
+batch; k = 16 keeps all of it.  Run ``python examples/random_unitary.py``; ``--side 2048`` is the paper's.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from experiment import parser, run
+from networks import Choices, Method, Optimizers, unitarity_error
+from tasks import Batch
+from torch import Tensor, nn
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold.layers import UnitaryLinear
+from projunn_manifold.linalg import haar
+from projunn_manifold.optim import RiemannianSGD
+
+SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class RandomUnitary:
+    """The linear map of a Haar-distributed U*, from samples."""
+
+    width: int
+    batch: int
+    steps: int
+    seed: int
+
+    name: ClassVar[str] = "random unitary"
+    everywhere: ClassVar[bool] = True
+    measure: ClassVar[str] = "‖U - U*‖² / 2n"
+    baseline: ClassVar[float] = 1.0
+    goal: ClassVar[float] = 1e-6
+
+    @property
+    def outputs(self) -> int:
+        """Width of the targets."""
+        return self.width
+
+    @cached_property
+    def target(self) -> Tensor:
+        """The matrix to be learnt."""
+        generator = torch.Generator().manual_seed(self.seed)
+        return haar(self.width, self.width, dtype=torch.complex64, generator=generator)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield samples ``(batch, n)``, reshuffled when all have been seen, and where U* takes them."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        samples = torch.randn(SAMPLES, self.width, dtype=torch.complex64, generator=generator)
+        for step in range(self.steps):
+            if step % (SAMPLES // self.batch) == 0:
+                order = torch.randperm(SAMPLES, generator=generator).split(self.batch)
+            x = samples[order[step % (SAMPLES // self.batch)]]
+            yield x, x @ self.target.mT
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the squared error of a sample, over 2n."""
+        return (outputs - targets).abs().square().sum(-1).mean() / (2 * self.width)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the squared distance from U*, over 2n: the loss on all samples there are."""
+        eye = torch.eye(self.width, dtype=torch.complex64, device=device)
+        return self.loss(network(eye).cpu(), self.target.mT).item() * self.width
+
+
+class Matrix(nn.Module):
+    """A unitary matrix, on a manifold."""
+
+    def __init__(self, n: int, manifold: UnitaryLowRank) -> None:
+        super().__init__()
+        self.linear = UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x U^T``."""
+        return self.linear(x)
+
+    def unitarity_error(self) -> float:
+        """Distance of U from the manifold."""
+        return unitarity_error(self.linear.weight)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """SGD on a manifold."""
+
+    name: str
+    manifold: type[UnitaryLowRank]
+    colour: str
+    full: bool = False
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether k counts."""
+        return not self.full
+
+    def build(
+        self, task: RandomUnitary, choices: Choices, device: torch.device | str = "cpu"
+    ) -> tuple[Matrix, Optimizers]:
+        """Return a random matrix and its optimiser; its rate is in units of the batch's own curvature, n / batch."""
+        torch.manual_seed(choices.seed + 2)
+        manifold = self.manifold(None if self.full else choices.k, sampler=choices.sampler, seed=choices.seed)
+        network = Matrix(task.width, manifold).to(device)
+        # the gradient is (U - U*) X X^H / (B n), the largest eigenvalue of X X^H about n (1 + √(B/n))² , and the
+        # tangent part of a step is half of it
+        rate = choices.unitary_lr * 2 * task.batch / (1 + math.sqrt(task.batch / task.width)) ** 2
+        return network, [RiemannianSGD(network.parameters(), lr=rate)]
+
+
+METHODS: dict[str, Method | Descent] = {
+    method.name: method
+    for method in (
+        Descent("projUNN-D", UnitaryLowRank, "tab:blue"),
+        Descent("projUNN-T", UnitaryLowRankExact, "tab:orange"),
+        Descent("full rank", UnitaryLowRank, "black", full=True),
+    )
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, report, and return the exit status."""
+    command = parser(
+        (__doc__ or "").partition("\n")[0],
+        methods=METHODS,
+        chosen=["projUNN-D", "projUNN-T"],
+        steps=12000,
+        batch=16,
+        hidden=512,
+        lr=1.0,
+        unitary_lr=1.0,
+        k=[1, 2, 4, 8, 16],
+        out=Path("results/random_unitary"),
+    )
+    command.add_argument("--sampler", default="lsi", help="see UnitaryLowRank (default: %(default)s)")
+    options = command.parse_args(arguments)
+    run(
+        options,
+        lambda seed: RandomUnitary(options.hidden, options.batch, options.steps, seed),
+        METHODS,
+        sampler=options.sampler,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
