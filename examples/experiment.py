@@ -36,6 +36,7 @@ def parser(description: str, methods: dict[str, Any], chosen: list[str], **defau
     found.add_argument("--steps", type=int, help="optimiser steps (default: %(default)s)")
     found.add_argument("--batch", type=int, help="sequences in a batch (default: %(default)s)")
     found.add_argument("--hidden", type=int, help="hidden units n (default: %(default)s)")
+    found.add_argument("--nonlinearity", choices=("relu", "modrelu", "tanh"), help="(default: %(default)s)")
     found.add_argument("--lr", type=float, help="of RMSprop (default: %(default)s)")
     found.add_argument("--unitary-lr", type=float, help="of the transition (default: lr / 32)")
     found.add_argument("--riemannian-lr", type=float, help="of RiemannianAdam (default: %(default)s)")
@@ -44,7 +45,15 @@ def parser(description: str, methods: dict[str, Any], chosen: list[str], **defau
     found.add_argument("--threads", type=int, help="for PyTorch (default: %(default)s)")
     found.add_argument("--save-every", type=int, help="steps between checkpoints (default: %(default)s)")
     found.add_argument("--out", type=Path, help="folder of the results (default: %(default)s)")
-    common = {"seeds": [0], "k": [1], "device": "cpu", "threads": 1, "save_every": 50, "riemannian_lr": 0.01}
+    common = {
+        "seeds": [0],
+        "k": [1],
+        "device": "cpu",
+        "threads": 1,
+        "save_every": 50,
+        "riemannian_lr": 0.01,
+        "nonlinearity": "relu",
+    }
     found.set_defaults(**{"methods": chosen, **common, **defaults})
     return found
 
@@ -68,7 +77,14 @@ def run(
 def _choices(options: argparse.Namespace, method: Method, k: int, seed: int) -> dict[str, Any]:
     unitary = options.lr / 32 if options.unitary_lr is None else options.unitary_lr
     rate = options.riemannian_lr if "RAdam" in method.name else unitary
-    return {"hidden": options.hidden, "k": k, "seed": seed, "lr": options.lr, "unitary_lr": rate}
+    return {
+        "hidden": options.hidden,
+        "k": k,
+        "seed": seed,
+        "nonlinearity": options.nonlinearity,
+        "lr": options.lr,
+        "unitary_lr": rate,
+    }
 
 
 def _run_one(options: argparse.Namespace, task: Task, method: Method, choices: Choices) -> None:

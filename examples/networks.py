@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
-from projunn_manifold.init import henaff_, identity_
 from projunn_manifold.layers import UnitaryRNN
 from projunn_manifold.optim import constrain
 
@@ -104,23 +103,22 @@ def on_manifold(make: Callable[[Choices], Manifold]) -> Callable[[int, Choices],
 
 
 def parametrised(kind: str) -> Callable[[int, Choices], nn.Module]:
-    """Return torch's network with torch's orthogonal parametrisation, started where the others start."""
+    """Return the same network, its transition by torch's orthogonal parametrisation instead."""
 
     def build(width: int, choices: Choices) -> nn.Module:
-        network = plain(width, choices)
-        return orthogonal(network, "weight_hh_l0", orthogonal_map=kind)
+        return orthogonal(plain(width, choices), "weight_hh_l0", orthogonal_map=kind)
 
     return build
 
 
 def plain(width: int, choices: Choices) -> nn.Module:
-    """Return torch's network, unconstrained; but for ``init="torch"`` it starts as the others do."""
-    network = nn.RNN(width, choices.hidden, nonlinearity=choices.nonlinearity)
+    """Return the same network, its transition unconstrained; with ``init="torch"`` that of torch.nn.RNN."""
+    init = "identity" if choices.init == "torch" else choices.init
+    network = UnitaryRNN(width, choices.hidden, nonlinearity=choices.nonlinearity, init=init)
+    network.weight_hh_l0 = nn.Parameter(network.weight_hh_l0.detach().clone())
     if choices.init == "torch":
-        return network
-    {"henaff": henaff_, "identity": identity_, "haar": nn.init.orthogonal_}[choices.init](network.weight_hh_l0)
-    nn.init.zeros_(network.bias_ih_l0)
-    nn.init.zeros_(network.bias_hh_l0)
+        bound = choices.hidden**-0.5
+        nn.init.uniform_(network.weight_hh_l0, -bound, bound)
     return network
 
 

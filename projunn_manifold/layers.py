@@ -256,8 +256,7 @@ class _Recurrent(_KeepsManifolds):
         return _cast(self, hx, "hidden state", x.dtype)
 
     def _weight(self, name: str) -> Tensor:
-        weight = self._parameters[name]
-        assert weight is not None
+        weight: Tensor = getattr(self, name)  # it may be parametrised
         return weight
 
     def reset_parameters(self) -> None:

