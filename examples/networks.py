@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import geoopt
@@ -143,13 +144,13 @@ def _of_transition(network: Reader) -> list[nn.Parameter]:
     return own if network.transition is None or network.transition.shape[0] == network.transition.shape[1] else []
 
 
-def rmsprop(network: Reader, choices: Choices) -> Optimizers:
+def rmsprop(network: Reader, choices: Choices, *, feedback: bool = False) -> Optimizers:
     """One RMSprop, the transition at its own rate; what is on UnitaryLowRank is constrained: the paper's training."""
     own = _of_transition(network)
     others = [p for p in network.parameters() if all(p is not q for q in own)]
     groups = [{"params": others, "lr": choices.lr}, {"params": own, "lr": choices.unitary_lr}]
     optimizer = torch.optim.RMSprop([group for group in groups if group["params"]])
-    constrain(optimizer)
+    constrain(optimizer, feedback=feedback)
     return [optimizer]
 
 
@@ -189,6 +190,7 @@ METHODS = {
     for method in (
         Method("projUNN-D", on_manifold(_d), rmsprop, "tab:blue", low_rank=True),
         Method("projUNN-T", on_manifold(_t), rmsprop, "tab:orange", low_rank=True),
+        Method("projUNN-D, feedback", on_manifold(_d), partial(rmsprop, feedback=True), "navy", low_rank=True),
         Method("projUNN-D, RAdam", on_manifold(_d), riemannian, "tab:cyan", low_rank=True),
         Method("projUNN-T, RAdam", on_manifold(_t), riemannian, "goldenrod", low_rank=True),
         Method("Stiefel-canonical, RAdam", on_manifold(_canonical), riemannian, "tab:red"),

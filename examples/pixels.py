@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None) -> int:
         batch=128,
         hidden=170,
         lr=1e-3,
+        unitary_lr=1e-4,
+        nonlinearity="modrelu",
         out=Path("results/pixels"),
     )
     command.add_argument("--data", type=Path, help="folder of MNIST's four IDX files (default: scikit-learn's digits)")

@@ -33,7 +33,8 @@ _REFUSED: dict[type[torch.optim.Optimizer], str] = {
 class Constraint:
     """Handle of a constrained optimiser; :meth:`remove` sets it free."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, feedback: bool) -> None:
+        self.feedback = feedback
         self._before: dict[Tensor, Tensor] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._remember),
@@ -57,7 +58,7 @@ class Constraint:
                     p.grad = p.grad.clone()  # formed once: the optimiser will read it more than once
 
     @torch.no_grad()
-    def _arrive(self, *_: Any) -> None:
+    def _arrive(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         before, self._before = self._before, {}
         moves = {}
         for p, x in before.items():  # all are put back first, so that a failure leaves none off its manifold
@@ -66,20 +67,39 @@ class Constraint:
         failures = []
         for p, move in moves.items():
             try:
-                p.manifold.step_raw_(p, move)  # type: ignore[attr-defined]
+                p.manifold.step_raw_(p, move, self._residual(optimizer, p))  # type: ignore[attr-defined]
             except Exception as error:
                 failures.append(error)
         if failures:
             raise failures[0]
 
+    def _residual(self, optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
+        """Return what steps have left out of p's moves; it is kept with the optimiser's state of p."""
+        if not self.feedback:
+            return None
+        state = optimizer.state[p]
+        if "residual" not in state:
+            state["residual"] = torch.zeros_like(p, requires_grad=False)
+        residual: Tensor = state["residual"]
+        return residual
 
-def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
+
+def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Constraint:
     """Keep the parameters that an optimiser of torch moves on their :class:`UnitaryLowRank`; return a handle.
 
-    Schedulers, groups and ``state_dict`` are untouched.  Calling it twice returns the handle of the first call.  A
+    Schedulers and groups are untouched, and so is ``state_dict`` but for ``feedback``.  Calling it twice returns the
+    handle of the first call.  A
     parameter without a gradient, or (on CPU) whose move is zero, is left alone.  Hooks do not survive
     ``copy.deepcopy`` and ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds` tells).  A
     step takes a copy of X and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    feedback : bool
+        Error feedback: what a rank-k step leaves out of the optimiser's move is added to the next one, carried along
+        with the point.  It costs one more matrix for each parameter, ``optimizer.state[p]["residual"]``, which travels
+        with ``state_dict``.
 
     Raises
     ------
@@ -87,8 +107,8 @@ def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
         LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it;
         geoopt's optimisers, which know manifolds themselves.
     ValueError
-        In ``step``, on CPU: a move that is not finite; the parameter is back where it was, the optimiser's state
-        is not.
+        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite; the parameter is
+        back where it was, the optimiser's state is not.
 
     Examples
     --------
@@ -109,7 +129,10 @@ def constrain(optimizer: torch.optim.Optimizer) -> Constraint:
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
-    return _handle(optimizer) or Constraint(optimizer)
+    handle = _handle(optimizer) or Constraint(optimizer, feedback)
+    if handle.feedback is not feedback:
+        raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")
+    return handle
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Any]:

@@ -193,3 +193,77 @@ def test_what_cannot_be_constrained_is_refused_by_name(draw, build, message):
     p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1))
     with pytest.raises(TypeError, match=message):
         constrain(build([p]))
+
+
+@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", [(10, 10), (2, 9, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_feedback_keeps_what_a_step_leaves_out_and_carries_it_along(draw, variant, k, shape, dtype):
+    p = geoopt.ManifoldParameter(draw.point(*shape, dtype=dtype), manifold=variant(k, sampler="svd", sweep=None))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    constrain(optimizer, feedback=True)
+    x, left_out = p.detach().clone(), torch.zeros_like(p.detach())
+    for _ in range(20):
+        p.grad = draw.matrix(*shape, dtype=dtype)
+        optimizer.step()
+        u, s, vh = torch.linalg.svd(left_out - 0.1 * p.grad, full_matrices=False)
+        whole = (u * s.unsqueeze(-2)) @ vh
+        a, b = u[..., :k] * s[..., None, :k], vh.mH[..., :k]
+        y = dense_raw(variant, x, a, b)
+        left_out = y @ x.mH @ (whole - a @ b.mH)  # on square X the unitary that takes X to Y is Y X^H
+        x = y
+        assert error(p, x) <= 1e-10
+        assert error(optimizer.state[p]["residual"], left_out) <= 1e-10
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (3, 8, 5)], ids=str)
+def test_the_residual_of_tall_points_keeps_its_length(draw, shape):
+    manifold = UnitaryLowRank(1, sampler="svd")
+    x, residual = draw.point(*shape, dtype=torch.float32), torch.zeros(shape)
+    for _ in range(5):
+        move = draw.matrix(*shape, dtype=torch.float32) * 0.1
+        s = torch.linalg.svdvals(move + residual)
+        manifold.step_raw_(x, move, residual)
+        assert torch.allclose(torch.linalg.matrix_norm(residual), s[..., 1:].norm(dim=-1), rtol=1e-4)
+
+
+def test_training_with_feedback_goes_on_from_a_checkpoint_bit_for_bit(draw):
+    gradients = [draw.matrix(16, 16, dtype=torch.float32) for _ in range(8)]
+
+    def start():
+        p = geoopt.ManifoldParameter(torch.eye(16), manifold=UnitaryLowRank(2))
+        optimizer = torch.optim.Adam([p], lr=0.01)
+        constrain(optimizer, feedback=True)
+        return p, optimizer
+
+    def train(p, optimizer, gradients):
+        for p.grad in gradients:
+            optimizer.step()
+
+    whole, resumed = start(), start()
+    train(*whole, gradients[:4])
+    resumed[1].load_state_dict(copy.deepcopy(whole[1].state_dict()))
+    resumed[0].manifold.load_state_dict(whole[0].manifold.state_dict())
+    resumed[0].data.copy_(whole[0].data)
+    train(*whole, gradients[4:])
+    train(*resumed, gradients[4:])
+    assert torch.equal(whole[0], resumed[0])
+    assert torch.equal(whole[1].state[whole[0]]["residual"], resumed[1].state[resumed[0]]["residual"])
+    assert whole[1].state[whole[0]]["residual"].any()
+
+
+def test_feedback_waits_out_what_is_no_move(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float32), manifold=UnitaryLowRank(1, non_finite="skip"))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    constrain(optimizer, feedback=True)
+    p.grad = draw.matrix(8, 8, dtype=torch.float32)
+    optimizer.step()
+    x, residual = p.detach().clone(), optimizer.state[p]["residual"].clone()
+    for p.grad in (torch.zeros(8, 8), torch.full((8, 8), torch.nan)):
+        optimizer.step()
+        assert torch.equal(optimizer.state[p]["residual"], residual)
+        assert error(p, x) <= 1e-6
+    assert p.manifold.check().skipped == 1
+    with pytest.raises(ValueError, match="feedback=True"):
+        constrain(optimizer)
