@@ -1,52 +1,21 @@
-"""Layers whose weights stay unitary: a linear map and recurrent networks, with the conventions of torch.nn.
-
-A layer owns its manifold as a submodule, so that ``state_dict`` keeps the manifold's state, and puts its weights back
-on it where PyTorch replaces them (``load_state_dict(assign=True)``, ``to_empty``).
-"""
+"""Recurrent networks whose transitions stay unitary, with the conventions of torch.nn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from projunn_manifold import init as initialise
+from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
 from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.plan import Plan, manifolds_of, reattach_manifolds
 from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
 from projunn_manifold.sampling import Subspace
 
-__all__ = ["ModReLU", "UnitaryLinear", "UnitaryRNN", "UnitaryRNNCell", "param_groups", "unitary_"]
-
-_INITS: dict[str, Callable[[Tensor], Tensor]] = {
-    "cayley": initialise.cayley_,
-    "haar": initialise.haar_,
-    "henaff": initialise.henaff_,
-    "identity": initialise.identity_,
-}
-
-
-class _KeepsManifolds(nn.Module):
-    """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
-
-    def _remember_manifolds(self) -> None:
-        self._plan = manifolds_of(self)
-        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        plan = manifolds_of(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        reattach_manifolds(self, plan)
-        return self
-
-
-def _reattach(module: Any, _: Any) -> None:
-    reattach_manifolds(module, module._plan)
+__all__ = ["ModReLU", "UnitaryRNN", "UnitaryRNNCell"]
 
 
 class ModReLU(nn.Module):
@@ -86,104 +55,7 @@ class ModReLU(nn.Module):
         return f"{len(self.bias)}"
 
 
-class UnitaryLinear(_KeepsManifolds):
-    """``torch.nn.Linear`` with an orthonormal weight: an isometry for tall weights, its adjoint for wide ones.
-
-    Parameters
-    ----------
-    in_features, out_features : int
-        The weight has shape ``(out_features, in_features)`` where that is square or tall; for a wide map ``weight``
-        holds its adjoint, ``(in_features, out_features)``.
-    bias : bool
-        Whether to add a bias, which starts at zero.
-    k : int or None
-        Rank of the moves, for a manifold made here.
-    manifold : UnitaryLowRank, optional
-        To be used instead; it has a k of its own.
-    init : {"haar", "identity", "henaff", "cayley"}
-        First weight; the last two for square ones.
-    device, dtype
-        As in torch.nn; complex dtypes give a unitary map.
-
-    Raises
-    ------
-    ValueError
-        Unknown ``init``, or one that does not fit the shape.
-    TypeError
-        In ``forward``: input that is not floating, or that the weight's dtype would cut.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        k: int | None = 1,
-        manifold: UnitaryLowRank | None = None,
-        init: str = "haar",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.manifold = UnitaryLowRank(k) if manifold is None else manifold
-        self.init = init
-        shape = (max(in_features, out_features), min(in_features, out_features))
-        self.weight = _on_manifold(shape, self.manifold, init, device, dtype)
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._remember_manifolds()
-
-    def reset_parameters(self) -> None:
-        """Draw new weights, as after ``to_empty``."""
-        _INITS[self.init](self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        """Return ``x W^T + b``."""
-        return nn.functional.linear(_cast(self, x, "input", self.weight.dtype), self._matrix(), self.bias)
-
-    def _matrix(self) -> Tensor:  # (out_features, in_features)
-        return self.weight if self.out_features >= self.in_features else self.weight.mH
-
-    def to_plain(self) -> nn.Linear:
-        """Return the same map as a ``torch.nn.Linear``, its weights copied."""
-        weight = self._matrix().detach().resolve_conj()
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
-        with torch.no_grad():
-            plain.weight.copy_(weight)
-            if self.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain
-
-    def extra_repr(self) -> str:
-        """Return the sizes, as torch.nn.Linear does."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-def _cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """Bring real or less precise numbers to a layer's dtype; refuse what it would cut."""
-    if x.dtype == dtype:
-        return x
-    if not (x.is_floating_point() or x.is_complex()) or torch.promote_types(x.dtype, dtype) != dtype:
-        raise TypeError(f"{type(module).__name__}: {what} must be {dtype}, as the weights are, got {x.dtype}")
-    return x.to(dtype)
-
-
-def _on_manifold(
-    shape: tuple[int, int], manifold: UnitaryLowRank, init: str, device: Any, dtype: torch.dtype | None
-) -> ManifoldParameter:
-    if init not in _INITS:
-        raise ValueError(f"init must be one of {', '.join(map(repr, sorted(_INITS)))}, got {init!r}")
-    point = torch.empty(shape, device=device, dtype=dtype)
-    return ManifoldParameter(point if point.is_meta else _INITS[init](point), manifold=manifold)
-
-
-# -- recurrent networks ------------------------------------------------------------------------------
-
-
-class _Recurrent(_KeepsManifolds):
+class _Recurrent(KeepsManifolds):
     """What the cell and the network share: arguments, one layer's weights, its step, messages for wrong input."""
 
     nonlinearity: Any
@@ -220,7 +92,7 @@ class _Recurrent(_KeepsManifolds):
         self.register_parameter(f"weight_ih{suffix}", inward)
         _uniform_(inward)
         self.add_module(f"manifold{suffix}", manifold)
-        self.register_parameter(f"weight_hh{suffix}", _on_manifold((n, n), manifold, self.init, device, dtype))
+        self.register_parameter(f"weight_hh{suffix}", on_manifold((n, n), manifold, self.init, device, dtype))
         beta = nn.Parameter(torch.zeros(n, device=device, dtype=dtype)) if self.bias else None
         self.register_parameter(f"bias_ih{suffix}", beta)
         if self.nonlinearity == "modrelu":
@@ -253,7 +125,7 @@ class _Recurrent(_KeepsManifolds):
             return x.new_zeros(shape)
         if tuple(hx.shape) != shape:
             raise ValueError(f"{type(self).__name__}: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
-        return _cast(self, hx, "hidden state", x.dtype)
+        return cast(self, hx, "hidden state", x.dtype)
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = getattr(self, name)  # it may be parametrised
@@ -265,7 +137,7 @@ class _Recurrent(_KeepsManifolds):
             if name.startswith("weight_ih"):
                 _uniform_(p)
             elif name.startswith("weight_hh"):
-                _INITS[self.init](p)
+                INITS[self.init](p)
             elif name.startswith("bias_ih"):
                 nn.init.zeros_(p)
         for child in self.children():
@@ -341,12 +213,12 @@ class UnitaryRNNCell(_Recurrent):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
         self._add_layer("", input_size, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
-        self._remember_manifolds()
+        self.remember_manifolds()
 
     def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
         """Return the next state."""
         self._check_input(x, (1, 2))
-        x = _cast(self, x, "input", self._weight("weight_hh").dtype)
+        x = cast(self, x, "input", self._weight("weight_hh").dtype)
         hx = self._first_state(hx, (*x.shape[:-1], self.hidden_size), x)
         batched = x.dim() == 2
         state = self._run_layer("", x[None] if batched else x[None, None], hx if batched else hx[None])
@@ -441,7 +313,7 @@ class UnitaryRNN(_Recurrent):
         for layer in range(num_layers):
             own = UnitaryLowRank(k) if manifold is None else manifold
             self._add_layer(f"_l{layer}", input_size if layer == 0 else hidden_size, own, device, dtype)
-        self._remember_manifolds()
+        self.remember_manifolds()
 
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
         """Return the last layer's states, and the last state of every layer ``(num_layers, B, n)``.
@@ -467,7 +339,7 @@ class UnitaryRNN(_Recurrent):
     ) -> tuple[Tensor, Tensor]:  # (T, B, m), (L, B, n) -> (T, B, n), (L, B, n)
         if x.shape[0] == 0:
             raise ValueError("UnitaryRNN: expected at least one time step, got none")
-        x = _cast(self, x, "input", self._weight("weight_hh_l0").dtype)
+        x = cast(self, x, "input", self._weight("weight_hh_l0").dtype)
         hx = self._first_state(hx, (self.num_layers, x.shape[1], self.hidden_size), x)
         last = []
         for layer in range(self.num_layers):
@@ -512,92 +384,3 @@ class UnitaryRNN(_Recurrent):
         with torch.no_grad():
             _copy_weights_(plain, self)
         return plain.train(self.training)
-
-
-# -- existing modules ----------------------------------------------------------------------------------
-
-
-def unitary_(
-    module: nn.Module, name: str = "weight", k: int | None = 1, *, manifold: UnitaryLowRank | None = None
-) -> nn.Module:
-    """Put a square or tall weight of an existing module on a manifold, at its closest point; return the module.
-
-    The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
-    ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
-    it otherwise is refused.  Do it before an optimiser is built, and before the weight is shared with another module.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-    name : str
-        Of a parameter ``(n, m)``, n >= m.
-    k, manifold
-        As for :class:`UnitaryLinear`.
-
-    Raises
-    ------
-    AttributeError, TypeError
-        The module has no such parameter.
-    ValueError
-        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix, and the like; a
-        rank-deficient one, whose closest unitary is not unique.
-
-    Examples
-    --------
-    >>> import torch
-    >>> from projunn_manifold.layers import unitary_
-    >>> unitary_(torch.nn.RNN(4, 16, nonlinearity="relu"), "weight_hh_l0", k=2).weight_hh_l0.manifold
-    UnitaryLowRank(k=2, sampler=lsi, dense where 2k >= m) manifold
-    """
-    weight = getattr(module, name)
-    if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
-    if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
-        raise ValueError(f"{type(module).__name__}.{name} is a stack of gates: as one matrix it means nothing")
-    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        raise ValueError(f"{type(module).__name__}.{name} is a stack of three weights: as one matrix it means nothing")
-    if weight.dim() != 2:
-        raise ValueError(f"{type(module).__name__}.{name} is a kernel of shape {tuple(weight.shape)}, and no matrix")
-    if isinstance(weight, ManifoldTensor):
-        raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
-    manifold = UnitaryLowRank(k) if manifold is None else manifold
-    point = initialise.nearest_unitary_(weight.detach().clone(memory_format=torch.contiguous_format))
-    setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
-    module.add_module(f"{name}_manifold", manifold)
-    guard = _Guard(name, manifold)
-    module.register_load_state_dict_post_hook(guard.reattach)  # type: ignore[no-untyped-call]
-    module.register_forward_pre_hook(guard.check)
-    return module
-
-
-class _Guard:
-    """Keeps the manifold of one weight of a module that is not ours."""
-
-    def __init__(self, name: str, manifold: UnitaryLowRank) -> None:
-        self.plan = Plan({name: manifold})
-
-    def reattach(self, module: nn.Module, _: Any) -> None:
-        """Put the weight back."""
-        reattach_manifolds(module, self.plan)
-
-    def check(self, module: nn.Module, _: Any) -> None:
-        """Refuse a forward pass with a weight that is on no manifold."""
-        for name in self.plan:
-            if not isinstance(getattr(module, name), ManifoldTensor):
-                raise RuntimeError(
-                    f"`{name}` has lost its manifold; call reattach_manifolds, or load a state_dict, before an "
-                    "optimiser is built"
-                )
-
-
-def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
-    """Return two groups for an optimiser: those on :class:`UnitaryLowRank` at ``unitary_lr``, all others at ``lr``.
-
-    The default, lr/32, is the paper's (Kiani et al. 2022, section 5).  A group without parameters is left out.
-    """
-    unitary: list[Any] = []
-    others: list[Any] = []
-    for p in model.parameters():
-        (unitary if isinstance(getattr(p, "manifold", None), UnitaryLowRank) else others).append(p)
-    groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
-    return [{"params": params, "lr": rate} for params, rate in groups if params]

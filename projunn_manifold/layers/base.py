@@ -1,0 +1,62 @@
+"""What all layers share: weights on manifolds that are not lost, their first values, dtypes of inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from geoopt import ManifoldParameter
+from torch import Tensor, nn
+
+from projunn_manifold import init as initialise
+from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.plan import manifolds_of, reattach_manifolds
+
+__all__ = ["INITS", "KeepsManifolds", "cast", "on_manifold"]
+
+#: First values of a weight, by name.
+INITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cayley": initialise.cayley_,
+    "haar": initialise.haar_,
+    "henaff": initialise.henaff_,
+    "identity": initialise.identity_,
+}
+
+
+class KeepsManifolds(nn.Module):
+    """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
+
+    def remember_manifolds(self) -> None:
+        """Take note of the manifolds of all parameters; to be called when these are there."""
+        self._plan = manifolds_of(self)
+        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        plan = manifolds_of(self)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        reattach_manifolds(self, plan)
+        return self
+
+
+def _reattach(module: Any, _: Any) -> None:
+    reattach_manifolds(module, module._plan)
+
+
+def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
+    """Bring real or less precise numbers to a layer's dtype; refuse what it would cut."""
+    if x.dtype == dtype:
+        return x
+    if not (x.is_floating_point() or x.is_complex()) or torch.promote_types(x.dtype, dtype) != dtype:
+        raise TypeError(f"{type(module).__name__}: {what} must be {dtype}, as the weights are, got {x.dtype}")
+    return x.to(dtype)
+
+
+def on_manifold(
+    shape: tuple[int, int], manifold: UnitaryLowRank, init: str, device: Any, dtype: torch.dtype | None
+) -> ManifoldParameter:
+    """Return a parameter with the first values of that name (INITS), unless on the meta device."""
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, sorted(INITS)))}, got {init!r}")
+    point = torch.empty(shape, device=device, dtype=dtype)
+    return ManifoldParameter(point if point.is_meta else INITS[init](point), manifold=manifold)

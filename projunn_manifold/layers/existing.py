@@ -1,0 +1,102 @@
+"""Weights of existing modules, put on a manifold; parameter groups of a model that has some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from geoopt import ManifoldParameter, ManifoldTensor
+from torch import nn
+
+from projunn_manifold import init as initialise
+from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.plan import Plan, reattach_manifolds
+
+__all__ = ["param_groups", "unitary_"]
+
+
+def unitary_(
+    module: nn.Module, name: str = "weight", k: int | None = 1, *, manifold: UnitaryLowRank | None = None
+) -> nn.Module:
+    """Put a square or tall weight of an existing module on a manifold, at its closest point; return the module.
+
+    The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
+    ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
+    it otherwise is refused.  Do it before an optimiser is built, and before the weight is shared with another module.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    name : str
+        Of a parameter ``(n, m)``, n >= m.
+    k, manifold
+        As for :class:`UnitaryLinear`.
+
+    Raises
+    ------
+    AttributeError, TypeError
+        The module has no such parameter.
+    ValueError
+        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix, and the like; a
+        rank-deficient one, whose closest unitary is not unique.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import unitary_
+    >>> unitary_(torch.nn.RNN(4, 16, nonlinearity="relu"), "weight_hh_l0", k=2).weight_hh_l0.manifold
+    UnitaryLowRank(k=2, sampler=lsi, dense where 2k >= m) manifold
+    """
+    weight = getattr(module, name)
+    if not isinstance(weight, nn.Parameter):
+        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
+    if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
+        raise ValueError(f"{type(module).__name__}.{name} is a stack of gates: as one matrix it means nothing")
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        raise ValueError(f"{type(module).__name__}.{name} is a stack of three weights: as one matrix it means nothing")
+    if weight.dim() != 2:
+        raise ValueError(f"{type(module).__name__}.{name} is a kernel of shape {tuple(weight.shape)}, and no matrix")
+    if isinstance(weight, ManifoldTensor):
+        raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
+    manifold = UnitaryLowRank(k) if manifold is None else manifold
+    point = initialise.nearest_unitary_(weight.detach().clone(memory_format=torch.contiguous_format))
+    setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
+    module.add_module(f"{name}_manifold", manifold)
+    guard = _Guard(name, manifold)
+    module.register_load_state_dict_post_hook(guard.reattach)  # type: ignore[no-untyped-call]
+    module.register_forward_pre_hook(guard.check)
+    return module
+
+
+class _Guard:
+    """Keeps the manifold of one weight of a module that is not ours."""
+
+    def __init__(self, name: str, manifold: UnitaryLowRank) -> None:
+        self.plan = Plan({name: manifold})
+
+    def reattach(self, module: nn.Module, _: Any) -> None:
+        """Put the weight back."""
+        reattach_manifolds(module, self.plan)
+
+    def check(self, module: nn.Module, _: Any) -> None:
+        """Refuse a forward pass with a weight that is on no manifold."""
+        for name in self.plan:
+            if not isinstance(getattr(module, name), ManifoldTensor):
+                raise RuntimeError(
+                    f"`{name}` has lost its manifold; call reattach_manifolds, or load a state_dict, before an "
+                    "optimiser is built"
+                )
+
+
+def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
+    """Return two groups for an optimiser: those on :class:`UnitaryLowRank` at ``unitary_lr``, all others at ``lr``.
+
+    The default, lr/32, is the paper's (Kiani et al. 2022, section 5).  A group without parameters is left out.
+    """
+    unitary: list[Any] = []
+    others: list[Any] = []
+    for p in model.parameters():
+        (unitary if isinstance(getattr(p, "manifold", None), UnitaryLowRank) else others).append(p)
+    groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
+    return [{"params": params, "lr": rate} for params, rate in groups if params]
