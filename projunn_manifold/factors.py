@@ -179,7 +179,7 @@ class FactoredTensor(Tensor):
         return self.clone()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return self.clone().__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -147,7 +147,7 @@ def broadcast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Expand all to their common shape; the very tensors are returned where the shapes agree already."""
     if all(t.shape == x.shape for t in others):
         return (x, *others)
-    return tuple(torch.broadcast_tensors(x, *others))  # type: ignore[no-untyped-call]
+    return tuple(torch.broadcast_tensors(x, *others))
 
 
 def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:

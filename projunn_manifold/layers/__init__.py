@@ -1,11 +1,32 @@
-"""Layers whose weights stay unitary: a linear map and recurrent networks, with the conventions of torch.nn.
+"""Layers whose weights stay unitary: linear maps, recurrent networks, convolutions, with the conventions of torch.nn.
 
 A layer owns its manifold as a submodule, so that ``state_dict`` keeps the manifold's state, and puts its weights back
 on it where PyTorch replaces them (``load_state_dict(assign=True)``, ``to_empty``).
 """
 
+from projunn_manifold.layers.conv import (
+    OrthogonalConv1d,
+    OrthogonalConv2d,
+    OrthogonalConv3d,
+    UnitaryConv1d,
+    UnitaryConv2d,
+    UnitaryConv3d,
+)
 from projunn_manifold.layers.existing import param_groups, unitary_
 from projunn_manifold.layers.linear import UnitaryLinear
 from projunn_manifold.layers.rnn import ModReLU, UnitaryRNN, UnitaryRNNCell
 
-__all__ = ["ModReLU", "UnitaryLinear", "UnitaryRNN", "UnitaryRNNCell", "param_groups", "unitary_"]
+__all__ = [
+    "ModReLU",
+    "OrthogonalConv1d",
+    "OrthogonalConv2d",
+    "OrthogonalConv3d",
+    "UnitaryConv1d",
+    "UnitaryConv2d",
+    "UnitaryConv3d",
+    "UnitaryLinear",
+    "UnitaryRNN",
+    "UnitaryRNNCell",
+    "param_groups",
+    "unitary_",
+]

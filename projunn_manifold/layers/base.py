@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from projunn_manifold import init as initialise
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import manifolds_of, reattach_manifolds
+from projunn_manifold.sampling import Subspace
 
-__all__ = ["INITS", "KeepsManifolds", "cast", "on_manifold"]
+__all__ = ["INITS", "KeepsManifolds", "cast", "may_be_factored", "on_manifold"]
 
 #: First values of a weight, by name.
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -60,3 +61,15 @@ def on_manifold(
         raise ValueError(f"init must be one of {', '.join(map(repr, sorted(INITS)))}, got {init!r}")
     point = torch.empty(shape, device=device, dtype=dtype)
     return ManifoldParameter(point if point.is_meta else INITS[init](point), manifold=manifold)
+
+
+def may_be_factored(weight: Tensor) -> bool:
+    """Tell whether a gradient of this weight will be sketched, at less than it costs to form it from its factors."""
+    manifold = getattr(weight, "manifold", None)
+    if not isinstance(manifold, UnitaryLowRank) or manifold.k is None:
+        return False
+    sampler = manifold.sampler
+    if not isinstance(sampler, Subspace):
+        return False  # it would be formed in any case
+    passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
+    return 16 * passes <= weight.shape[-1]

@@ -64,7 +64,7 @@ def unitary_(
     setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
     module.add_module(f"{name}_manifold", manifold)
     guard = _Guard(name, manifold)
-    module.register_load_state_dict_post_hook(guard.reattach)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_post_hook(guard.reattach)
     module.register_forward_pre_hook(guard.check)
     return module
 

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
+from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, may_be_factored, on_manifold
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
-from projunn_manifold.sampling import Subspace
 
 __all__ = ["ModReLU", "UnitaryRNN", "UnitaryRNNCell"]
 
@@ -106,7 +105,7 @@ class _Recurrent(KeepsManifolds):
             return step_by_step(x, h0, inward, weight, beta, None, lambda z, bias: function(z))
         bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None
         return recurrence(
-            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=_may_be_factored(weight, len(x))
+            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=len(x) > 1 and may_be_factored(weight)
         )
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...]) -> None:
@@ -169,18 +168,6 @@ def _uniform_(inward: Tensor) -> None:
     """Fill with numbers of the size that torch.nn.RNN has."""
     bound = 1 / math.sqrt(len(inward))
     (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
-
-
-def _may_be_factored(weight: Tensor, steps: int) -> bool:
-    """Tell whether a gradient of this weight will be sketched, at less than it costs to form it."""
-    manifold = getattr(weight, "manifold", None)
-    if not isinstance(manifold, UnitaryLowRank) or manifold.k is None or steps == 1:
-        return False
-    sampler = manifold.sampler
-    if not isinstance(sampler, Subspace):
-        return False  # it would be formed in any case
-    passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
-    return 16 * passes <= weight.shape[-1]
 
 
 class UnitaryRNNCell(_Recurrent):

@@ -1,0 +1,102 @@
+r"""Circular convolutions in the Fourier domain: kernels and blocks, and which frequencies are free.
+
+A circular convolution with :math:`C_{out} \times C_{in}` channels on a grid of :math:`N = \prod n_j` points is
+:math:`\hat y(\omega) = B(\omega)\,\hat x(\omega)`, one block for each of the N frequencies.  With torch's convention (a
+cross-correlation, :math:`y_i = \sum_j w_j\, x_{i+j}`, j from the kernel's centre)
+
+.. math:: B(\omega) = \sum_j w_j e^{i\omega j},\qquad w_j = \frac1N \sum_\omega B(\omega) e^{-i\omega j}.
+
+The operator is unitary if all blocks are.  A real kernel has :math:`B(-\omega) = \overline{B(\omega)}`: about half of
+the blocks are free, and those with :math:`\omega = -\omega`, up to :math:`2^d`, are real (:class:`Spectrum`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["Spectrum", "analyse", "blocks_of_kernel", "everywhere", "kernel_of_blocks", "spectrum", "synthesise"]
+
+_POSITIONS = ("generic", "alone", "source", "opposite")
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Frequencies of a grid.  Those stored are all N, or, for real signals, the half that ``torch.fft.rfftn`` keeps.
+
+    Free are the generic ones, of which no two are opposite, and after them those that are their own opposite; to
+    every stored frequency belongs a free one, or the opposite of a free one.
+    """
+
+    size: tuple[int, ...]
+    real: bool
+    generic: Tensor  # (f,) positions of free frequencies with an opposite, among those stored
+    alone: Tensor  # (s,) positions of those without; none for complex signals
+    source: Tensor  # which free frequency is at every stored position, generic before alone
+    opposite: Tensor  # whether it is there conjugate, as that of -ω
+
+
+@lru_cache
+def spectrum(size: tuple[int, ...], real: bool, device: torch.device | str = "cpu") -> Spectrum:
+    """Return the frequencies of a grid of that size, with positions on a device."""
+    if device != "cpu":
+        on_cpu = spectrum(size, real)
+        return Spectrum(size, real, *(getattr(on_cpu, name).to(device) for name in _POSITIONS))
+    if not real:
+        everything = torch.arange(math.prod(size))
+        nothing = everything[:0]
+        return Spectrum(size, real, everything, nothing, everything, torch.zeros(len(everything), dtype=torch.bool))
+    stored = (*size[:-1], size[-1] // 2 + 1)
+    position = torch.arange(math.prod(stored)).view(stored)
+    mirrored = position
+    for axis in range(len(size) - 1):
+        mirrored = mirrored.index_select(axis, -torch.arange(size[axis]) % size[axis])
+    last = torch.arange(stored[-1])
+    within = (last == 0) | (2 * last == size[-1])  # -ω is stored, too
+    position, mirrored = position.flatten(), torch.where(within, mirrored, position).flatten()
+    own_opposite = (position == mirrored) & within.expand(stored).flatten()
+    generic = position[(position <= mirrored) & ~own_opposite]
+    alone = position[own_opposite]
+    rank = torch.empty_like(position)
+    rank[torch.cat((generic, alone))] = torch.arange(len(generic) + len(alone))
+    return Spectrum(size, real, generic, alone, rank[torch.minimum(position, mirrored)], position > mirrored)
+
+
+def analyse(x: Tensor, grid: Spectrum) -> Tensor:  # (..., *size) -> (..., stored)
+    """Return the Fourier transform of signals at the stored frequencies."""
+    dims = tuple(range(-len(grid.size), 0))
+    transformed = torch.fft.rfftn(x, dim=dims) if grid.real else torch.fft.fftn(x, dim=dims)
+    return transformed.flatten(-len(grid.size))
+
+
+def synthesise(x: Tensor, grid: Spectrum) -> Tensor:  # (..., stored) -> (..., *size)
+    """Return the signals with these transforms; inverse of :func:`analyse`."""
+    dims = tuple(range(-len(grid.size), 0))
+    if not grid.real:
+        return torch.fft.ifftn(x.unflatten(-1, grid.size), dim=dims)
+    stored = (*grid.size[:-1], grid.size[-1] // 2 + 1)
+    return torch.fft.irfftn(x.unflatten(-1, stored), s=grid.size, dim=dims)
+
+
+def blocks_of_kernel(kernel: Tensor, grid: Spectrum) -> Tensor:  # (..., out, in, *size) -> (..., stored, out, in)
+    """Return the blocks of a kernel whose entry 0 is its centre."""
+    values = analyse(kernel.conj(), grid).conj() if kernel.is_complex() else analyse(kernel, grid).conj()
+    return values.movedim(-1, -3).resolve_conj()
+
+
+def kernel_of_blocks(blocks: Tensor, grid: Spectrum) -> Tensor:  # (..., stored, out, in) -> (..., out, in, *size)
+    """Return the kernel of these blocks, its centre at entry 0; inverse of :func:`blocks_of_kernel`."""
+    kernel = synthesise(blocks.movedim(-3, -1).conj().resolve_conj(), grid)
+    return kernel.conj().resolve_conj() if kernel.is_complex() else kernel
+
+
+def everywhere(free: Tensor, grid: Spectrum) -> Tensor:  # (..., free, r, c) -> (..., stored, r, c)
+    """Return matrices at all stored frequencies from those at the free ones."""
+    if not grid.real:
+        return free
+    stored = free.index_select(-3, grid.source)
+    return torch.where(grid.opposite[:, None, None], stored.conj(), stored)

@@ -1,0 +1,494 @@
+r"""Circular convolutions that are orthogonal or unitary operators: one unitary block for each frequency.
+
+Their kernels are as large as the image, and live in the Fourier domain (:mod:`projunn_manifold.fourier`): a stack of
+unitary blocks, and for real signals a second one of real orthogonal blocks, at the frequencies that are their own
+opposite.  So a rank-k update of all blocks costs :math:`O(k N C^2)` on N points, and the operator, not only its blocks,
+stays orthogonal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from geoopt import ManifoldParameter
+from torch import Tensor, nn
+
+from projunn_manifold import fourier, linalg
+from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.init import haar_, identity_, nearest_unitary_
+from projunn_manifold.layers.base import KeepsManifolds, cast, may_be_factored
+from projunn_manifold.linalg import in_full_precision
+from projunn_manifold.manifold import UnitaryLowRank
+
+__all__ = [
+    "OrthogonalConv1d",
+    "OrthogonalConv2d",
+    "OrthogonalConv3d",
+    "UnitaryConv1d",
+    "UnitaryConv2d",
+    "UnitaryConv3d",
+]
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _UnitaryConv(KeepsManifolds):
+    """What all six share; see :class:`OrthogonalConv2d`."""
+
+    dims: ClassVar[int]
+    real: ClassVar[bool]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int | tuple[int, ...],
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        k: int | None = 1,
+        manifold: UnitaryLowRank | None = None,
+        init: str = "haar",
+        support: int | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
+            _check_positive(name, value)
+        _check_positive("groups", groups)
+        if in_channels % groups or out_channels % groups:
+            raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
+        self.size = (size,) * self.dims if isinstance(size, int) else tuple(size)
+        if len(self.size) != self.dims:
+            raise ValueError(f"size must be an int or {self.dims} of them, got {size!r}")
+        for side in self.size:
+            _check_positive("size", side)
+            if side % stride:
+                raise ValueError(f"stride={stride} must divide every side of the image, got size={self.size}")
+        if init not in ("haar", "identity"):
+            raise ValueError(f"init must be 'haar' or 'identity', got {init!r}")
+        self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
+        self.init, self.support = init, support
+        self.manifold = UnitaryLowRank(k) if manifold is None else manifold
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if self.real and dtype.is_complex:
+            raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
+        precision = torch.empty((), dtype=dtype).real.dtype
+        wide = torch.promote_types(precision, torch.complex64)
+        grid = self._grid("cpu")
+        block = self._block
+        self.weight = self._stack(len(grid.generic), block, device, wide)
+        self.weight_real = self._stack(len(grid.alone), block, device, precision)
+        own = precision if self.real else wide
+        self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=own)) if bias else None
+        self.reset_parameters()
+        self.remember_manifolds()
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Outputs and inputs of the operator at a point of the coarse grid, for each group."""
+        return self.out_channels // self.groups, self.in_channels // self.groups * self.stride**self.dims
+
+    def _grid(self, device: torch.device | str) -> fourier.Spectrum:
+        return fourier.spectrum(tuple(side // self.stride for side in self.size), self.real, device)
+
+    def _stack(self, count: int, block: tuple[int, int], device: Any, dtype: torch.dtype) -> ManifoldParameter | None:
+        """Return blocks for that many frequencies, square or tall; None for none."""
+        if not count:
+            return None
+        empty = torch.empty(self.groups, count, max(block), min(block), device=device, dtype=dtype)
+        return ManifoldParameter(empty, manifold=self.manifold)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw new weights, as after ``to_empty``."""
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        if stacks[0].is_meta:
+            return
+        if self.support is not None:
+            self._confine_(self.support)
+            return
+        for stack in stacks:
+            (haar_ if self.init == "haar" else identity_)(stack)
+        if self.weight_real is not None and self.init == "haar" and self._block[0] == self._block[1]:
+            turned = torch.linalg.det(self.weight_real) < 0  # its sign is there to stay
+            self.weight_real[..., 0].mul_(torch.where(turned, -1.0, 1.0)[..., None])
+
+    def _confine_(self, support: int) -> None:
+        """Draw a kernel that is zero outside a window of so many points a side, and exactly unitary.
+
+        It is a random unitary matrix times random projections that shift half of the space by one point, as many as
+        the window allows, in every direction.
+        """
+        _check_positive("support", support)
+        grid, block = self._grid("cpu"), self._block
+        if support > min(grid.size):
+            raise ValueError(f"support={support} does not fit an image of {grid.size} (after the stride)")
+        n = max(block)
+        precision = torch.float64 if self.real else torch.complex128
+        unitary = linalg.haar(self.groups, 1, n, n, dtype=precision)
+        if self.real:
+            unitary[..., 0] *= torch.linalg.det(unitary).sign()[..., None]
+        blocks = unitary.to(torch.complex128).expand(self.groups, math.prod(grid.size), n, n)
+        angles = [2 * math.pi * torch.arange(side, dtype=torch.float64) / side for side in grid.size]
+        backward = self._block[0] < self._block[1]  # the operator is then the adjoint of what is made here
+        for angle in torch.meshgrid(*angles, indexing="ij"):
+            for number in range(support - 1):
+                signed = -angle if (number % 2 == 1) != backward else angle
+                half = linalg.haar(self.groups, 1, n, max(1, n // 2), dtype=precision).to(torch.complex128)
+                turn = torch.polar(torch.ones((), dtype=torch.float64), signed).flatten()
+                blocks = blocks + half @ ((turn[:, None, None] - 1) * (half.mH @ blocks))
+        self._load_blocks_(blocks[..., : min(block)])
+
+    def _load_blocks_(self, blocks: Tensor) -> None:
+        """Take over tall blocks at all frequencies of the grid."""
+        grid = self._grid("cpu")
+        if self.real:  # those that rfftn would keep
+            blocks = blocks.unflatten(1, grid.size).narrow(self.dims, 0, grid.size[-1] // 2 + 1).flatten(1, self.dims)
+        if self.weight is not None:
+            self.weight.copy_(blocks[:, grid.generic])
+        if self.weight_real is not None:
+            self.weight_real.copy_(blocks[:, grid.alone].real)
+
+    # -- the operator -----------------------------------------------------------------------------------
+
+    @in_full_precision
+    def forward(self, x: Tensor) -> Tensor:  # (B, in, *size) -> (B, out, *size // stride)
+        """Return the convolution of a batch of images, or of one."""
+        name, d = type(self).__name__, self.dims
+        if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != self.in_channels:
+            raise ValueError(f"{name}: expected ([batch,] {self.in_channels}, *size), got shape {tuple(x.shape)}")
+        if tuple(x.shape[-d:]) != self.size:
+            raise ValueError(f"{name}: made for images of size {self.size}, got {tuple(x.shape[-d:])}")
+        if x.dim() == d + 1:
+            return self.forward(x[None])[0]
+        x = cast(self, x, "input", self._dtype)
+        grid = self._grid(x.device)
+        coarse = _coarsened(x.unflatten(1, (self.groups, -1)), self.stride, d)
+        waves = fourier.analyse(coarse, grid).permute(1, 3, 2, 0)  # (groups, stored, in, batch)
+        parts = []
+        for stack, chosen in ((self.weight, grid.generic), (self.weight_real, grid.alone)):
+            if stack is not None:
+                at = waves.index_select(1, chosen) if self.real else waves
+                parts.append(self._apply_blocks(stack, at.contiguous()))
+        answer = fourier.everywhere(torch.cat(parts, 1) if len(parts) > 1 else parts[0], grid)
+        y = fourier.synthesise(answer.permute(3, 0, 2, 1).flatten(1, 2), grid)
+        return y if self.bias is None else y + self.bias.view(-1, *(1,) * d)
+
+    def _apply_blocks(self, stack: Tensor, x: Tensor) -> Tensor:
+        wide = self._block[0] < self._block[1]
+        if not stack.is_complex():
+            return (stack.mT if wide else stack).to(x.dtype) @ x
+        return _Blocks.apply(stack, x, wide, may_be_factored(stack))  # type: ignore[no-untyped-call]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Dtype of the signals."""
+        if self.weight_real is not None:
+            return self.weight_real.dtype
+        assert self.weight is not None
+        return self.weight.dtype
+
+    # -- kernels ----------------------------------------------------------------------------------------
+
+    @in_full_precision
+    def kernel(self) -> Tensor:  # (out, in / groups, *size)
+        """Return the kernel, as torch's circular convolution of this size has it; differentiable."""
+        grid = self._grid(self._device)
+        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        free = torch.cat([stack.to(torch.promote_types(stack.dtype, torch.complex64)) for stack in stacks], 1)
+        blocks = fourier.everywhere(free.mH.resolve_conj() if self._block[0] < self._block[1] else free, grid)
+        fine = _refined(fourier.kernel_of_blocks(blocks, grid), self.stride, self.dims)
+        return fine.roll(self._centre, tuple(range(-self.dims, 0))).flatten(0, 1)
+
+    @property
+    def _device(self) -> torch.device:
+        stack = self.weight if self.weight is not None else self.weight_real
+        assert stack is not None
+        return stack.device
+
+    @property
+    def _centre(self) -> tuple[int, ...]:
+        """Where the centre of torch's kernel is: as many points are before it as torch would pad."""
+        return tuple((side - self.stride) // 2 for side in self.size)
+
+    @classmethod
+    def from_kernel(cls, kernel: Tensor, *, stride: int = 1, groups: int = 1, **options: Any) -> Any:
+        """Return the layer closest to a kernel ``(out, in / groups, *size)`` of torch's circular convolution.
+
+        Every block becomes its closest unitary; a kernel of such a layer's is found again.  ``options`` are those of
+        the layer.
+
+        Raises
+        ------
+        ValueError
+            A block without full rank, whose closest unitary is not unique.
+        """
+        out, per_group, *size = kernel.shape
+        precision = kernel.dtype
+        layer = cls(
+            per_group * groups,
+            out,
+            tuple(size),
+            stride=stride,
+            groups=groups,
+            **{"dtype": precision, "device": kernel.device, "bias": False, **options},
+        )
+        with torch.no_grad():
+            layer._load_kernel_(kernel)
+        return layer
+
+    def _load_kernel_(self, kernel: Tensor) -> None:
+        """Take over the closest unitary blocks of a kernel."""
+        grid, dims = self._grid(self._device), tuple(range(-self.dims, 0))
+        centred = kernel.unflatten(0, (self.groups, -1)).roll([-c for c in self._centre], dims)
+        blocks = fourier.blocks_of_kernel(_coarsened(centred, self.stride, self.dims), grid)
+        blocks = blocks.mH if self._block[0] < self._block[1] else blocks
+        if self.weight is not None:
+            self.weight.copy_(nearest_unitary_(blocks[:, grid.generic].contiguous()))
+        if self.weight_real is not None:
+            self.weight_real.copy_(nearest_unitary_(blocks[:, grid.alone].real.contiguous()))
+
+    @classmethod
+    def from_plain(cls, conv: Any, size: int | tuple[int, ...], **options: Any) -> Any:
+        """Return the layer closest to a ``torch.nn.Conv`` with circular padding, for images of that size.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another module, or another padding than one that keeps the size (divided by the stride); dilation.
+        """
+        plain = _PLAIN[cls.dims - 1]
+        if not issubclass(type(conv), plain):
+            raise TypeError(f"{cls.__name__}.from_plain: expected {plain.__name__}, got {type(conv).__name__}")
+        sides = (size,) * cls.dims if isinstance(size, int) else tuple(size)
+        stride: int = conv.stride[0]
+        kernel: tuple[int, ...] = conv.kernel_size
+        same = conv.padding == "same"
+        padding: tuple[int, ...] = tuple((side - 1) // 2 for side in kernel) if same else conv.padding
+        keeps = same or all(2 * p + stride == side for p, side in zip(padding, kernel, strict=True))
+        if conv.padding_mode != "circular" or {*conv.dilation} != {1} or {*conv.stride} != {stride} or not keeps:
+            raise ValueError(f"{cls.__name__}.from_plain: expected circular padding that keeps the size, got {conv}")
+        if any(side > whole for side, whole in zip(kernel, sides, strict=True)):
+            raise ValueError(f"{cls.__name__}.from_plain: a kernel of {kernel} does not fit images of size {sides}")
+        weight = conv.weight.detach()
+        whole = weight.new_zeros(*weight.shape[:2], *sides)
+        whole[(..., *(slice(side) for side in kernel))] = weight
+        shifts = [(side - stride) // 2 - p for side, p in zip(sides, padding, strict=True)]
+        whole = whole.roll(shifts, tuple(range(-cls.dims, 0)))
+        layer = cls.from_kernel(whole, stride=stride, groups=conv.groups, **{"bias": conv.bias is not None, **options})
+        if conv.bias is not None:
+            with torch.no_grad():
+                layer.bias.copy_(conv.bias)
+        return layer
+
+    def to_plain(self) -> nn.Module:
+        """Return the same operator as a ``torch.nn.Conv`` with circular padding, its kernel as large as the image.
+
+        Raises
+        ------
+        ValueError
+            A stride and a side whose difference is odd: torch would have to pad by half a point.
+        """
+        padding: Any = "same" if self.stride == 1 else self._centre
+        if self.stride > 1 and any((side - self.stride) % 2 for side in self.size):
+            raise ValueError(f"torch cannot pad size={self.size} for stride={self.stride}: their difference is odd")
+        plain_class: Any = _PLAIN[self.dims - 1]
+        plain = plain_class(
+            self.in_channels,
+            self.out_channels,
+            self.size,
+            stride=self.stride,
+            padding=padding,
+            groups=self.groups,
+            bias=self.bias is not None,
+            padding_mode="circular",
+            device=self._device,
+            dtype=self._dtype,
+        )
+        with torch.no_grad():
+            plain.weight.copy_(self.kernel())
+            if self.bias is not None and plain.bias is not None:
+                plain.bias.copy_(self.bias)
+        plain.train(self.training)
+        assert isinstance(plain, nn.Module)
+        return plain
+
+    @torch.no_grad()
+    def singular_values(self) -> Tensor:
+        """Return all singular values of the operator, descending: they are one but for rounding."""
+        found = []
+        for stack, times in ((self.weight, 2 if self.real else 1), (self.weight_real, 1)):
+            if stack is not None:
+                found.append(torch.linalg.svdvals(stack).flatten().repeat(times))
+        return torch.cat(found).sort(descending=True).values
+
+    def support_energy(self, kernel_size: int) -> Tensor:
+        """Return the share of the kernel's squared norm within a window of so many points a side, at its centre.
+
+        Differentiable: ``1 - layer.support_energy(3)`` added to a loss keeps filters local.
+        """
+        kernel = self.kernel()
+        window = kernel
+        for axis, (centre, side) in enumerate(zip(self._centre, self.size, strict=True), -self.dims):
+            width = min(kernel_size, side)
+            first = max(0, min(centre - (width - self.stride) // 2, side - width))
+            window = window.narrow(axis, first, width)
+        return window.abs().square().sum() / kernel.abs().square().sum()
+
+    def extra_repr(self) -> str:
+        """Return channels, size and what differs from the default."""
+        text = f"{self.in_channels}, {self.out_channels}, size={self.size}"
+        for name, default in (("stride", 1), ("groups", 1)):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text if self.bias is not None else f"{text}, bias=False"
+
+
+class _Blocks(torch.autograd.Function):
+    """One matrix product for each frequency; the gradient of the blocks is a product of rank at most the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, adjoint: bool, factored: bool) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.adjoint, ctx.factored = adjoint, factored
+        return linalg.adjoint_times(weight, x) if adjoint else weight @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, x = ctx.saved_tensors
+        of_x: Tensor | None = None
+        of_weight: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            of_x = weight @ grad if ctx.adjoint else linalg.adjoint_times(weight, grad)
+        if ctx.needs_input_grad[0]:
+            a, b = (x, grad) if ctx.adjoint else (grad, x)
+            if ctx.factored and not torch.is_grad_enabled():
+                of_weight = FactoredTensor(LowRank(a.detach(), b.detach()))
+            else:
+                of_weight = a @ b.mH
+        return of_weight, of_x, None, None
+
+
+def _coarsened(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c, *size) -> (..., c stride^d, *size / stride)
+    """Take the points that a stride skips for channels of their own."""
+    lead = x.dim() - dims
+    for axis in range(dims):
+        x = x.unflatten(lead + 2 * axis, (-1, stride))
+    x = x.permute(*range(lead), *range(lead + 1, lead + 2 * dims, 2), *range(lead, lead + 2 * dims, 2))
+    return x.flatten(lead - 1, lead - 1 + dims)
+
+
+def _refined(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c stride^d, *size / stride) -> (..., c, *size)
+    """Undo :func:`_coarsened`."""
+    lead = x.dim() - dims
+    x = x.unflatten(lead - 1, (-1, *(stride,) * dims))
+    x = x.permute(*range(lead), *(axis for j in range(dims) for axis in (lead + dims + j, lead + j)))
+    for j in range(dims):
+        x = x.flatten(lead + j, lead + j + 1)
+    return x
+
+
+def _check_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+class OrthogonalConv1d(_UnitaryConv):
+    """:class:`OrthogonalConv2d` for sequences ``(B, in, size)``."""
+
+    dims, real = 1, True
+
+
+class OrthogonalConv2d(_UnitaryConv):
+    r"""A circular convolution of real images that preserves norms: :math:`\|y\| = \|x\|`, an orthogonal operator.
+
+    With more outputs than inputs (times stride²) it is an isometry, with fewer the adjoint of one.  A stride first
+    takes the points it skips for channels of their own.  The kernel is as large as the image.
+
+    Parameters
+    ----------
+    in_channels, out_channels : int
+        Channels.
+    size : int or tuple of int
+        Of the images, for which alone the layer is made.
+    stride, groups : int
+        As in torch.nn.Conv2d; the stride divides the size.
+    bias : bool
+        Whether to add a bias, which starts at zero.
+    k : int or None
+        Rank of the moves of every block, for a manifold made here.
+    manifold : UnitaryLowRank, optional
+        To be used instead.
+    init : {"haar", "identity"}
+        First blocks: independent ones, or all the identity.
+    support : int, optional
+        Start instead with a random kernel that is zero outside a window of so many points a side.
+    device, dtype
+        As in torch.nn; dtype is that of the images.
+
+    Attributes
+    ----------
+    weight : ManifoldParameter
+        ``(groups, f, n, m)``, complex, n >= m: blocks at the frequencies that have an opposite, one of each pair
+        (adjoints of the blocks for fewer outputs than inputs).
+    weight_real : ManifoldParameter
+        ``(groups, s, n, m)``: those at the others, 1 to 4 of them.  Square ones keep the sign of their determinant;
+        it starts positive.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Sizes, stride or groups that do not fit; in ``forward`` another number of channels or another size.
+
+    References
+    ----------
+    Kiani et al. 2022, section 4.4; Trockman, Kolter, *Orthogonalizing convolutional layers with the Cayley transform*,
+    ICLR 2021.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import OrthogonalConv2d
+    >>> layer = OrthogonalConv2d(3, 16, size=32, bias=False)
+    >>> x = torch.randn(8, 3, 32, 32)
+    >>> y = layer(x)
+    >>> y.shape, torch.allclose(y.norm(), x.norm())
+    (torch.Size([8, 16, 32, 32]), True)
+    """
+
+    dims, real = 2, True
+
+
+class OrthogonalConv3d(_UnitaryConv):
+    """:class:`OrthogonalConv2d` for volumes ``(B, in, *size)``."""
+
+    dims, real = 3, True
+
+
+class UnitaryConv1d(_UnitaryConv):
+    """:class:`UnitaryConv2d` for sequences ``(B, in, size)``."""
+
+    dims, real = 1, False
+
+
+class UnitaryConv2d(_UnitaryConv):
+    """A unitary circular convolution of complex images: :class:`OrthogonalConv2d` with all blocks complex and free.
+
+    The space of unitary convolutions is connected, that of orthogonal ones is not (Kiani et al. 2022, Theorem 4.5).
+    ``dtype`` may be given real, for its precision; real images are taken for complex.
+    """
+
+    dims, real = 2, False
+
+
+class UnitaryConv3d(_UnitaryConv):
+    """:class:`UnitaryConv2d` for volumes ``(B, in, *size)``."""
+
+    dims, real = 3, False
