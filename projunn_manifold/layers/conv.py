@@ -88,6 +88,20 @@ class _UnitaryConv(KeepsManifolds):
         self.reset_parameters()
         self.remember_manifolds()
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert all blocks alike: ``double()`` would leave complex ones, and ``to(torch.float64)`` cut them."""
+
+        def whole(t: Tensor) -> Tensor:
+            if not (self.real and t.is_complex()):
+                return fn(t)
+            like = fn(t.real)
+            dtype = torch.promote_types(like.dtype, torch.complex64)
+            return (
+                t.to(like.device, dtype) if not (t.is_meta or like.is_meta) else torch.empty_like(t, device=like.device)
+            )
+
+        return super()._apply(whole, recurse)
+
     @property
     def _block(self) -> tuple[int, int]:
         """Outputs and inputs of the operator at a point of the coarse grid, for each group."""
@@ -137,11 +151,14 @@ class _UnitaryConv(KeepsManifolds):
             unitary[..., 0] *= torch.linalg.det(unitary).sign()[..., None]
         blocks = unitary.to(torch.complex128).expand(self.groups, math.prod(grid.size), n, n)
         angles = [2 * math.pi * torch.arange(side, dtype=torch.float64) / side for side in grid.size]
+        rank = min(n, max(1, 2 * round(n / 4)))
+        if self.real:  # where a shift is a change of sign, an even number of them is a rotation
+            rank = max(2, rank) if n > 1 else 0
         backward = self._block[0] < self._block[1]  # the operator is then the adjoint of what is made here
         for angle in torch.meshgrid(*angles, indexing="ij"):
             for number in range(support - 1):
                 signed = -angle if (number % 2 == 1) != backward else angle
-                half = linalg.haar(self.groups, 1, n, max(1, n // 2), dtype=precision).to(torch.complex128)
+                half = linalg.haar(self.groups, 1, n, rank, dtype=precision).to(torch.complex128)
                 turn = torch.polar(torch.ones((), dtype=torch.float64), signed).flatten()
                 blocks = blocks + half @ ((turn[:, None, None] - 1) * (half.mH @ blocks))
         self._load_blocks_(blocks[..., : min(block)])
@@ -168,6 +185,8 @@ class _UnitaryConv(KeepsManifolds):
             raise ValueError(f"{name}: made for images of size {self.size}, got {tuple(x.shape[-d:])}")
         if x.dim() == d + 1:
             return self.forward(x[None])[0]
+        if not len(x):  # which FFTs refuse
+            return self.forward(x.new_zeros(1, *x.shape[1:]))[:0]
         x = cast(self, x, "input", self._dtype)
         grid = self._grid(x.device)
         coarse = _coarsened(x.unflatten(1, (self.groups, -1)), self.stride, d)
