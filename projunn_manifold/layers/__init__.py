@@ -13,10 +13,20 @@ from projunn_manifold.layers.conv import (
     UnitaryConv3d,
 )
 from projunn_manifold.layers.existing import param_groups, unitary_
+from projunn_manifold.layers.exponential import (
+    ExpConv1d,
+    ExpConv2d,
+    UnitaryConvRNN,
+    UnitaryConvRNNCell,
+    conv_exponential,
+    squash,
+)
 from projunn_manifold.layers.linear import UnitaryLinear
 from projunn_manifold.layers.rnn import ModReLU, UnitaryRNN, UnitaryRNNCell
 
 __all__ = [
+    "ExpConv1d",
+    "ExpConv2d",
     "ModReLU",
     "OrthogonalConv1d",
     "OrthogonalConv2d",
@@ -24,9 +34,13 @@ __all__ = [
     "UnitaryConv1d",
     "UnitaryConv2d",
     "UnitaryConv3d",
+    "UnitaryConvRNN",
+    "UnitaryConvRNNCell",
     "UnitaryLinear",
     "UnitaryRNN",
     "UnitaryRNNCell",
+    "conv_exponential",
     "param_groups",
+    "squash",
     "unitary_",
 ]

@@ -1,0 +1,276 @@
+r"""The convolution exponential: any kernel A gives an orthogonal or unitary one, :math:`U = e^{(A - A^*)/2}`.
+
+The adjoint of a convolution has the kernel :math:`A^*(x) = \overline{A(-x)}^T`; what is antisymmetric (anti-Hermitian)
+under it has skew-Hermitian blocks :math:`S(\omega)` in the Fourier domain, and :math:`U(\omega) = e^{S(\omega)}` is
+unitary (Magnasco 2023).  For one channel that is a phase for each frequency, :math:`e^{i\,\mathrm{Im}\,A(\omega)}`:
+:math:`O(N \log N)`, less than one iteration of the network that uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from projunn_manifold import fourier, linalg
+from projunn_manifold.layers.base import cast
+from projunn_manifold.linalg import in_full_precision
+
+__all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
+
+
+@in_full_precision
+def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
+    r"""Return the kernel of :math:`e^{(A - A^*)/2}` on a periodic grid, A a kernel of torch's circular convolution.
+
+    Real kernels give orthogonal convolutions, complex ones unitary.  Cost: an FFT, and for C channels the exponential
+    of a C x C matrix for each frequency; for one channel only a phase, with its derivative
+    :math:`\partial L/\partial A = F^{-1}\{i\,\mathrm{Im}(\overline{U}\,F\{\partial L/\partial U\})\}` written out.
+
+    Parameters
+    ----------
+    kernel : Tensor
+        ``(C, C, *kernel_size)``, centre at ``(kernel_size - 1) // 2``.
+    size : int or tuple of int
+        Of the grid, not smaller than the kernel.
+
+    Returns
+    -------
+    Tensor
+        ``(C, C, *size)``, centre at ``(size - 1) // 2``.
+
+    References
+    ----------
+    Magnasco, *Convolutional unitary or orthogonal recurrent neural networks*, 2023; Hoogeboom, Garcia Satorras,
+    Tomczak, Welling, *The convolution exponential and generalized Sylvester flows*, NeurIPS 2020.
+    """
+    grid = _grid_of(kernel, size)
+    centred = _embedded(kernel, grid.size)
+    whole = _Phases.apply(centred, grid) if len(kernel) == 1 else _of_several(centred, grid)  # type: ignore[no-untyped-call]
+    return whole.roll([(side - 1) // 2 for side in grid.size], tuple(range(-len(grid.size), 0)))
+
+
+def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
+    dims = kernel.dim() - 2
+    sides = (size,) * dims if isinstance(size, int) else tuple(size)
+    if dims < 1 or kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"a kernel must be (C, C, *kernel_size), got shape {tuple(kernel.shape)}")
+    if len(sides) != dims or any(side > whole for side, whole in zip(kernel.shape[2:], sides, strict=True)):
+        raise ValueError(f"a kernel of {tuple(kernel.shape[2:])} does not fit a grid of size {sides}")
+    return fourier.spectrum(sides, not kernel.is_complex(), kernel.device if kernel.is_cuda else "cpu")
+
+
+def _embedded(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Return the kernel on the whole grid, its centre at 0."""
+    pads = [end for side, whole in zip(kernel.shape[:1:-1], size[::-1], strict=True) for end in (0, whole - side)]
+    shifts = [-((side - 1) // 2) for side in kernel.shape[2:]]
+    return nn.functional.pad(kernel, pads).roll(shifts, tuple(range(2, kernel.dim())))
+
+
+def _of_several(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
+    """Return the exponential of a kernel on the whole grid."""
+    return fourier.kernel_of_blocks(_blocks(kernel, grid), grid)
+
+
+def _blocks(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:  # (C, C, *size) -> (stored, C, C)
+    """Return the unitary blocks."""
+    blocks = fourier.blocks_of_kernel(kernel, grid)
+    if len(kernel) == 1:
+        return torch.polar(torch.ones_like(blocks.imag), blocks.imag)
+    return torch.linalg.matrix_exp(linalg.skew(blocks))
+
+
+class _Phases(torch.autograd.Function):
+    """The exponential for one channel, between kernels on the whole grid."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
+        phases = _blocks(kernel, grid)
+        ctx.save_for_backward(kernel, phases)
+        ctx.grid = grid
+        return fourier.kernel_of_blocks(phases, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        kernel, phases = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for derivatives of this derivative
+            phases = _blocks(kernel, ctx.grid)
+        turned = phases.conj() * fourier.blocks_of_kernel(grad, ctx.grid)
+        return fourier.kernel_of_blocks(1j * turned.imag, ctx.grid), None
+
+
+class _ExpConv(nn.Module):
+    """What both share; see :class:`ExpConv2d`."""
+
+    dims: ClassVar[int]
+
+    def __init__(
+        self,
+        channels: int,
+        size: int | tuple[int, ...],
+        kernel_size: int | None = None,
+        *,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size = (size,) * self.dims if isinstance(size, int) else tuple(size)
+        if len(self.size) != self.dims:
+            raise ValueError(f"size must be an int or {self.dims} of them, got {size!r}")
+        self.channels = channels
+        sides = self.size if kernel_size is None else (kernel_size,) * self.dims
+        self.generator = nn.Parameter(torch.empty(channels, channels, *sides, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
+        _grid_of(self.generator, self.size)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw a new generator, its blocks of norm about one, and a bias of zero."""
+        self.generator.normal_(std=(self.generator[0, 0].numel() * self.channels) ** -0.5)
+        if self.bias is not None:
+            self.bias.zero_()
+
+    @in_full_precision
+    def blocks(self) -> Tensor:  # (stored, C, C)
+        """Return the unitary blocks at the frequencies that are stored: prepared once, they serve many calls."""
+        return _blocks(_embedded(self.generator, self.size), self._grid())
+
+    def kernel(self) -> Tensor:  # (C, C, *size)
+        """Return the kernel, as torch's circular convolution of this size has it; differentiable."""
+        return conv_exponential(self.generator, self.size)
+
+    @in_full_precision
+    def forward(self, x: Tensor, blocks: Tensor | None = None) -> Tensor:  # (B, C, *size) -> (B, C, *size)
+        """Return the convolution of a batch of images; ``blocks`` may be given as they were prepared."""
+        if x.dim() != self.dims + 2 or x.shape[1:] != (self.channels, *self.size):
+            expected = (self.channels, *self.size)
+            raise ValueError(f"{type(self).__name__}: expected (batch, *{expected}), got shape {tuple(x.shape)}")
+        x = cast(self, x, "input", self.generator.dtype)
+        grid = self._grid()
+        waves = fourier.analyse(x, grid)  # (B, C, stored)
+        blocks = self.blocks() if blocks is None else blocks
+        several = self.channels > 1
+        turned = (blocks @ waves.permute(2, 1, 0)).permute(2, 1, 0) if several else waves * blocks[:, 0, 0]
+        y = fourier.synthesise(turned, grid)
+        return y if self.bias is None else y + self.bias.view(-1, *(1,) * self.dims)
+
+    def _grid(self) -> fourier.Spectrum:
+        return _grid_of(self.generator, self.size)
+
+    def extra_repr(self) -> str:
+        """Return channels and sizes."""
+        return f"{self.channels}, size={self.size}, kernel_size={tuple(self.generator.shape[2:])}"
+
+
+class ExpConv1d(_ExpConv):
+    """:class:`ExpConv2d` for sequences ``(B, C, size)``."""
+
+    dims = 1
+
+
+class ExpConv2d(_ExpConv):
+    """A circular convolution by the exponential of a free kernel: orthogonal, or unitary for a complex dtype.
+
+    Parameters
+    ----------
+    channels : int
+        C, in and out.
+    size : int or tuple of int
+        Of the images, for which alone the layer is made.
+    kernel_size : int, optional
+        Side of the generator; the kernel itself is as large as the image.
+    bias : bool
+        Whether to add a bias, which starts at zero.
+    device, dtype
+        As in torch.nn.
+
+    Attributes
+    ----------
+    generator : Parameter
+        ``(C, C, *kernel_size)``, free, for any optimiser.
+
+    References
+    ----------
+    Magnasco 2023; Hoogeboom et al. 2020.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import ExpConv2d
+    >>> layer = ExpConv2d(1, size=16, kernel_size=3, bias=False)
+    >>> x = torch.randn(2, 1, 16, 16)
+    >>> torch.allclose(layer(x).norm(), x.norm())
+    True
+    """
+
+    dims = 2
+
+
+def squash(z: Tensor) -> Tensor:
+    r""":math:`\\varphi(z) = z / \\sqrt{1 + |z|^2}`: keeps phases, and moduli below one."""
+    return z * torch.rsqrt(1 + (z.real.square() + z.imag.square() if z.is_complex() else z.square()))
+
+
+class UnitaryConvRNNCell(nn.Module):
+    r"""One iteration on a periodic grid, :math:`z' = \varphi(U \otimes z + I)`, :math:`\varphi(z) = z/\sqrt{1+|z|^2}`.
+
+    Parameters
+    ----------
+    channels, size, kernel_size, device
+        As in :class:`ExpConv2d`, of which U is one (``ExpConv1d`` for a size of one number in a tuple).
+    dtype
+        complex64 by default.
+
+    References
+    ----------
+    Magnasco 2023.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int | tuple[int, ...],
+        kernel_size: int | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype = torch.complex64,
+    ) -> None:
+        super().__init__()
+        conv = ExpConv1d if isinstance(size, tuple) and len(size) == 1 else ExpConv2d
+        self.conv = conv(channels, size, kernel_size, bias=False, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor | None, z: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """Return the next state ``(B, C, *size)``; an input of None is zero."""
+        moved: Tensor = self.conv(z, blocks)
+        return squash(moved if input is None else moved + input)
+
+
+class UnitaryConvRNN(UnitaryConvRNNCell):
+    """:class:`UnitaryConvRNNCell` over a sequence; U is prepared once for all steps.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.layers import UnitaryConvRNN
+    >>> network = UnitaryConvRNN(1, size=16, kernel_size=3)
+    >>> states, last = network(torch.randn(5, 2, 1, 16, 16, dtype=torch.complex64))
+    >>> states.shape, last.shape
+    (torch.Size([5, 2, 1, 16, 16]), torch.Size([2, 1, 16, 16]))
+    """
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor, z: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # (T, B, C, *size), (B, C, *size) -> (T, B, C, *size), (B, C, *size)
+        """Return all states and the last, from z or from zero."""
+        if len(input) == 0:
+            raise ValueError("UnitaryConvRNN: expected at least one time step, got none")
+        blocks, states = self.conv.blocks(), []
+        input = cast(self, input, "input", self.conv.generator.dtype)
+        z = torch.zeros_like(input[0]) if z is None else z
+        for of_step in input:
+            z = super().forward(of_step, z, blocks)
+            states.append(z)
+        return torch.stack(states), z
