@@ -62,8 +62,9 @@ class Constraint:
         before, self._before = self._before, {}
         moves = {}
         for p, x in before.items():  # all are put back first, so that a failure leaves none off its manifold
-            moves[p] = p.detach() - x
-            p.copy_(x)
+            if p.grad is not None:  # there may be a closure that makes none
+                moves[p] = p.detach() - x
+                p.copy_(x)
         failures = []
         for p, move in moves.items():
             try:

@@ -41,11 +41,16 @@ class Spectrum:
 
 
 @lru_cache
-def spectrum(size: tuple[int, ...], real: bool, device: torch.device | str = "cpu") -> Spectrum:
+def spectrum(size: tuple[int, ...], real: bool, device: str = "cpu") -> Spectrum:
     """Return the frequencies of a grid of that size, with positions on a device."""
-    if device != "cpu":
+    with torch.inference_mode(False), torch.device("cpu"):  # kept for ever: nothing of the caller's modes
+        if device == "cpu":
+            return _on_cpu(size, real)
         on_cpu = spectrum(size, real)
         return Spectrum(size, real, *(getattr(on_cpu, name).to(device) for name in _POSITIONS))
+
+
+def _on_cpu(size: tuple[int, ...], real: bool) -> Spectrum:
     if not real:
         everything = torch.arange(math.prod(size))
         nothing = everything[:0]

@@ -52,6 +52,7 @@ def cayley_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tens
 
 
 @torch.no_grad()
+@linalg.in_full_precision
 def nearest_unitary_(tensor: Tensor) -> Tensor:
     """Replace each matrix of ``(*batch, n, m)``, n >= m, by the closest one with orthonormal columns (polar factor).
 

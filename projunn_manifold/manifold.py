@@ -376,7 +376,9 @@ class UnitaryLowRank(Manifold):
             validation.check_writable(residual, "residual")
         if linalg.readable(x) and not move.any():
             return x
+        idle = None
         if residual is not None:
+            idle = ~(move != 0).flatten(-2).any(-1)  # matrices of a batch whose move is zero
             move = move + residual
         if self._is_dense(x):
             q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
@@ -385,6 +387,8 @@ class UnitaryLowRank(Manifold):
             factors = self._sketch(x, move)
         sizes = linalg.squared_norm(factors.b) * linalg.squared_norm(factors.a)
         kept = self._kept(x, sizes, torch.finfo(x.dtype).max, move, "move")
+        if idle is not None and (kept is not None or x.dim() > 2 or not linalg.readable(x)):
+            kept = ~idle if kept is None else kept & ~idle
         if kept is not None:
             factors = LowRank(*(torch.where(kept[..., None, None], t, 0) for t in factors))
         step = self._raw_move(x, factors)

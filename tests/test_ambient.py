@@ -267,3 +267,33 @@ def test_feedback_waits_out_what_is_no_move(draw):
     assert p.manifold.check().skipped == 1
     with pytest.raises(ValueError, match="feedback=True"):
         constrain(optimizer)
+
+
+def test_feedback_leaves_alone_what_has_no_gradient_yet(draw):
+    first, second = (
+        geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float32), manifold=UnitaryLowRank(1)) for _ in range(2)
+    )
+    optimizer = torch.optim.Adam([first, second], lr=0.01)
+    constrain(optimizer, feedback=True)
+
+    def closure(of):
+        optimizer.zero_grad()
+        loss = (of * torch.arange(36.0).view(6, 6)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(lambda: closure(first))
+    optimizer.step(lambda: closure(second))
+    assert linalg.unitarity_error(second) < 1e-5
+
+
+def test_feedback_waits_for_each_matrix_of_a_batch(draw):
+    manifold = UnitaryLowRank(1)
+    x = draw.point(2, 6, 6, dtype=torch.float32)
+    residual, move = draw.matrix(2, 6, 6, dtype=torch.float32), draw.matrix(2, 6, 6, dtype=torch.float32)
+    move[1] = 0
+    before, kept = x.clone(), residual.clone()
+    manifold.step_raw_(x, move, residual)
+    assert error(x[1], before[1]) <= 1e-6
+    assert torch.equal(residual[1], kept[1])
+    assert error(x[0], before[0]) > 0.1

@@ -74,10 +74,6 @@ def test_it_is_torchs_circular_convolution_with_its_kernel(size, channels, strid
         layer.bias.copy_(torch.randn_like(layer.bias))
     x = signals(layer).requires_grad_()
     y = layer(x)
-    if stride > 1 and any((side - stride) % 2 for side in size):
-        with pytest.raises(ValueError, match="odd"):
-            layer.to_plain()
-        return
     plain = layer.to_plain()
     assert torch.allclose(plain(x), y, atol=1e-10)
     g = torch.randn_like(y)
@@ -86,7 +82,8 @@ def test_it_is_torchs_circular_convolution_with_its_kernel(size, channels, strid
     functional = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}[len(size)]
     kernel, pads = layer.kernel(), []
     for side in reversed(size):
-        pads += [(side - stride) // 2, side - stride - (side - stride) // 2]
+        before = (side - 1) // 2 if stride == 1 else (side - stride + 1) // 2
+        pads += [before, side - stride - before]
     padded = _padded(x, pads)
     expected_y = functional(padded, kernel, layer.bias, stride=stride, groups=groups)
     expected = torch.autograd.grad(expected_y, [x, layer.bias, *stacks], g)
@@ -109,7 +106,7 @@ def _padded(x, pads):
 @pytest.mark.parametrize("classes", [REAL, COMPLEX], ids=["real", "complex"])
 @pytest.mark.parametrize("start", [{}, {"init": "identity"}, {"support": 2}], ids=str)
 def test_the_operator_is_an_isometry_or_the_adjoint_of_one(size, channels, classes, start):
-    if start.get("support", 1) > min(size):
+    if start.get("support", 1) > max(size):
         pytest.skip("wider than the image")
     layer = classes[len(size)](*channels, size, bias=False, dtype=torch.float64, **start)
     values = torch.linalg.svdvals(operator(layer))
@@ -254,7 +251,7 @@ def test_inputs_of_every_memory_order_and_precision():
 
 def test_it_keeps_its_manifolds_and_its_names():
     layer = OrthogonalConv2d(2, 3, (4, 5), k=2)
-    assert set(layer.state_dict()) == {"weight", "weight_real", "bias", "manifold._extra_state"}
+    assert set(layer.state_dict()) == {"weight", "weight_real", "bias", "_extra_state", "manifold._extra_state"}
     assert set(manifolds_of(layer)) == {"weight", "weight_real"}
     x = torch.randn(2, 2, 4, 5)
     for other in (copy.deepcopy(layer), OrthogonalConv2d(2, 3, (4, 5), k=2)):
@@ -286,6 +283,10 @@ def test_square_real_blocks_start_as_rotations():
         (lambda: OrthogonalConv2d(3, 4, 6)(torch.zeros(1, 2, 6, 6)), r"3, \*size"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding=1), 6), "circular"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding_mode="circular"), 6), "keeps the size"),
+        (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, dilation=2), 6), "no dilation"),
+        (lambda: OrthogonalConv2d(3, 4, 6, support=2, init="identity"), "start of its own"),
+        (lambda: OrthogonalConv2d(3, 4, 6).support_energy(0), "kernel_size"),
+        (lambda: OrthogonalConv2d(3, 4, 6.0), "int or 2 of them"),
         (
             lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 7, padding=3, padding_mode="circular"), 6),
             "does not fit",
@@ -304,3 +305,106 @@ def test_wrong_types_are_refused():
         OrthogonalConv2d.from_plain(nn.Conv1d(3, 4, 3), 6)
     with pytest.raises(TypeError, match="input must be"):
         OrthogonalConv2d(3, 4, 6)(torch.zeros(1, 3, 6, 6, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="float16"):
+        OrthogonalConv2d(3, 4, 6, dtype=torch.float16)
+
+
+@pytest.mark.parametrize(("kernel_size", "padding", "stride"), [(3, 1, 2), (2, 0, 2), (3, 0, 3), (5, 2, 2)])
+def test_a_convolution_that_goes_to_a_coarser_grid_is_taken_over(kernel_size, padding, stride):
+    side = 2 * stride * 3
+    mode = "circular" if padding else "zeros"  # where nothing is padded it does not matter
+    conv = nn.Conv2d(2, 2 * stride**2, kernel_size, stride, padding, padding_mode=mode, dtype=torch.float64)
+    whole = OrthogonalConv2d.from_plain(conv, side)
+    local = OrthogonalConv2d.from_kernel(whole.kernel(), stride=stride)
+    x = signals(local)
+    assert torch.allclose(local(x), whole(x) - whole.bias.view(-1, 1, 1), atol=1e-10)
+    grid, d = whole._grid("cpu"), 2
+    assert (whole.singular_values() - 1).abs().max() < 1e-12
+    placed = torch.zeros(*conv.weight.shape[:2], side, side, dtype=torch.float64)
+    placed[..., :kernel_size, :kernel_size] = conv.weight.detach()
+    placed = placed.roll([whole._centre[0] - padding] * d, (-2, -1))  # the same operator with a kernel of full size
+    full = whole.to_plain()
+    with torch.no_grad():
+        full.weight.copy_(placed)
+        full.bias.copy_(conv.bias)
+    assert torch.allclose(full(x), conv(x), atol=1e-10)
+    assert len(grid.source) > 0
+
+
+@pytest.mark.parametrize("build", [OrthogonalConv2d, UnitaryConv2d])
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda layer: layer.double(),
+        lambda layer: layer.to(torch.float64),
+        lambda layer: layer.to("cpu", torch.float64),
+        lambda layer: layer.to(torch.float64).to(memory_format=torch.channels_last),
+        lambda layer: layer.to(torch.float64).to(memory_format=torch.channels_last_3d),
+    ],
+)
+def test_conversions_keep_the_operator(build, convert):
+    layer = build(3, 4, (4, 6))
+    x = torch.randn(2, 3, 4, 6)
+    y = layer(x)
+    wide = convert(layer)
+    assert wide.weight.dtype == torch.complex128
+    assert wide.weight.is_contiguous()
+    assert torch.allclose(wide(x.double()), y.to(wide._dtype), atol=1e-5)
+    assert set(manifolds_of(wide)) >= {"weight"}
+    back = wide.float()
+    assert back.weight.dtype == torch.complex64
+    meta = build(3, 4, (4, 6), device="meta").double().to_empty(device="cpu")
+    meta.reset_parameters()
+    assert torch.isfinite(torch.view_as_real(meta.weight)).all()
+    assert meta(x.double()).shape == y.shape
+
+
+def test_a_factored_gradient_follows_a_conversion():
+    layer = OrthogonalConv2d(64, 64, (4, 3))
+    layer(torch.randn(2, 64, 4, 3)).sum().backward()
+    expected = layer.weight.grad.clone()
+    layer.double()
+    assert layer.weight.grad.dtype == torch.complex128
+    assert torch.allclose(layer.weight.grad, expected.to(torch.complex128))
+
+
+def test_the_callers_modes_leave_no_trace():
+    fourier.spectrum.cache_clear()
+    layer = OrthogonalConv2d(2, 2, (8, 14))
+    fourier.spectrum.cache_clear()
+    with torch.inference_mode():
+        layer(torch.randn(1, 2, 8, 14))
+    layer(torch.randn(1, 2, 8, 14)).sum().backward()
+    fourier.spectrum.cache_clear()
+    with torch.device("meta"):
+        empty = OrthogonalConv2d(2, 2, (10, 12))
+    empty.to_empty(device="cpu").reset_parameters()
+    assert (empty.singular_values() - 1).abs().max() < 1e-5
+    kernel = layer.kernel().detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = OrthogonalConv2d.from_kernel(kernel)
+    assert (again.singular_values() - 1).abs().max() < 1e-5
+
+
+def test_transforms_of_functions():
+    layer = OrthogonalConv1d(2, 2, 5, dtype=torch.float64)
+    x, v = torch.randn(2, 3, 2, 5, dtype=torch.float64)
+    expected = torch.autograd.functional.jacobian(lambda x: layer(x).square().sum(), x)
+    assert torch.allclose(torch.func.grad(lambda x: layer(x).square().sum())(x), expected)
+    assert torch.allclose(torch.func.vmap(layer)(x), layer(x))
+    _, tangent = torch.func.jvp(layer, (x,), (v,))
+    assert torch.allclose(tangent, layer(v) - layer.bias.view(-1, 1))
+    empty = x[:0].clone().requires_grad_()
+    assert torch.autograd.grad(layer(empty).sum(), empty)[0].shape == empty.shape
+
+
+def test_blocks_of_another_grid_are_refused():
+    with pytest.raises(ValueError, match="a state of another"):
+        OrthogonalConv2d(2, 2, (5, 3)).load_state_dict(OrthogonalConv2d(2, 2, (3, 5)).state_dict())
+
+
+def test_two_channels_have_a_wide_start_too():
+    kernel = OrthogonalConv1d(2, 2, 8, support=3, dtype=torch.float64).kernel()
+    assert (kernel.abs().amax((0, 1)) > 1e-3).sum() == 3
+    thin = OrthogonalConv2d(4, 4, (16, 1), support=3)
+    assert thin.support_energy(3).item() == pytest.approx(1)

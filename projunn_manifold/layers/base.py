@@ -10,6 +10,7 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from projunn_manifold import init as initialise
+from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import manifolds_of, reattach_manifolds
 from projunn_manifold.sampling import Subspace
@@ -34,8 +35,25 @@ class KeepsManifolds(nn.Module):
         self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert parameters: complex ones stay complex and follow the precision, stacks of matrices are no images."""
+
+        def whole(t: Tensor) -> Tensor:
+            if not t.is_complex() and t.dim() < 4:
+                converted: Tensor = fn(t)
+                return converted
+            detached = t.detach()
+            numbers = torch.view_as_real(detached) if t.is_complex() else detached
+            probe = fn(numbers.reshape(-1)[:0])  # for its dtype and device
+            dtype = torch.promote_types(probe.dtype, torch.complex64) if t.is_complex() else probe.dtype
+            if t.is_meta or probe.is_meta:
+                return torch.empty_like(t, device=probe.device, dtype=dtype)
+            return t.to(probe.device, dtype)
+
+        for p in self.parameters(recurse=False):
+            if isinstance(p.grad, FactoredTensor):
+                p.grad = p.grad.clone()  # PyTorch would convert what it stands for, and not its factors
         plan = manifolds_of(self)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(whole, recurse)  # type: ignore[no-untyped-call]
         reattach_manifolds(self, plan)
         return self
 

@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 import torch
 from geoopt import ManifoldParameter
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from projunn_manifold import fourier, linalg
+from projunn_manifold import fourier, linalg, validation
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.init import haar_, identity_, nearest_unitary_
 from projunn_manifold.layers.base import KeepsManifolds, cast, may_be_factored
@@ -62,21 +63,26 @@ class _UnitaryConv(KeepsManifolds):
         _check_positive("groups", groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-        self.size = (size,) * self.dims if isinstance(size, int) else tuple(size)
-        if len(self.size) != self.dims:
-            raise ValueError(f"size must be an int or {self.dims} of them, got {size!r}")
-        for side in self.size:
-            _check_positive("size", side)
-            if side % stride:
-                raise ValueError(f"stride={stride} must divide every side of the image, got size={self.size}")
+        self.size = _sides(size, self.dims)
+        if any(side % stride for side in self.size):
+            raise ValueError(f"stride={stride} must divide every side of the image, got size={self.size}")
         if init not in ("haar", "identity"):
             raise ValueError(f"init must be 'haar' or 'identity', got {init!r}")
+        if support is not None:
+            _check_positive("support", support)
+            if support > max(self.size) // stride:
+                raise ValueError(f"support={support} does not fit images of size {self.size} with stride {stride}")
+            if init != "haar":
+                raise ValueError(f"support={support} makes a start of its own: leave init as it is, got {init!r}")
         self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
         self.init, self.support = init, support
         self.manifold = UnitaryLowRank(k) if manifold is None else manifold
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if self.real and dtype.is_complex:
             raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
+        problem = validation.dtype_problem(dtype, "dtype")
+        if problem:
+            raise TypeError(problem)
         precision = torch.empty((), dtype=dtype).real.dtype
         wide = torch.promote_types(precision, torch.complex64)
         grid = self._grid("cpu")
@@ -88,19 +94,16 @@ class _UnitaryConv(KeepsManifolds):
         self.reset_parameters()
         self.remember_manifolds()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Convert all blocks alike: ``double()`` would leave complex ones, and ``to(torch.float64)`` cut them."""
+    def get_extra_state(self) -> Tensor:
+        """Return what the blocks belong to, for ``state_dict``: other grids have stacks of the same shape."""
+        return torch.tensor([self.in_channels, self.out_channels, self.stride, self.groups, *self.size])
 
-        def whole(t: Tensor) -> Tensor:
-            if not (self.real and t.is_complex()):
-                return fn(t)
-            like = fn(t.real)
-            dtype = torch.promote_types(like.dtype, torch.complex64)
-            return (
-                t.to(like.device, dtype) if not (t.is_meta or like.is_meta) else torch.empty_like(t, device=like.device)
-            )
-
-        return super()._apply(whole, recurse)
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse the blocks of another layer."""
+        own = self.get_extra_state().tolist()
+        if state.tolist() != own:
+            names = "in_channels, out_channels, stride, groups, *size"
+            raise ValueError(f"a state of another {type(self).__name__}: ({names}) are {state.tolist()}, not {own}")
 
     @property
     def _block(self) -> tuple[int, int]:
@@ -108,7 +111,7 @@ class _UnitaryConv(KeepsManifolds):
         return self.out_channels // self.groups, self.in_channels // self.groups * self.stride**self.dims
 
     def _grid(self, device: torch.device | str) -> fourier.Spectrum:
-        return fourier.spectrum(tuple(side // self.stride for side in self.size), self.real, device)
+        return fourier.spectrum(tuple(side // self.stride for side in self.size), self.real, str(device))
 
     def _stack(self, count: int, block: tuple[int, int], device: Any, dtype: torch.dtype) -> ManifoldParameter | None:
         """Return blocks for that many frequencies, square or tall; None for none."""
@@ -140,34 +143,26 @@ class _UnitaryConv(KeepsManifolds):
         It is a random unitary matrix times random projections that shift half of the space by one point, as many as
         the window allows, in every direction.
         """
-        _check_positive("support", support)
-        grid, block = self._grid("cpu"), self._block
-        if support > min(grid.size):
-            raise ValueError(f"support={support} does not fit an image of {grid.size} (after the stride)")
-        n = max(block)
+        grid, (out, inward) = self._grid("cpu"), self._block
+        n, m = max(out, inward), min(out, inward)
         precision = torch.float64 if self.real else torch.complex128
-        unitary = linalg.haar(self.groups, 1, n, n, dtype=precision)
-        if self.real:
-            unitary[..., 0] *= torch.linalg.det(unitary).sign()[..., None]
-        blocks = unitary.to(torch.complex128).expand(self.groups, math.prod(grid.size), n, n)
-        angles = [2 * math.pi * torch.arange(side, dtype=torch.float64) / side for side in grid.size]
-        rank = min(n, max(1, 2 * round(n / 4)))
-        if self.real:  # where a shift is a change of sign, an even number of them is a rotation
-            rank = max(2, rank) if n > 1 else 0
-        backward = self._block[0] < self._block[1]  # the operator is then the adjoint of what is made here
-        for angle in torch.meshgrid(*angles, indexing="ij"):
-            for number in range(support - 1):
-                signed = -angle if (number % 2 == 1) != backward else angle
-                half = linalg.haar(self.groups, 1, n, rank, dtype=precision).to(torch.complex128)
-                turn = torch.polar(torch.ones((), dtype=torch.float64), signed).flatten()
-                blocks = blocks + half @ ((turn[:, None, None] - 1) * (half.mH @ blocks))
-        self._load_blocks_(blocks[..., : min(block)])
-
-    def _load_blocks_(self, blocks: Tensor) -> None:
-        """Take over tall blocks at all frequencies of the grid."""
-        grid = self._grid("cpu")
-        if self.real:  # those that rfftn would keep
-            blocks = blocks.unflatten(1, grid.size).narrow(self.dims, 0, grid.size[-1] // 2 + 1).flatten(1, self.dims)
+        start = linalg.haar(self.groups, 1, n, m, dtype=precision, device="cpu")
+        if self.real and n == m:
+            start[..., 0] *= torch.linalg.det(start).sign()[..., None]
+        sides = (*grid.size[:-1], grid.size[-1] // 2 + 1) if self.real else grid.size  # as stored
+        blocks = start.to(torch.complex128).expand(self.groups, math.prod(sides), n, m)
+        for axis, (side, stored) in enumerate(zip(grid.size, sides, strict=True)):
+            shifts = min(support, side) - 1
+            rank = max(1, n // 2)
+            if self.real and n == m and shifts % 2:  # at π a shift changes signs: an even number is a rotation
+                rank = min(2 * max(1, round(n / 4)), n - n % 2)
+            angle = 2 * math.pi * torch.arange(stored, dtype=torch.float64, device="cpu") / side
+            angle = angle.view(-1, *(1,) * (self.dims - 1 - axis)).expand(*sides[axis:]).expand(*sides).flatten()
+            for number in range(shifts if rank else 0):
+                backward = (number % 2 == 1) != (out < inward)  # a wide operator is the adjoint of what is made here
+                half = linalg.haar(self.groups, 1, n, rank, dtype=precision, device="cpu").to(torch.complex128)
+                turn = torch.polar(torch.ones_like(angle), -angle if backward else angle)[:, None, None]
+                blocks = blocks + half @ ((turn - 1) * (half.mH @ blocks))
         if self.weight is not None:
             self.weight.copy_(blocks[:, grid.generic])
         if self.weight_real is not None:
@@ -186,7 +181,7 @@ class _UnitaryConv(KeepsManifolds):
         if x.dim() == d + 1:
             return self.forward(x[None])[0]
         if not len(x):  # which FFTs refuse
-            return self.forward(x.new_zeros(1, *x.shape[1:]))[:0]
+            return self.forward(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
         x = cast(self, x, "input", self._dtype)
         grid = self._grid(x.device)
         coarse = _coarsened(x.unflatten(1, (self.groups, -1)), self.stride, d)
@@ -204,6 +199,8 @@ class _UnitaryConv(KeepsManifolds):
         wide = self._block[0] < self._block[1]
         if not stack.is_complex():
             return (stack.mT if wide else stack).to(x.dtype) @ x
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return (stack.mH if wide else stack) @ x
         return _Blocks.apply(stack, x, wide, may_be_factored(stack))  # type: ignore[no-untyped-call]
 
     @property
@@ -234,8 +231,8 @@ class _UnitaryConv(KeepsManifolds):
 
     @property
     def _centre(self) -> tuple[int, ...]:
-        """Where the centre of torch's kernel is: as many points are before it as torch would pad."""
-        return tuple((side - self.stride) // 2 for side in self.size)
+        """Where the kernel's own point is: as many points are before it as torch pads."""
+        return tuple(_centre(side, self.stride) for side in self.size)
 
     @classmethod
     def from_kernel(cls, kernel: Tensor, *, stride: int = 1, groups: int = 1, **options: Any) -> Any:
@@ -281,43 +278,40 @@ class _UnitaryConv(KeepsManifolds):
         Raises
         ------
         TypeError, ValueError
-            Another module, or another padding than one that keeps the size (divided by the stride); dilation.
+            Another module, dilation, or a padding that is not circular or does not keep the size (divided by the
+            stride).
         """
         plain = _PLAIN[cls.dims - 1]
         if not issubclass(type(conv), plain):
             raise TypeError(f"{cls.__name__}.from_plain: expected {plain.__name__}, got {type(conv).__name__}")
-        sides = (size,) * cls.dims if isinstance(size, int) else tuple(size)
+        sides = _sides(size, cls.dims)
         stride: int = conv.stride[0]
         kernel: tuple[int, ...] = conv.kernel_size
-        same = conv.padding == "same"
-        padding: tuple[int, ...] = tuple((side - 1) // 2 for side in kernel) if same else conv.padding
-        keeps = same or all(2 * p + stride == side for p, side in zip(padding, kernel, strict=True))
-        if conv.padding_mode != "circular" or {*conv.dilation} != {1} or {*conv.stride} != {stride} or not keeps:
-            raise ValueError(f"{cls.__name__}.from_plain: expected circular padding that keeps the size, got {conv}")
-        if any(side > whole for side, whole in zip(kernel, sides, strict=True)):
-            raise ValueError(f"{cls.__name__}.from_plain: a kernel of {kernel} does not fit images of size {sides}")
+        named = {"same": tuple((side - 1) // 2 for side in kernel), "valid": (0,) * cls.dims}
+        padding: tuple[int, ...] = named.get(conv.padding, conv.padding)
+        if {*conv.dilation} != {1} or {*conv.stride} != {stride}:
+            raise ValueError(f"{cls.__name__}.from_plain: expected one stride and no dilation, got {conv}")
+        if any(padding) and conv.padding_mode != "circular":
+            raise ValueError(f"{cls.__name__}.from_plain: expected circular padding, got {conv}")
+        for side, width, pad in zip(sides, kernel, padding, strict=True):
+            if width > side:
+                raise ValueError(f"{cls.__name__}.from_plain: a kernel of {kernel} does not fit images of size {sides}")
+            if conv.padding != "same" and (side % stride or (side + 2 * pad - width) // stride + 1 != side // stride):
+                raise ValueError(f"{cls.__name__}.from_plain: expected padding that keeps the size, got {conv}")
         weight = conv.weight.detach()
         whole = weight.new_zeros(*weight.shape[:2], *sides)
         whole[(..., *(slice(side) for side in kernel))] = weight
-        shifts = [(side - stride) // 2 - p for side, p in zip(sides, padding, strict=True)]
+        shifts = [_centre(side, stride) - pad for side, pad in zip(sides, padding, strict=True)]
         whole = whole.roll(shifts, tuple(range(-cls.dims, 0)))
         layer = cls.from_kernel(whole, stride=stride, groups=conv.groups, **{"bias": conv.bias is not None, **options})
-        if conv.bias is not None:
+        if conv.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(conv.bias)
         return layer
 
     def to_plain(self) -> nn.Module:
-        """Return the same operator as a ``torch.nn.Conv`` with circular padding, its kernel as large as the image.
-
-        Raises
-        ------
-        ValueError
-            A stride and a side whose difference is odd: torch would have to pad by half a point.
-        """
+        """Return the same operator as a ``torch.nn.Conv`` with circular padding, its kernel as large as the image."""
         padding: Any = "same" if self.stride == 1 else self._centre
-        if self.stride > 1 and any((side - self.stride) % 2 for side in self.size):
-            raise ValueError(f"torch cannot pad size={self.size} for stride={self.stride}: their difference is odd")
         plain_class: Any = _PLAIN[self.dims - 1]
         plain = plain_class(
             self.in_channels,
@@ -353,11 +347,12 @@ class _UnitaryConv(KeepsManifolds):
 
         Differentiable: ``1 - layer.support_energy(3)`` added to a loss keeps filters local.
         """
+        _check_positive("kernel_size", kernel_size)
         kernel = self.kernel()
         window = kernel
         for axis, (centre, side) in enumerate(zip(self._centre, self.size, strict=True), -self.dims):
             width = min(kernel_size, side)
-            first = max(0, min(centre - (width - self.stride) // 2, side - width))
+            first = max(0, min(centre - _centre(width, self.stride), side - width))
             window = window.narrow(axis, first, width)
         return window.abs().square().sum() / kernel.abs().square().sum()
 
@@ -414,6 +409,20 @@ def _refined(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c stride^d, 
     return x
 
 
+def _centre(side: int, stride: int) -> int:
+    """Return how many points torch pads before an image for a kernel of that side to keep the image's size."""
+    return (side - 1) // 2 if stride == 1 else max(0, side - stride + 1) // 2
+
+
+def _sides(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    sides = (size,) * dims if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or len(sides) != dims:
+        raise ValueError(f"size must be an int or {dims} of them, got {size!r}")
+    for side in sides:
+        _check_positive("size", side)
+    return tuple(sides)
+
+
 def _check_positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an int >= 1, got {value!r}")
@@ -448,9 +457,10 @@ class OrthogonalConv2d(_UnitaryConv):
     init : {"haar", "identity"}
         First blocks: independent ones, or all the identity.
     support : int, optional
-        Start instead with a random kernel that is zero outside a window of so many points a side.
+        Start instead with a random kernel that is zero outside a window of so many points a side (times the stride).
+        One channel alone has none but a single point.
     device, dtype
-        As in torch.nn; dtype is that of the images.
+        As in torch.nn; dtype is that of the images.  The output is contiguous.
 
     Attributes
     ----------

@@ -58,7 +58,7 @@ def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
         raise ValueError(f"a kernel must be (C, C, *kernel_size), got shape {tuple(kernel.shape)}")
     if len(sides) != dims or any(side > whole for side, whole in zip(kernel.shape[2:], sides, strict=True)):
         raise ValueError(f"a kernel of {tuple(kernel.shape[2:])} does not fit a grid of size {sides}")
-    return fourier.spectrum(sides, not kernel.is_complex(), kernel.device if kernel.is_cuda else "cpu")
+    return fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
 
 
 def _embedded(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
