@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
         batch=50,
         hidden=170,
         lr=1e-3,
+        nonlinearity="relu",
+        unitary_lr=1e-3 / 32,
         out=Path("results/adding"),
     )
     command.add_argument("--length", type=int, default=200, help="numbers T in a sequence (default: %(default)s)")

@@ -39,6 +39,11 @@ def results_table(runs: list[Run]) -> str:
     return markdown([header, *rows])
 
 
+def _measured(run: Run) -> dict[int, float]:
+    """Return the unitarity errors by the steps at which they were measured."""
+    return {step: error for step, error in enumerate(run.unitarity, 1) if error is not None}
+
+
 def _rate(run: Run) -> float:
     """Learning rate of the transition."""
     return float(run.settings["unitary_lr"])
@@ -103,11 +108,11 @@ def _summary(run: Run) -> dict[str, Any]:
         "accuracy": run.score,
         "optimiser_step_ms": {"lower_quartile": lower, "median": median, "upper_quartile": upper},
         "total_seconds": round(run.seconds[-1], 3),
-        "unitarity_error": {"final": run.unitarity[-1], "maximum": max(run.unitarity)},
+        "unitarity_error": {"final": run.unitarity[-1], "maximum": max(_measured(run).values())},
         "curves": {
             "loss": _rounded(run.losses),
             "seconds": _rounded(run.seconds),
-            "unitarity_error": _rounded(run.unitarity),
+            "unitarity_error": {"step": list(_measured(run)), "value": _rounded(list(_measured(run).values()))},
         },
     }
 
@@ -133,7 +138,7 @@ def _draw_losses(against_steps: Axes, against_seconds: Axes, runs: list[Run]) ->
 
 def _draw_unitarity(axes: Axes, runs: list[Run]) -> None:
     for run in runs:
-        axes.plot(range(1, len(run.unitarity) + 1), run.unitarity, color=run.colour)
+        axes.plot(list(_measured(run)), list(_measured(run).values()), color=run.colour)
     axes.set(
         xlabel="step",
         ylabel=r"$\|W^T W - I\|_F\,/\,\sqrt{n}$",

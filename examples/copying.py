@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         batch=128,
         hidden=190,
         lr=7e-4,
+        unitary_lr=7e-4 / 32,
         nonlinearity="modrelu",
         out=Path("results/copying"),
     )

@@ -15,15 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from networks import METHODS, Choices, Method
+from networks import METHODS, Choices, unconstrained
 from report import environment, markdown, thinned
 from tasks import Task
-from training import LAST, Run, train
+from training import LAST, NonFiniteError, Run, settings_of, train
 
-HEADER = ["method", "k", "runs", "final loss", "score", "solved at step", "after, s", "ms per step", "unitarity error"]
+HEADER = [
+    "method",
+    "k",
+    "parameters",
+    "rates",
+    "runs",
+    "loss",
+    "score",
+    "solved at step",
+    "after, s",
+    "ms per step",
+    "unitarity error",
+]
 CAPTION = (
-    f"final loss: mean of the last {LAST} steps; score: {{measure}}, on data not trained on; solved: first mean of "
-    f"{LAST} losses below {{goal}}; ms per step: the whole training step; unitarity error: ‖WᵀW - I‖_F / √n at the end"
+    "{what}.  parameters: of the whole network, complex ones as one; rates: of RMSprop and of the transition; loss: "
+    f"mean of the last {LAST} steps; score: {{measure}}, on data not trained on; solved: first mean of {LAST} losses "
+    "below {goal}, where a training ends (--stop); ms per step: the whole training step; unitarity error: "
+    "‖WᵀW - I‖_F / √n"
 )
 
 
@@ -33,28 +47,24 @@ def parser(description: str, methods: dict[str, Any], chosen: list[str], **defau
     found.add_argument("--methods", nargs="+", choices=methods, metavar="METHOD", help=f"from {', '.join(methods)}")
     found.add_argument("--k", nargs="+", type=int, help="ranks, for methods that have one (default: %(default)s)")
     found.add_argument("--seeds", nargs="+", type=int, help="of weights, batches and sketches (default: %(default)s)")
-    found.add_argument("--steps", type=int, help="optimiser steps (default: %(default)s)")
-    found.add_argument("--batch", type=int, help="sequences in a batch (default: %(default)s)")
-    found.add_argument("--hidden", type=int, help="hidden units n (default: %(default)s)")
-    found.add_argument("--nonlinearity", choices=("relu", "modrelu", "tanh"), help="(default: %(default)s)")
-    found.add_argument("--lr", type=float, help="of RMSprop (default: %(default)s)")
-    found.add_argument("--unitary-lr", type=float, help="of the transition (default: lr / 32)")
-    found.add_argument("--riemannian-lr", type=float, help="of RiemannianAdam (default: %(default)s)")
-    found.add_argument("--stop", action="store_true", help="end a training once it has solved the task")
+    for name, kind, what in (
+        ("steps", int, "optimiser steps"),
+        ("batch", int, "sequences in a batch"),
+        ("hidden", int, "hidden units n"),
+        ("nonlinearity", str, "relu, modrelu or tanh"),
+        ("lr", float, "of RMSprop, for methods without a published rate"),
+        ("unitary_lr", float, "of the transition, likewise"),
+    ):
+        if name in defaults:
+            found.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{what} (default: %(default)s)")
+    if "steps" in defaults:
+        found.add_argument("--stop", action="store_true", help="end a training once it has solved the task")
     found.add_argument("--device", help="such as cpu or cuda (default: %(default)s)")
     found.add_argument("--threads", type=int, help="for PyTorch (default: %(default)s)")
     found.add_argument("--save-every", type=int, help="steps between checkpoints (default: %(default)s)")
     found.add_argument("--out", type=Path, help="folder of the results (default: %(default)s)")
-    common = {
-        "seeds": [0],
-        "k": [1],
-        "device": "cpu",
-        "threads": 1,
-        "save_every": 50,
-        "riemannian_lr": 0.01,
-        "nonlinearity": "relu",
-    }
-    found.set_defaults(**{"methods": chosen, **common, **defaults})
+    found.set_defaults(**{"seeds": [0], "k": [1], "device": "cpu", "threads": 1, "save_every": 50, **defaults})
+    found.set_defaults(methods=chosen, stop=False)
     return found
 
 
@@ -66,52 +76,70 @@ def run(
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.methods:
-            method = methods[name]
-            for k in options.k if method.low_rank else options.k[:1]:
-                _run_one(options, task_of(seed), method, Choices(**_choices(options, method, k, seed), **choices))
+            for k in options.k if methods[name].low_rank else [0]:
+                task = task_of(seed)
+                own = _choices(options, methods[name], task, k, seed)
+                _run_one(options, task, methods[name], Choices(**own, **choices))
     found = records(options.out, task_of(0).name, list(methods))
     report(options.out, found)
     return found
 
 
-def _choices(options: argparse.Namespace, method: Method, k: int, seed: int) -> dict[str, Any]:
-    unitary = options.lr / 32 if options.unitary_lr is None else options.unitary_lr
-    rate = options.riemannian_lr if "RAdam" in method.name else unitary
-    return {
-        "hidden": options.hidden,
-        "k": k,
-        "seed": seed,
-        "nonlinearity": options.nonlinearity,
-        "lr": options.lr,
-        "unitary_lr": rate,
-    }
+def _choices(options: argparse.Namespace, method: Any, task: Task, k: int, seed: int) -> dict[str, Any]:
+    """Return the method's own rates where it has some, else those of the command line."""
+    lr, unitary = method.rates.get(task.name, (options.lr, options.unitary_lr))
+    if getattr(method, "optimizers", None) is unconstrained:
+        unitary = lr
+    if method.riemannian_lr is not None:
+        lr, unitary = options.lr, method.riemannian_lr
+    own = {"hidden": options.hidden, "k": k, "seed": seed, "lr": lr, "unitary_lr": unitary}
+    return {**own, "nonlinearity": options.nonlinearity} if hasattr(options, "nonlinearity") else own
 
 
-def _run_one(options: argparse.Namespace, task: Task, method: Method, choices: Choices) -> None:
+def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choices) -> None:
     stem = f"{task.name}-{method.name}-k{choices.k}-s{choices.seed}".replace(" ", "_").replace(",", "")
-    done = options.out / f"{stem}.json"
+    done, checkpoint = options.out / f"{stem}.json", options.out / f"{stem}.pt"
     if done.exists():
+        _refuse_another(done, {**settings_of(task, choices, options.device), "steps": task.steps})
         return
-    checkpoint = options.out / f"{stem}.pt"
-    finished = train(
-        task,
-        method,
-        choices,
-        device=options.device,
-        checkpoint=checkpoint,
-        every=options.save_every,
-        stop_when_solved=options.stop,
-    )
-    size = {"steps": task.steps, "batch": options.batch}
-    done.write_text(json.dumps({**summary(finished), **size, **environment()}, indent=1) + "\n", encoding="utf-8")
+    try:
+        finished = train(
+            task,
+            method,
+            choices,
+            device=options.device,
+            checkpoint=checkpoint,
+            every=options.save_every,
+            stop_when_solved=options.stop,
+        )
+    except NonFiniteError as error:
+        print(f"{stem}: {error}; no result", flush=True)
+        return
+    record = {**summary(finished), "steps": task.steps, **environment(options.device)}
+    partial = done.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.replace(done)  # a file that is there is whole
     checkpoint.unlink(missing_ok=True)
+
+
+def _refuse_another(done: Path, settings: dict[str, Any]) -> None:
+    """Raise if a finished run had other settings than those asked for."""
+    record = json.loads(done.read_text(encoding="utf-8"))
+    old = {**record["settings"], "steps": record["steps"]}
+    other = [name for name in settings if old.get(name) != settings[name]]
+    if other == ["steps"] and record["solved_at"] is not None:
+        return  # it ended before
+    if other:
+        told = ", ".join(f"{name} {old.get(name)}, not {settings[name]}" for name in other)
+        raise SystemExit(f"{done} is of a run with other settings ({told}): give another --out")
 
 
 def summary(finished: Run) -> dict[str, Any]:
     """Return a run as JSON can hold it, its curves thinned."""
-    kept = thinned(len(finished.losses))
+    kept = [i for i, error in enumerate(finished.unitarity) if error is not None]
+    kept = kept if len(kept) > 1 else thinned(len(finished.losses))
     whole = asdict(finished)
-    milliseconds = sorted(whole.pop("optimiser_ms"))
+    whole.pop("optimiser_ms")
     curves = {"step": [i + 1 for i in kept]}
     losses = [sum(finished.losses[max(0, i + 1 - LAST) : i + 1]) / min(LAST, i + 1) for i in kept]
     values_of = {"loss": losses, **{name: [whole[name][i] for i in kept] for name in ("seconds", "unitarity")}}
@@ -127,7 +155,6 @@ def summary(finished: Run) -> dict[str, Any]:
         "solved_at": solved_at,
         "solved_after": None if solved_at is None else round(finished.seconds[solved_at - 1], 2),
         "total_seconds": round(finished.seconds[-1], 2),
-        "optimiser_ms": milliseconds[len(milliseconds) // 2],
         "unitarity_error": finished.unitarity[-1],
         "curves": curves,
     }
@@ -139,22 +166,26 @@ def records(folder: Path, task: str, order: list[str]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda r: (order.index(r["method"]), r["settings"]["k"], r["settings"]["seed"]))
 
 
-def groups(found: Iterable[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
-    """Return the runs that differ in their seed alone, by method and rank."""
-    by_key: dict[tuple[str, int], list[dict[str, Any]]] = {}
+def groups(found: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return the runs that differ in their seed alone."""
+    by_key: dict[str, list[dict[str, Any]]] = {}
     for record in found:
-        by_key.setdefault((record["method"], record["settings"]["k"]), []).append(record)
-    return by_key
+        settings = {name: v for name, v in record["settings"].items() if name not in ("seed", "task seed")}
+        by_key.setdefault(f"{record['method']} {settings} {record['steps']}", []).append(record)
+    return list(by_key.values())
 
 
 def table(found: list[dict[str, Any]]) -> str:
     """Return a row for each method and rank, means over seeds."""
     rows = [HEADER]
-    for (method, k), runs in groups(found).items():
+    for runs in groups(found):
+        settings = runs[0]["settings"]
         rows.append(
             [
-                method,
-                str(k) if "projUNN" in method else "",
+                runs[0]["method"],
+                str(settings["k"] or ""),
+                str(runs[0]["parameters"]),
+                f"{settings['lr']:.2g}, {settings['unitary_lr']:.2g}",
                 str(len(runs)),
                 _mean([r["final_loss"] for r in runs]),
                 _mean([r["score"] for r in runs]),
@@ -165,6 +196,18 @@ def table(found: list[dict[str, Any]]) -> str:
             ]
         )
     return markdown(rows)
+
+
+def caption(found: list[dict[str, Any]]) -> str:
+    """Return what the table shows, in words."""
+    first = found[0]
+    sizes = {name.removeprefix("task "): v for name, v in first["settings"].items() if name.startswith("task ")}
+    if "width" not in sizes:
+        sizes |= {name: first["settings"][name] for name in ("hidden", "nonlinearity")}
+    sizes["steps"] = "at most " + str(max(run["steps"] for run in found))
+    what = f"{first['task']}: " + ", ".join(f"{name} {v}" for name, v in sizes.items() if name != "seed")
+    goal = "–" if first["goal"] is None else f"{first['goal']:.4g}"
+    return CAPTION.format(what=what, measure=first["measure"], goal=goal)
 
 
 def _mean(values: list[float | None], form: str = ".4g") -> str:
@@ -181,5 +224,4 @@ def report(folder: Path, found: list[dict[str, Any]]) -> None:
         return
     name = found[0]["task"].replace(" ", "_")
     curves(folder / f"{name}.png", found)
-    caption = CAPTION.format(measure=found[0]["measure"], goal=found[0]["goal"] and f"{found[0]['goal']:.4g}")
-    print(f"\n{found[0]['task']}\n\n{table(found)}\n\n{caption}\n\nwritten to {folder}: {name}-*.json, {name}.png")
+    print(f"\n{table(found)}\n\n{caption(found)}\n\nwritten to {folder}: {name}-*.json, {name}.png")

@@ -67,8 +67,11 @@ def premise(path: Path, trainings: list[dict[str, Any]]) -> None:
         of_task = [training for training in trainings if training["task"] == task]
         seen = of_task[0]["observations"]
         for k in seen[0]["share"]:
-            row[0].plot([o["step"] for o in seen], [o["share"][k] for o in seen], label=f"k = {k}")
-        row[0].set(xlabel="step", ylabel="‖G_k‖ / ‖G‖", ylim=(0, 1.02), title=f"{task}: share of the best rank-k part")
+            (line,) = row[0].plot([o["step"] for o in seen], [o["share"][k] for o in seen], label=f"k = {k}")
+            row[0].plot([o["step"] for o in seen], [o["share_of_move"][k] for o in seen], ":", color=line.get_color())
+        row[0].set(
+            xlabel="step", ylabel="‖G_k‖ / ‖G‖", ylim=(0, 1.02), title=f"{task}: G (solid), RMSprop's move (dotted)"
+        )
         for o in seen[:: max(1, len(seen) // 4)]:
             row[1].plot(range(1, len(o["singular_values"]) + 1), o["singular_values"], label=f"step {o['step']}")
         row[1].set(

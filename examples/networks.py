@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from geoopt.manifolds.base import Manifold
 from tasks import Task
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrize import cached
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.layers import UnitaryRNN
@@ -51,7 +52,8 @@ class Reader(nn.Module):
         """Return the states ``(T, B, hidden)``."""
         if not inputs.is_floating_point():
             inputs = nn.functional.one_hot(inputs, self.width).to(self.readout.weight.dtype)
-        return self.recurrent(inputs)[0]
+        with cached():  # a parametrised transition is computed once
+            return self.recurrent(inputs)[0]
 
     @property
     def transition(self) -> Tensor | None:
@@ -74,13 +76,18 @@ def unitarity_error(weight: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Method:
-    """A recurrent part and its optimisers."""
+    """A recurrent part and its optimisers.
+
+    ``rates`` are those of RMSprop and of the transition that the method's authors published for a task.
+    """
 
     name: str
     recurrent: Callable[[int, Choices], nn.Module]
     optimizers: Callable[[Reader, Choices], Optimizers]
     colour: str
     low_rank: bool = False
+    riemannian_lr: float | None = None
+    rates: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def build(self, task: Task, choices: Choices, device: torch.device | str = "cpu") -> tuple[Reader, Optimizers]:
         """Return a fresh network, whose weights follow from the seed, and its optimisers."""
@@ -117,6 +124,8 @@ def plain(width: int, choices: Choices) -> nn.Module:
     init = "identity" if choices.init == "torch" else choices.init
     network = UnitaryRNN(width, choices.hidden, nonlinearity=choices.nonlinearity, init=init)
     network.weight_hh_l0 = nn.Parameter(network.weight_hh_l0.detach().clone())
+    del network.manifold_l0
+    network.remember_manifolds()
     if choices.init == "torch":
         bound = choices.hidden**-0.5
         nn.init.uniform_(network.weight_hh_l0, -bound, bound)
@@ -130,7 +139,7 @@ def lstm(width: int, choices: Choices) -> nn.Module:
 
 def eunn(width: int, choices: Choices) -> nn.Module:
     """Return torch_eunn's tunable network of capacity 2, complex, with modReLU."""
-    from torch_eunn import EURNN  # of the extra `experiments`
+    from torch_eunn import EURNN  # of the extra `bench`
 
     return EURNN(width, choices.hidden, capacity=2)
 
@@ -185,20 +194,23 @@ def _euclidean(choices: Choices) -> Manifold:
     return geoopt.Stiefel(canonical=False)
 
 
+_EXPRNN = {"copying": (2e-4, 2e-5), "MNIST": (7e-4, 7e-5), "permuted MNIST": (7e-4, 7e-5)}
+_SCORNN = {"copying": (1e-3, 1e-4)}
 METHODS = {
     method.name: method
     for method in (
         Method("projUNN-D", on_manifold(_d), rmsprop, "tab:blue", low_rank=True),
         Method("projUNN-T", on_manifold(_t), rmsprop, "tab:orange", low_rank=True),
         Method("projUNN-D, feedback", on_manifold(_d), partial(rmsprop, feedback=True), "navy", low_rank=True),
-        Method("projUNN-D, RAdam", on_manifold(_d), riemannian, "tab:cyan", low_rank=True),
-        Method("projUNN-T, RAdam", on_manifold(_t), riemannian, "goldenrod", low_rank=True),
-        Method("Stiefel-canonical, RAdam", on_manifold(_canonical), riemannian, "tab:red"),
-        Method("Stiefel-euclidean, RAdam", on_manifold(_euclidean), riemannian, "tab:green"),
-        Method("expRNN", parametrised("matrix_exp"), rmsprop, "tab:purple"),
-        Method("scoRNN", parametrised("cayley"), rmsprop, "tab:brown"),
-        Method("EUNN", eunn, rmsprop, "tab:pink"),
+        Method("projUNN-D, RAdam", on_manifold(_d), riemannian, "tab:cyan", low_rank=True, riemannian_lr=0.03),
+        Method("projUNN-T, RAdam", on_manifold(_t), riemannian, "goldenrod", low_rank=True, riemannian_lr=0.03),
+        Method("Stiefel-canonical, RAdam", on_manifold(_canonical), riemannian, "tab:red", riemannian_lr=0.01),
+        Method("Stiefel-euclidean, RAdam", on_manifold(_euclidean), riemannian, "tab:green", riemannian_lr=0.03),
+        Method("expRNN", parametrised("matrix_exp"), rmsprop, "tab:purple", rates=_EXPRNN),
+        Method("scoRNN", parametrised("cayley"), rmsprop, "tab:brown", rates=_SCORNN),
+        Method("EUNN", eunn, unconstrained, "tab:pink"),
         Method("LSTM", lstm, unconstrained, "tab:olive"),
-        Method("RNN", plain, unconstrained, "tab:gray"),
+        Method("RNN, unitary start", plain, unconstrained, "black"),
+        Method("RNN", lambda width, choices: plain(width, replace(choices, init="torch")), unconstrained, "tab:gray"),
     )
 }

@@ -1,9 +1,10 @@
 """Evidence for the premise: gradients of a recurrent weight are nearly low-rank, and unitary ones reach the past.
 
 While a network learns (copying memory, permuted digits), every so many steps are recorded: the singular values of the
-dense gradient G of the transition, the share of its norm that the best rank-k part has, and how large the derivative of
-the loss by each state is, for a unitary network, an unconstrained one that starts with the same weights, and one that
-starts as torch.nn.RNN does.  Run ``python examples/premise.py``.
+dense gradient G of the transition, the share of its norm that the best rank-k part has, the same for the move that
+RMSprop makes of it, which is what is cut to rank k here, and how large the derivative of the loss by each state is, for
+a unitary network, an unconstrained one that starts with the same weights, and one that starts as torch.nn.RNN does.
+Run ``python examples/premise.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from tasks import Copying, Pixels, Task
 from torch import Tensor
 from training import train
 
+from projunn_manifold.recurrence import modrelu
+
 RANKS = (1, 2, 4, 8, 16)
-NETWORKS = {  # name -> method, start
-    "unitary": ("projUNN-D", "henaff"),
-    "unconstrained, the same start": ("RNN", "henaff"),
-    "unconstrained, torch's start": ("RNN", "torch"),
+NETWORKS = {  # name -> method
+    "unitary": "projUNN-D",
+    "unconstrained, the same start": "RNN, unitary start",
+    "unconstrained, torch's start": "RNN",
 }
 
 
@@ -34,41 +38,55 @@ class Observations:
     """What is seen between backward pass and step."""
 
     def __init__(self, task: Task, every: int) -> None:
-        self.every = every
+        self.every, self.task = every, task
         self.records: list[dict[str, Any]] = []
-        self.probe = next(iter(task.batches()))
-        self.task = task
+        self.probe = next(iter(replace(task, seed=task.seed + 1).batches()))  # one batch, not trained on
+        self.squares: Tensor | None = None
 
     def __call__(self, step: int, network: Reader, inputs: Tensor) -> None:
-        """Record the gradient and the derivatives by the states, on one batch that stays the same."""
-        if step % self.every:
-            return
+        """Record the gradient of this step, the move RMSprop makes of it, and the derivatives by the states."""
         weight = network.transition
         assert weight is not None
-        values = torch.linalg.svdvals(weight.grad.clone().double())
-        energy = values.square().cumsum(0).sqrt() / values.norm()
+        gradient = weight.grad.clone()
+        if self.squares is None:
+            self.squares = torch.zeros_like(gradient)
+        self.squares.mul_(0.99).addcmul_(gradient, gradient, value=0.01)
+        if step % self.every:
+            return
+        move = gradient / (self.squares.sqrt() + 1e-8)
+        values = torch.linalg.svdvals(gradient.double())
         self.records.append(
             {
                 "step": step,
-                "share": {str(k): round(float(energy[k - 1]), 4) for k in RANKS},
+                "share": shares(values),
+                "share_of_move": shares(torch.linalg.svdvals(move.double())),
                 "singular_values": [float(f"{v:.3g}") for v in (values / values[0])[:64]],
                 "states": [float(f"{v:.3g}") for v in by_states(network, self.task, *self.probe)],
             }
         )
 
 
+def shares(values: Tensor) -> dict[str, float]:
+    """Return the share of the norm that the best rank-k parts have."""
+    energy = values.square().cumsum(0).sqrt() / values.norm()
+    return {str(k): round(float(energy[k - 1]), 4) for k in RANKS}
+
+
 def by_states(network: Reader, task: Task, inputs: Tensor, targets: Tensor) -> list[float]:
-    """Return ``‖∂L/∂h_t‖`` for every t."""
+    """Return ``‖∂L/∂h_t‖`` for every t; L is the loss of the answers that need memory, the last ones."""
     if not inputs.is_floating_point():
         inputs = torch.nn.functional.one_hot(inputs, task.width).float()
-    cell = dict(network.recurrent.named_parameters())
-    bias = sum(b for name, b in cell.items() if name.startswith("bias"))
-    h, states = inputs.new_zeros(inputs.shape[1], cell["weight_hh_l0"].shape[0]), []
-    for drive in inputs @ cell["weight_ih_l0"].mT + bias:
-        h = torch.relu(drive + h @ cell["weight_hh_l0"].mT)
+    cell = network.recurrent
+    h, states = inputs.new_zeros(inputs.shape[1], cell.hidden_size), []
+    for drive in inputs @ cell.weight_ih_l0.mT + cell.bias_ih_l0:
+        h = modrelu(drive + h @ cell.weight_hh_l0.mT, cell.modrelu_l0.bias)
         states.append(h)
-    outputs = network.readout(torch.stack(states) if task.everywhere else h)
-    return [g.norm().item() for g in torch.autograd.grad(task.loss(outputs, targets), states)]
+    if isinstance(task, Copying):
+        outputs, targets = network.readout(torch.stack(states[-task.copied :])), targets[-task.copied :]
+    else:
+        outputs = network.readout(h)
+    gradients = torch.autograd.grad(task.loss(outputs, targets), states, allow_unused=True)
+    return [0.0 if g is None else g.norm().item() for g in gradients]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,10 +106,13 @@ def main(arguments: list[str] | None = None) -> int:
     epochs = -(-options.steps // 23)  # of 23 batches
     found = []
     for task in (Copying(100, 64, options.steps, 0), Pixels(64, epochs, 0)):
-        for name, (method, init) in NETWORKS.items():
+        for name, method in NETWORKS.items():
             seen = Observations(task, options.every)
-            run = train(task, METHODS[method], Choices(options.hidden, init=init), observe=seen)
-            found.append({"task": task.name, "network": name, "loss": run.final_loss, "observations": seen.records})
+            run = train(
+                task, METHODS[method], Choices(options.hidden, nonlinearity="modrelu", unitary_lr=1e-4), observe=seen
+            )
+            ends = {"loss": run.final_loss, "baseline": task.baseline, "score": run.score}
+            found.append({"task": task.name, "network": name, **ends, "observations": seen.records})
     record = {"hidden": options.hidden, "trainings": found, **environment()}
     (options.out / "premise.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     premise(options.out / "premise.png", found)

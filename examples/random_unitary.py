@@ -1,7 +1,9 @@
 """Learning a random unitary matrix (the paper's Fig. 2b): complex, 4096 Gaussian samples, batches of 16, plain SGD.
 
 The loss is ``‖(U - U*) x‖² / (2 n)``, the mean over a batch, so that at first it is 1.  Its gradient has rank 16, the
-batch; k = 16 keeps all of it.  Run ``python examples/random_unitary.py``; ``--side 2048`` is the paper's.
+batch; k = 16 keeps all of it.  Run ``python examples/random_unitary.py``; ``--hidden 2048`` is the
+paper's, which samples columns (``--sampler column``).  ``--unitary-lr`` is in units of twice the inverse of the batch's
+largest curvature.  What is called projUNN here is SGD along the tangent (``retr``, ``expmap``).
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class RandomUnitary:
     name: ClassVar[str] = "random unitary"
     everywhere: ClassVar[bool] = True
     measure: ClassVar[str] = "‖U - U*‖² / 2n"
-    baseline: ClassVar[float] = 1.0
+    baseline: ClassVar[None] = None
     goal: ClassVar[float] = 1e-6
 
     @property
@@ -99,6 +101,8 @@ class Descent:
     manifold: type[UnitaryLowRank]
     colour: str
     full: bool = False
+    riemannian_lr: ClassVar[None] = None
+    rates: ClassVar[dict[str, tuple[float, float]]] = {}
 
     @property
     def low_rank(self) -> bool:
@@ -137,13 +141,13 @@ def main(arguments: list[str] | None = None) -> int:
         steps=12000,
         batch=16,
         hidden=512,
-        lr=1.0,
         unitary_lr=1.0,
         k=[1, 2, 4, 8, 16],
         out=Path("results/random_unitary"),
     )
     command.add_argument("--sampler", default="lsi", help="see UnitaryLowRank (default: %(default)s)")
     options = command.parse_args(arguments)
+    options.lr = 0.0  # there is nothing but the matrix
     run(
         options,
         lambda seed: RandomUnitary(options.hidden, options.batch, options.steps, seed),

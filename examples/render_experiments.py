@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from experiment import table
+from experiment import caption, table
 from figures import curves
 from networks import METHODS
 from random_unitary import METHODS as DESCENTS
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs.sort(key=lambda run: (order.index(run["method"]), run["settings"]["k"], run["settings"]["seed"]))
         curves(options.out / f"{folder.name}.png", runs)
         machines = " and ".join(sorted({run["machine"] for run in runs}))
-        write_between(options.into, folder.name, f"{table(runs)}\n\nOn {machines}.")
+        write_between(options.into, folder.name, f"\n{table(runs)}\n\n{caption(runs)}.  On {machines}.\n")
     return 0
 
 

@@ -35,7 +35,7 @@ def write_between(page: Path, name: str, text: str) -> None:
     page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions and machine, for a record of results."""
     return {
         "versions": {
@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
             "geoopt": geoopt.__version__,
             "projunn_manifold": projunn_manifold.__version__,
         },
-        "machine": _machine(),
+        "machine": _machine() if device == "cpu" else f"{torch.cuda.get_device_name(device)}, {_machine()}",
     }
 
 

@@ -34,7 +34,7 @@ from report import environment, markdown, write_between
 from tasks import Copying, Pixels, Task
 from torch import Tensor
 from tqdm import tqdm
-from training import train
+from training import NonFiniteError, train
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.sampling import Column, Sampler, Subspace, svd
@@ -152,7 +152,7 @@ class Setting:
 RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 SETTINGS = {
     "random unitary": Setting(
-        lambda seed: RandomUnitary(96, 16, 600, seed), 96, False, (0.5, 2.0, 8.0, 16.0, 32.0, 64.0)
+        lambda seed: RandomUnitary(96, 16, 600, seed), 96, False, tuple(2.0 ** (j / 2) for j in range(-2, 14))
     ),
     "permuted digits": Setting(lambda seed: Pixels(64, 20, seed), 64, True, RATES),
     "copying": Setting(lambda seed: Copying(30, 64, 1500, seed), 64, True, RATES),
@@ -164,7 +164,7 @@ SEEDS = (0, 1, 2, 3, 4)
 def measure(setting: Setting, variant: Variant, rate: float, seed: int) -> dict[str, Any]:
     """Train once."""
     method = Varied(variant.name, variant, setting.rms)
-    choices = Choices(setting.hidden, k=variant.k, seed=seed, lr=setting.lr, unitary_lr=rate)
+    choices = Choices(setting.hidden, k=variant.k, sampler=variant.sampler, seed=seed, lr=setting.lr, unitary_lr=rate)
     return summary(train(setting.task(seed), method, choices, quiet=True))
 
 
@@ -181,7 +181,7 @@ def _lost(train_once: Callable[..., dict[str, Any]], *arguments: Any) -> float:
     """Return the final loss; infinity for a training that diverged."""
     try:
         loss = train_once(*arguments)["final_loss"]
-    except ValueError:  # a gradient that is not finite
+    except NonFiniteError:
         return math.inf
     return loss if math.isfinite(loss) else math.inf
 
@@ -228,10 +228,11 @@ def compact(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         of_task = [cell for cell in found if cell["task"] == task]
         budget = min(statistics.median(run["total_seconds"] for run in cell["runs"]) for cell in of_task)
         for cell in of_task:
-            runs = cell["runs"]
+            runs, rates = cell["runs"], [float(rate) for rate in cell["searched"]]
             cells.append(
                 {
                     **{key: cell[key] for key in ("task", "sampler", "k", "rest", "name", "rate")},
+                    "edge": cell["rate"] in (min(rates), max(rates)),  # a better rate may be beyond
                     "losses": [run["final_loss"] for run in runs],
                     "losses_at_equal_time": [_loss_at(run["curves"], budget) for run in runs],
                     "scores": [run["score"] for run in runs],
@@ -250,18 +251,30 @@ def _loss_at(curves: dict[str, list[float]], seconds: float) -> float:
 
 
 def table(cells: list[dict[str, Any]]) -> str:
-    """Return a row for every variant: medians over seeds after equal steps, after equal time, and seconds."""
+    """Return a row for every variant: medians over seeds of the loss after equal steps and time, and of the score.
+
+    A star tells that the best rate was the first or last of the search.
+    """
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
-    rows = [["sampler", "k", "what is left out", *(f"{task}: {what}" for task in tasks for what in ("loss", "s"))]]
+    columns = [f"{task}: {what}" for task in tasks for what in ("loss", "equal time", _score_of(cells, task))]
+    rows = [["sampler", "k", "what is left out", *columns]]
     for name in dict.fromkeys(cell["name"] for cell in cells):
         of_name = {cell["task"]: cell for cell in cells if cell["name"] == name}
         first = next(iter(of_name.values()))
         row = [first["sampler"], str(first["k"]), first["rest"]]
         for task in tasks:
             cell = of_name.get(task)
-            row += [f"{statistics.median(cell['losses']):.2g}", f"{cell['seconds']:.1f}"] if cell else ["", ""]
+            if cell is None:
+                row += ["", "", ""]
+                continue
+            medians = [f"{statistics.median(cell[key]):.2g}" for key in ("losses", "losses_at_equal_time", "scores")]
+            row += [medians[0] + "*" * cell["edge"], *medians[1:]]
         rows.append(row)
     return markdown(rows)
+
+
+def _score_of(cells: list[dict[str, Any]], task: str) -> str:
+    return next(cell["measure"] for cell in cells if cell["task"] == task)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -21,6 +21,10 @@ LAST = 10  # a final loss is the mean over so many last steps
 Observer = Callable[[int, Reader, Tensor], None]  # of the step, the network with its gradients, and the inputs
 
 
+class NonFiniteError(ValueError):
+    """The loss, or with it a gradient, is not finite any more."""
+
+
 @dataclass
 class Run:
     """A training: a value for every step."""
@@ -32,9 +36,10 @@ class Run:
     baseline: float | None
     goal: float | None
     measure: str
+    parameters: int
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)  # elapsed at the end of the step, measurements left out
-    unitarity: list[float | None] = field(default_factory=list)
+    unitarity: list[float | None] = field(default_factory=list)  # None where it was not measured
     optimiser_ms: list[float] = field(default_factory=list)  # the step of the last optimiser: the transition's own
     score: float | None = None
 
@@ -91,10 +96,16 @@ def train(
         Whether to show and print nothing.
     """
     network, optimizers = method.build(task, choices, device)
-    settings = {
-        key: value if isinstance(value, int | float | str) else str(value) for key, value in asdict(choices).items()
-    }
-    run = Run(task.name, method.name, method.colour, settings, task.baseline, task.goal, task.measure)
+    run = Run(
+        task.name,
+        method.name,
+        method.colour,
+        settings_of(task, choices, device),
+        task.baseline,
+        task.goal,
+        task.measure,
+        sum(p.numel() for p in network.parameters()),
+    )
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, run, network, optimizers)
     done, elapsed = len(run.losses), run.seconds[-1] if run.seconds else 0.0
@@ -107,6 +118,8 @@ def train(
             start = perf_counter()
             network.zero_grad()
             loss = task.loss(network(inputs), targets)
+            if not torch.isfinite(loss):
+                raise NonFiniteError(f"the loss is {loss.item()} at step {step}")
             loss.backward()
             if observe is not None:
                 elapsed += perf_counter() - start
@@ -127,11 +140,20 @@ def train(
                 _save(checkpoint, run, network, optimizers)
             if stop_when_solved and step + 1 >= LAST and run.solved:
                 break
-    run.unitarity[-1] = network.unitarity_error()
+    run.unitarity[-1:] = [network.unitarity_error()]
     run.score = task.score(network, device)
     if not quiet:
         print(f"{label}: loss {run.final_loss:.4g}, {task.measure} {run.score:.4g}, {elapsed:.1f} s", flush=True)
     return run
+
+
+def settings_of(task: Task, choices: Choices, device: torch.device | str) -> dict[str, Any]:
+    """Return all that makes a training what it is, but its length, as JSON can hold it."""
+    whole = {**{f"task {name}": value for name, value in vars(task).items()}, **asdict(choices), "device": str(device)}
+    left_out = ("task steps", "task epochs", "task folder", "task target")
+    return {
+        name: v if isinstance(v, int | float | str) else str(v) for name, v in whole.items() if name not in left_out
+    }
 
 
 def _save(file: Path, run: Run, network: Reader, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -153,3 +175,6 @@ def _restore(file: Path, run: Run, network: Reader, optimizers: list[torch.optim
     network.load_state_dict(saved["network"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
+    own = {id(p) for p in network.parameters()}
+    if any(id(p) not in own for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]):
+        raise RuntimeError(f"{file}: loading it replaced parameters that an optimiser has")

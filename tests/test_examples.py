@@ -105,7 +105,7 @@ def examples(monkeypatch):
 
 
 SMALL = ["--steps", "12", "--batch", "8", "--hidden", "16", "--save-every", "5"]
-EVERYONE = ["projUNN-D", "projUNN-T, RAdam", "Stiefel-canonical, RAdam", "expRNN", "scoRNN", "LSTM", "RNN"]
+EVERYONE = ["projUNN-D", "projUNN-T, RAdam", "Stiefel-canonical, RAdam", "expRNN", "scoRNN", "LSTM", "RNN"]  # not EUNN
 
 
 @pytest.mark.parametrize("script", ["copying.py", "adding.py"])
@@ -149,25 +149,46 @@ def test_random_unitary_comes_close_the_faster_the_larger_k(tmp_path):
         assert scores[method, 8] < 1e-6 < scores[method, 1] < 0.1
 
 
-def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, examples):
+@pytest.mark.parametrize("name", ["projUNN-D", "projUNN-D, feedback", "expRNN", "RNN, unitary start", "LSTM"])
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, examples, name):
     training, networks, tasks = examples("training"), examples("networks"), examples("tasks")
-    task, choices = tasks.Copying(10, 4, 12, 0), networks.Choices(16)
-    arguments = (task, networks.METHODS["projUNN-D"], choices)
+    task, choices, method = tasks.Copying(10, 4, 12, 0), networks.Choices(16), networks.METHODS[name]
 
     def interrupt(step, network, inputs):
         if step == 7:
             raise KeyboardInterrupt
 
-    whole = training.train(*arguments, quiet=True)
+    whole = training.train(task, method, choices, quiet=True)
     file = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        training.train(*arguments, checkpoint=file, every=5, observe=interrupt, quiet=True)
-    resumed = training.train(*arguments, checkpoint=file, every=5, quiet=True)
+        training.train(task, method, choices, checkpoint=file, every=5, observe=interrupt, quiet=True)
+    resumed = training.train(task, method, choices, checkpoint=file, every=5, quiet=True)
     assert resumed.losses == whole.losses
     assert resumed.score == whole.score
-    other = networks.Choices(16, lr=0.1)
-    with pytest.raises(ValueError, match="another training"):
-        training.train(task, networks.METHODS["projUNN-D"], other, checkpoint=file, quiet=True)
+    for other in ((task, networks.Choices(16, lr=0.1)), (tasks.Copying(11, 4, 12, 0), choices)):
+        with pytest.raises(ValueError, match="another training"):
+            training.train(other[0], method, other[1], checkpoint=file, quiet=True)
+
+
+def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
+    arguments = ["copying.py", *SMALL, "--methods", "RNN", "--out", tmp_path]
+    assert run(*arguments, "--length", "20").returncode == 0
+    result = run(*arguments, "--length", "30")
+    assert result.returncode == 1
+    assert "task length 20, not 30" in result.stderr
+
+
+def test_a_training_that_diverges_leaves_no_result_and_stops_no_other(tmp_path):
+    result = run("copying.py", *SMALL, "--length", "5", "--lr", "1e30", "--methods", "RNN", "LSTM", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "no result" in result.stdout
+
+
+def test_the_comparison_of_a_longer_run_is_written(tmp_path):
+    sizes = ["--steps", "230", "--length", "5", "--hidden", "8", "--batch", "4"]
+    result = run("compare_stiefel.py", "--task", "copying", *sizes, "--out", tmp_path)
+    assert (tmp_path / "results.json").exists(), result.stderr
+    assert (tmp_path / "compare_stiefel.png").exists()
 
 
 def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, examples, monkeypatch):
@@ -190,7 +211,7 @@ def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, examples,
 def test_derivatives_by_the_states_are_those_of_the_network(examples):
     premise, networks, tasks = examples("premise"), examples("networks"), examples("tasks")
     task = tasks.Adding(9, 4, 1, 0)
-    network, _ = networks.METHODS["projUNN-D"].build(task, networks.Choices(16))
+    network, _ = networks.METHODS["projUNN-D"].build(task, networks.Choices(16, nonlinearity="modrelu"))
     inputs, targets = next(iter(task.batches()))
     norms = premise.by_states(network, task, inputs, targets)
     states = network.recurrent(inputs)[0]
