@@ -98,6 +98,23 @@ def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
     assert Path(copy).read_text() == page.read_text()
 
 
+def test_convolution_speed_compares_norms_times_and_writes(tmp_path):
+    result = run("convolution_speed.py", "--quick", "--rounds", "2", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    cells = json.loads((tmp_path / "convolution_speed.json").read_text())["cells"]
+    assert all("ms" in cell or "not installed" in cell["not_run"] for cell in cells)
+    assert len(cells) == 4
+
+
+def test_a_unitary_network_carries_a_pattern_that_a_plain_one_loses(tmp_path):
+    result = run("pattern.py", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    networks = json.loads((tmp_path / "pattern.json").read_text())["networks"]
+    assert networks["unitary"]["similarity"][-1] > 0.999
+    assert networks["plain, contracting"]["similarity"][-1] < 0.5
+    assert networks["plain, expanding"]["similarity"][-1] < 0.5
+
+
 @pytest.fixture
 def examples(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
