@@ -37,10 +37,11 @@ NETWORKS = {  # name -> method
 class Observations:
     """What is seen between backward pass and step."""
 
-    def __init__(self, task: Task, every: int) -> None:
+    def __init__(self, task: Task, every: int, device: str) -> None:
         self.every, self.task = every, task
         self.records: list[dict[str, Any]] = []
-        self.probe = next(iter(replace(task, seed=task.seed + 1).batches()))  # one batch, not trained on
+        batch = next(iter(replace(task, seed=task.seed + 1).batches()))  # always the same, not trained on
+        self.probe = tuple(t.to(device) for t in batch)
         self.squares: Tensor | None = None
 
     def __call__(self, step: int, network: Reader, inputs: Tensor) -> None:
@@ -95,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--steps", type=int, default=1000, help="of each training (default: %(default)s)")
     command.add_argument("--every", type=int, default=20, help="steps between observations (default: %(default)s)")
     command.add_argument("--hidden", type=int, default=128, help="hidden units (default: %(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    command.add_argument("--device", default="cpu", help="(default: %(default)s)")
     command.add_argument("--out", type=Path, default=Path("results/premise"), help="default: %(default)s")
     command.add_argument("--record", type=Path, metavar="JSON", help="draw this record instead")
     options = command.parse_args(arguments)
@@ -105,15 +108,14 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     epochs = -(-options.steps // 23)  # of 23 batches
     found = []
-    for task in (Copying(100, 64, options.steps, 0), Pixels(64, epochs, 0)):
+    for task in (Copying(100, 64, options.steps, options.seed), Pixels(64, epochs, options.seed)):
         for name, method in NETWORKS.items():
-            seen = Observations(task, options.every)
-            run = train(
-                task, METHODS[method], Choices(options.hidden, nonlinearity="modrelu", unitary_lr=1e-4), observe=seen
-            )
+            seen = Observations(task, options.every, options.device)
+            choices = Choices(options.hidden, seed=options.seed, nonlinearity="modrelu", unitary_lr=1e-4)
+            run = train(task, METHODS[method], choices, device=options.device, observe=seen)
             ends = {"loss": run.final_loss, "baseline": task.baseline, "score": run.score}
             found.append({"task": task.name, "network": name, **ends, "observations": seen.records})
-    record = {"hidden": options.hidden, "trainings": found, **environment()}
+    record = {"hidden": options.hidden, "trainings": found, **environment(options.device)}
     (options.out / "premise.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
     premise(options.out / "premise.png", found)
     print(f"written to {options.out}: premise.json, premise.png")

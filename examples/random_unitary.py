@@ -3,7 +3,8 @@
 The loss is ``‖(U - U*) x‖² / (2 n)``, the mean over a batch, so that at first it is 1.  Its gradient has rank 16, the
 batch; k = 16 keeps all of it.  Run ``python examples/random_unitary.py``; ``--hidden 2048`` is the
 paper's, which samples columns (``--sampler column``).  ``--unitary-lr`` is in units of twice the inverse of the batch's
-largest curvature.  What is called projUNN here is SGD along the tangent (``retr``, ``expmap``).
+largest curvature.  What is called projUNN here is SGD along the tangent (``retr``, ``expmap``);
+geoopt's Stiefel manifolds know no complex matrices.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from typing import ClassVar
 
 import torch
 from experiment import parser, run
-from networks import Choices, Method, Optimizers, unitarity_error
+from networks import Choices, Optimizers, unitarity_error
 from tasks import Batch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold.init import haar_
 from projunn_manifold.layers import UnitaryLinear
 from projunn_manifold.linalg import haar
 from projunn_manifold.optim import RiemannianSGD
@@ -78,11 +81,11 @@ class RandomUnitary:
 
 
 class Matrix(nn.Module):
-    """A unitary matrix, on a manifold."""
+    """A square complex matrix."""
 
-    def __init__(self, n: int, manifold: UnitaryLowRank) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        self.linear = UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64)
+        self.linear = linear
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x U^T``."""
@@ -95,39 +98,43 @@ class Matrix(nn.Module):
 
 @dataclass(frozen=True)
 class Descent:
-    """SGD on a manifold."""
+    """SGD along the tangent of a manifold, or with ``kind`` on a parametrisation of torch's, or on the bare matrix."""
 
     name: str
-    manifold: type[UnitaryLowRank]
+    manifold: type[UnitaryLowRank] | None
     colour: str
-    full: bool = False
+    low_rank: bool = False
+    kind: str | None = None
     riemannian_lr: ClassVar[None] = None
     rates: ClassVar[dict[str, tuple[float, float]]] = {}
-
-    @property
-    def low_rank(self) -> bool:
-        """Whether k counts."""
-        return not self.full
 
     def build(
         self, task: RandomUnitary, choices: Choices, device: torch.device | str = "cpu"
     ) -> tuple[Matrix, Optimizers]:
         """Return a random matrix and its optimiser; its rate is in units of the batch's own curvature, n / batch."""
         torch.manual_seed(choices.seed + 2)
-        manifold = self.manifold(None if self.full else choices.k, sampler=choices.sampler, seed=choices.seed)
-        network = Matrix(task.width, manifold).to(device)
-        # the gradient is (U - U*) X X^H / (B n), the largest eigenvalue of X X^H about n (1 + √(B/n))² , and the
-        # tangent part of a step is half of it
-        rate = choices.unitary_lr * 2 * task.batch / (1 + math.sqrt(task.batch / task.width)) ** 2
-        return network, [RiemannianSGD(network.parameters(), lr=rate)]
+        n = task.width
+        # the gradient is (U - U*) X X^H / (B n), the largest eigenvalue of X X^H about n (1 + √(B/n))²
+        rate = choices.unitary_lr * task.batch / (1 + math.sqrt(task.batch / n)) ** 2
+        if self.manifold is not None:
+            manifold = self.manifold(choices.k or None, sampler=choices.sampler, seed=choices.seed)
+            network = Matrix(UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64)).to(device)
+            return network, [RiemannianSGD(network.parameters(), lr=2 * rate)]  # the tangent is half of the gradient
+        linear = nn.Linear(n, n, bias=False, dtype=torch.complex64)
+        haar_(linear.weight)
+        network = Matrix(linear if self.kind is None else orthogonal(linear, orthogonal_map=self.kind)).to(device)
+        return network, [torch.optim.SGD(network.parameters(), lr=rate)]
 
 
-METHODS: dict[str, Method | Descent] = {
+METHODS: dict[str, Descent] = {
     method.name: method
     for method in (
-        Descent("projUNN-D", UnitaryLowRank, "tab:blue"),
-        Descent("projUNN-T", UnitaryLowRankExact, "tab:orange"),
-        Descent("full rank", UnitaryLowRank, "black", full=True),
+        Descent("projUNN-D", UnitaryLowRank, "tab:blue", low_rank=True),
+        Descent("projUNN-T", UnitaryLowRankExact, "tab:orange", low_rank=True),
+        Descent("full rank", UnitaryLowRank, "black"),
+        Descent("parametrised, matrix_exp", None, "tab:purple", kind="matrix_exp"),
+        Descent("parametrised, cayley", None, "tab:brown", kind="cayley"),
+        Descent("unconstrained", None, "tab:gray"),
     )
 }
 

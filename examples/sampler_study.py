@@ -37,6 +37,7 @@ from tqdm import tqdm
 from training import NonFiniteError, train
 
 from projunn_manifold import UnitaryLowRank
+from projunn_manifold.layers import UnitaryLinear
 from projunn_manifold.sampling import Column, Sampler, Subspace, svd
 from projunn_manifold.tangents import tangent_of_gradient
 
@@ -126,7 +127,8 @@ class Varied:
         manifold = UnitaryLowRank(self.variant.k, sampler=SAMPLERS[self.variant.sampler], seed=choices.seed)
         if isinstance(task, RandomUnitary):
             torch.manual_seed(choices.seed + 2)
-            network = Matrix(task.width, manifold)
+            n = task.width
+            network = Matrix(UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64))
             return network, [Steps(network.linear.weight, self.variant, choices.unitary_lr, self.rms)]
         return Method(self.name, on_manifold(lambda _: manifold), self._optimizers, self.colour).build(task, choices)
 

@@ -159,11 +159,15 @@ def test_a_file_that_is_not_mnist_is_refused(tmp_path, examples):
 
 
 def test_random_unitary_comes_close_the_faster_the_larger_k(tmp_path):
-    result = run("random_unitary.py", "--hidden", "32", "--steps", "120", "--k", "1", "8", "--out", tmp_path)
+    rivals = ["full rank", "parametrised, matrix_exp", "parametrised, cayley", "unconstrained"]
+    sizes = ["--hidden", "32", "--steps", "120", "--k", "1", "8"]
+    result = run("random_unitary.py", *sizes, "--methods", "projUNN-D", "projUNN-T", *rivals, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     scores = {(r["method"], r["settings"]["k"]): r["score"] for r in map(_read, tmp_path.glob("*.json"))}
     for method in ("projUNN-D", "projUNN-T"):
         assert scores[method, 8] < 1e-6 < scores[method, 1] < 0.1
+    assert scores["full rank", 0] < 1e-6
+    assert scores["unconstrained", 0] < 1e-6
 
 
 @pytest.mark.parametrize("name", ["projUNN-D", "projUNN-D, feedback", "expRNN", "RNN, unitary start", "LSTM"])
