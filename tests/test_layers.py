@@ -175,6 +175,11 @@ def test_new_weights_after_to_empty_and_a_plain_copy_in_the_same_mode():
     plain = model[0].to_plain()
     assert not plain.training
     assert not plain.weight_ih_l0.requires_grad
+    model[1].weight.requires_grad_(False)
+    linear = model[1].to_plain()
+    assert not linear.training
+    assert not linear.weight.requires_grad
+    assert linear.bias.requires_grad
     shared = UnitaryRNN(2, 6, num_layers=2, manifold=UnitaryLowRank(1))
     assert not any(key.startswith("_manifold") for key in shared.state_dict())
 

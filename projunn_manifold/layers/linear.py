@@ -79,10 +79,10 @@ class UnitaryLinear(KeepsManifolds):
         weight = self._matrix().detach().resolve_conj()
         plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, weight.device, weight.dtype)
         with torch.no_grad():
-            plain.weight.copy_(weight)
+            plain.weight.copy_(weight).requires_grad_(self.weight.requires_grad)
             if self.bias is not None:
-                plain.bias.copy_(self.bias)
-        return plain
+                plain.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        return plain.train(self.training)
 
     def extra_repr(self) -> str:
         """Return the sizes, as torch.nn.Linear does."""
