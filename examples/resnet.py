@@ -1,0 +1,95 @@
+"""Convolutional networks for images of one size, with orthogonal or with plain convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from projunn_manifold import UnitaryLowRank
+from projunn_manifold.layers import OrthogonalConv2d
+
+Convolution = Callable[[int, int, int], nn.Module]  # of channels in, channels out, and the side of the images
+
+
+def orthogonal(manifold: Callable[[], UnitaryLowRank]) -> Convolution:
+    """Return convolutions on a manifold, each on its own, that start within windows of 3 x 3."""
+
+    def build(inward: int, outward: int, side: int) -> nn.Module:
+        return OrthogonalConv2d(inward, outward, side, bias=False, manifold=manifold(), support=min(3, side))
+
+    return build
+
+
+def plain(inward: int, outward: int, side: int) -> nn.Module:
+    """Return torch's convolution of 3 x 3, circular."""
+    return nn.Conv2d(inward, outward, min(3, side), padding="same", padding_mode="circular", bias=False)
+
+
+def aoc(inward: int, outward: int, side: int) -> nn.Module:
+    """Return orthogonium's orthogonal convolution of 3 x 3, circular."""
+    from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d  # of the extra `bench`
+
+    return AdaptiveOrthoConv2d(inward, outward, 3, padding=1, padding_mode="circular", bias=False)
+
+
+def block(convolution: Convolution, inward: int, outward: int, side: int) -> list[nn.Module]:
+    """Return a convolution, a batch norm and a ReLU."""
+    return [convolution(inward, outward, side), nn.BatchNorm2d(outward), nn.ReLU()]
+
+
+class Residual(nn.Module):
+    """Two blocks beside the identity."""
+
+    def __init__(self, convolution: Convolution, channels: int, side: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(*(m for _ in range(2) for m in block(convolution, channels, channels, side)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x + inner(x)``."""
+        return x + self.inner(x)
+
+
+class ResNet9(nn.Sequential):
+    """The paper's network (Kiani et al. 2022, section 5): eight convolutions, two residual parts, a linear read-out.
+
+    ``width`` is that of the first layer, 64 in the paper; later layers have 2, 4 and 8 times as many channels, on
+    images that are pooled to a half of their side before each.
+    """
+
+    def __init__(self, convolution: Convolution, channels: int, classes: int, side: int, width: int = 64) -> None:
+        w, half, quarter, eighth = width, side // 2, side // 4, side // 8
+        super().__init__(
+            *block(convolution, channels, w, side),
+            *block(convolution, w, 2 * w, side),
+            nn.MaxPool2d(2),
+            Residual(convolution, 2 * w, half),
+            *block(convolution, 2 * w, 4 * w, half),
+            nn.MaxPool2d(2),
+            *block(convolution, 4 * w, 8 * w, quarter),
+            nn.MaxPool2d(2),
+            Residual(convolution, 8 * w, eighth),
+            nn.AdaptiveMaxPool2d(1),
+            nn.Flatten(),
+            nn.Linear(8 * w, classes),
+        )
+
+
+class Deep(nn.Sequential):
+    """So many blocks one after the other, without shortcuts: the paper's test of depth (Fig. 5)."""
+
+    def __init__(
+        self, convolution: Convolution, channels: int, classes: int, side: int, width: int = 32, depth: int = 100
+    ) -> None:
+        blocks = block(convolution, channels, width, side)
+        for _ in range(depth - 1):
+            blocks += block(convolution, width, width, side)
+        super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+
+@torch.no_grad()
+def operator_error(network: nn.Module) -> float | None:
+    """Return how far the singular values of the orthogonal convolutions are from one, at most; None without any."""
+    found = [m.singular_values() for m in network.modules() if isinstance(m, OrthogonalConv2d)]
+    return (torch.cat(found) - 1).abs().max().item() if found else None
