@@ -7,6 +7,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
 
@@ -55,6 +56,11 @@ def study(path: Path, cells: list[dict[str, Any]]) -> None:
             when = "after equal steps" if key == "losses" else f"after {budget:.1f} s"
             panel.set(xscale="log", title=f"{task}: loss {when}", yticks=[-i for i in range(len(names))])
             panel.set_yticklabels(names if panel is row[0] else [], fontsize="x-small")
+            losses = [loss for cell in cells if cell["task"] == task for loss in cell[key]]
+            wide = max(losses) > 100 * min(losses)
+            panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 

@@ -191,6 +191,30 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, exampl
             training.train(other[0], method, other[1], checkpoint=file, quiet=True)
 
 
+def test_pages_show_the_recorded_experiments(tmp_path):
+    results = ROOT / "docs" / "results"
+    for script, page, record in (
+        ("render_experiments.py", "experiments.md", [results / "experiments"]),
+        ("sampler_study.py", "samplers.md", ["--record", results / "sampler_study.json"]),
+        ("convolution_speed.py", "convolution.md", ["--record", results / "convolution_speed.json"]),
+    ):
+        original = ROOT / "docs" / page
+        copy = shutil.copy(original, tmp_path)
+        result = run(script, *record, "--out", tmp_path, "--into", copy)
+        assert result.returncode == 0, result.stderr
+        assert Path(copy).read_text() == original.read_text()
+
+
+def test_images_are_classified_by_orthogonal_and_plain_networks(tmp_path):
+    sizes = ["--hidden", "4", "--epochs", "1", "--batch", "512"]
+    for depth in ([], ["--depth", "3"]):
+        result = run("image_classification.py", *sizes, *depth, "--out", tmp_path)
+        assert result.returncode == 0, result.stderr
+    records = [_read(file) for file in tmp_path.glob("*.json")]
+    assert len(records) == 6
+    assert all(r["unitarity_error"] is None or r["unitarity_error"] < 1e-5 for r in records)
+
+
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     arguments = ["copying.py", *SMALL, "--methods", "RNN", "--out", tmp_path]
     assert run(*arguments, "--length", "20").returncode == 0
