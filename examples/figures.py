@@ -85,7 +85,7 @@ def premise(path: Path, trainings: list[dict[str, Any]]) -> None:
             ylabel="singular value / largest",
             xscale="log",
             yscale="log",
-            ylim=(1e-8, 2),
+            ylim=(1e-3, 2),
             title="spectrum of G",
         )
         for training, colour in zip(of_task, ("tab:blue", "tab:orange", "tab:gray"), strict=True):
