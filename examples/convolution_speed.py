@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from report import environment, markdown, write_between
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -186,7 +187,10 @@ def draw(path: Path, record: dict[str, Any]) -> None:
             cells = _of_channels(record, name)
             panel.plot([c["channels"] for c in cells], [value(c) for c in cells], "o-", color=colour, label=name)
         panel.set(xscale="log", yscale="log", xlabel="channels C", ylabel=what, title="16² pixels, batch 16")
-        panel.grid(alpha=0.3, which="both")
+        channels = sorted({c["channels"] for c in record["cells"]})
+        panel.set_xticks(channels, channels)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.3)
         panel.legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
 
