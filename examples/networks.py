@@ -139,7 +139,12 @@ def lstm(width: int, choices: Choices) -> nn.Module:
 
 def eunn(width: int, choices: Choices) -> nn.Module:
     """Return torch_eunn's tunable network of capacity 2, complex, with modReLU."""
-    from torch_eunn import EURNN  # of the extra `bench`
+    try:
+        from torch_eunn import EURNN
+    except ImportError:
+        raise SystemExit(
+            "the EUNN is that of torch_eunn: python -m pip install -c constraints.txt torch_eunn"
+        ) from None
 
     return EURNN(width, choices.hidden, capacity=2)
 

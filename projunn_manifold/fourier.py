@@ -89,14 +89,18 @@ def synthesise(x: Tensor, grid: Spectrum) -> Tensor:  # (..., stored) -> (..., *
 
 def blocks_of_kernel(kernel: Tensor, grid: Spectrum) -> Tensor:  # (..., out, in, *size) -> (..., stored, out, in)
     """Return the blocks of a kernel whose entry 0 is its centre."""
-    values = analyse(kernel.conj(), grid).conj() if kernel.is_complex() else analyse(kernel, grid).conj()
-    return values.movedim(-1, -3).resolve_conj()
+    dims = tuple(range(-len(grid.size), 0))
+    transform = torch.fft.ihfftn if grid.real else torch.fft.ifftn  # e^{+iωj}, and no factor of 1/N
+    return transform(kernel, dim=dims, norm="forward").flatten(-len(grid.size)).movedim(-1, -3)
 
 
 def kernel_of_blocks(blocks: Tensor, grid: Spectrum) -> Tensor:  # (..., stored, out, in) -> (..., out, in, *size)
     """Return the kernel of these blocks, its centre at entry 0; inverse of :func:`blocks_of_kernel`."""
-    kernel = synthesise(blocks.movedim(-3, -1).conj().resolve_conj(), grid)
-    return kernel.conj().resolve_conj() if kernel.is_complex() else kernel
+    dims, values = tuple(range(-len(grid.size), 0)), blocks.movedim(-3, -1)
+    if not grid.real:
+        return torch.fft.fftn(values.unflatten(-1, grid.size), dim=dims, norm="forward")
+    stored = (*grid.size[:-1], grid.size[-1] // 2 + 1)
+    return torch.fft.hfftn(values.unflatten(-1, stored), s=grid.size, dim=dims, norm="forward")
 
 
 def everywhere(free: Tensor, grid: Spectrum) -> Tensor:  # (..., free, r, c) -> (..., stored, r, c)

@@ -65,7 +65,8 @@ def _embedded(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
     """Return the kernel on the whole grid, its centre at 0."""
     pads = [end for side, whole in zip(kernel.shape[:1:-1], size[::-1], strict=True) for end in (0, whole - side)]
     shifts = [-((side - 1) // 2) for side in kernel.shape[2:]]
-    return nn.functional.pad(kernel, pads).roll(shifts, tuple(range(2, kernel.dim())))
+    whole = nn.functional.pad(kernel, pads) if any(pads) else kernel
+    return whole.roll(shifts, tuple(range(2, kernel.dim())))
 
 
 def _of_several(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
@@ -77,7 +78,7 @@ def _blocks(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:  # (C, C, *size) 
     """Return the unitary blocks."""
     blocks = fourier.blocks_of_kernel(kernel, grid)
     if len(kernel) == 1:
-        return torch.polar(torch.ones_like(blocks.imag), blocks.imag)
+        return torch.polar(blocks.real.new_ones(()), blocks.imag)
     return torch.linalg.matrix_exp(linalg.skew(blocks))
 
 
