@@ -99,8 +99,8 @@ def report_comparison(runs: list[Run], options: argparse.Namespace, seconds: flo
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the options as JSON can hold them."""
-    return {**vars(options), "out": str(options.out)}
+    """Return the options that results depend on."""
+    return {name: value for name, value in vars(options).items() if name != "out"}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from networks import METHODS
@@ -123,7 +122,7 @@ def _rounded(values: list[float]) -> list[float]:
 
 def _draw_losses(against_steps: Axes, against_seconds: Axes, runs: list[Run]) -> None:
     for run in runs:
-        loss = _running_mean(run.losses)
+        loss = run.running_mean
         style = {"color": run.colour, "label": run.method}
         against_steps.plot(range(1, len(loss) + 1), loss, **style)
         against_seconds.plot(run.seconds, loss, **style)
@@ -146,11 +145,3 @@ def _draw_unitarity(axes: Axes, runs: list[Run]) -> None:
         title=f"{runs[0].task}: distance from orthogonality",
     )
     axes.grid(alpha=0.3)
-
-
-def _running_mean(values: list[float]) -> np.ndarray:
-    """Mean over the last ``LAST`` steps up to each one, so that a curve ends at the final loss of the table."""
-    sums = np.concatenate(([0.0], np.cumsum(values)))
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - LAST, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)

@@ -141,8 +141,10 @@ def summary(finished: Run) -> dict[str, Any]:
     whole = asdict(finished)
     whole.pop("optimiser_ms")
     curves = {"step": [i + 1 for i in kept]}
-    losses = [sum(finished.losses[max(0, i + 1 - LAST) : i + 1]) / min(LAST, i + 1) for i in kept]
-    values_of = {"loss": losses, **{name: [whole[name][i] for i in kept] for name in ("seconds", "unitarity")}}
+    values_of = {
+        "loss": finished.running_mean[kept].tolist(),
+        **{name: [whole[name][i] for i in kept] for name in ("seconds", "unitarity")},
+    }
     for name, values in values_of.items():
         curves[name] = [None if value is None else float(f"{value:.4g}") for value in values]
     for name in ("losses", "seconds", "unitarity"):

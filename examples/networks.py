@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import cached
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.layers import UnitaryRNN
+from projunn_manifold.linalg import unitarity_error
 from projunn_manifold.optim import constrain
 
 Optimizers = list[torch.optim.Optimizer]
@@ -63,15 +64,7 @@ class Reader(nn.Module):
     def unitarity_error(self) -> float | None:
         """Distance of the transition from the manifold, where there is one."""
         square = self.transition is not None and self.transition.shape[0] == self.transition.shape[1]
-        return unitarity_error(self.transition) if square else None
-
-
-@torch.no_grad()
-def unitarity_error(weight: Tensor) -> float:
-    r"""Distance :math:`\|W^H W - I\|_F/\\sqrt n` from the manifold, in double precision."""
-    wide = weight.detach().cpu().to(torch.cdouble if weight.is_complex() else torch.double)
-    n = wide.shape[-1]
-    return torch.linalg.matrix_norm(wide.mH @ wide - torch.eye(n, dtype=wide.dtype)).item() / n**0.5
+        return unitarity_error(self.transition).item() if square else None
 
 
 @dataclass(frozen=True)
@@ -152,16 +145,16 @@ def eunn(width: int, choices: Choices) -> nn.Module:
 # -- optimisers -----------------------------------------------------------------------------------------
 
 
-def _of_transition(network: Reader) -> list[nn.Parameter]:
-    """Return the parameters behind the transition."""
+def _of_transition(network: Reader) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the parameters behind the transition, and all others."""
     own = [p for name, p in network.named_parameters() if "weight_hh_l0" in name or "angles" in name]
-    return own if network.transition is None or network.transition.shape[0] == network.transition.shape[1] else []
+    own = own if network.transition is None or network.transition.shape[0] == network.transition.shape[1] else []
+    return own, [p for p in network.parameters() if all(p is not q for q in own)]
 
 
 def rmsprop(network: Reader, choices: Choices, *, feedback: bool = False) -> Optimizers:
     """One RMSprop, the transition at its own rate; what is on UnitaryLowRank is constrained: the paper's training."""
-    own = _of_transition(network)
-    others = [p for p in network.parameters() if all(p is not q for q in own)]
+    own, others = _of_transition(network)
     groups = [{"params": others, "lr": choices.lr}, {"params": own, "lr": choices.unitary_lr}]
     optimizer = torch.optim.RMSprop([group for group in groups if group["params"]])
     constrain(optimizer, feedback=feedback)
@@ -175,8 +168,7 @@ def unconstrained(network: Reader, choices: Choices) -> Optimizers:
 
 def riemannian(network: Reader, choices: Choices) -> Optimizers:
     """Geoopt's RiemannianAdam for the transition, RMSprop for all others."""
-    own = _of_transition(network)
-    others = [p for p in network.parameters() if all(p is not q for q in own)]
+    own, others = _of_transition(network)
     return [
         torch.optim.RMSprop(others, lr=choices.lr),
         geoopt.optim.RiemannianAdam(own, lr=choices.unitary_lr),

@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import torch
 from experiment import parser, run
-from networks import Choices, Optimizers, unitarity_error
+from networks import Choices, Optimizers
 from tasks import Batch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
@@ -27,7 +27,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.init import haar_
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.linalg import haar
+from projunn_manifold.linalg import haar, unitarity_error
 from projunn_manifold.optim import RiemannianSGD
 
 SAMPLES = 4096
@@ -93,7 +93,7 @@ class Matrix(nn.Module):
 
     def unitarity_error(self) -> float:
         """Distance of U from the manifold."""
-        return unitarity_error(self.linear.weight)
+        return unitarity_error(self.linear.weight).item()
 
 
 @dataclass(frozen=True)

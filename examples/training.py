@@ -10,6 +10,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 from networks import Choices, Method, Reader
 from report import thinned
@@ -47,6 +48,14 @@ class Run:
     def final_loss(self) -> float:
         """Mean loss of the last few steps."""
         return statistics.fmean(self.losses[-LAST:])
+
+    @property
+    def running_mean(self) -> np.ndarray:
+        """Mean over the last ``LAST`` steps up to each one, so that a curve ends at the final loss."""
+        sums = np.concatenate(([0.0], np.cumsum(self.losses)))
+        ends = np.arange(1, len(self.losses) + 1)
+        starts = np.maximum(ends - LAST, 0)
+        return (sums[ends] - sums[starts]) / (ends - starts)
 
     @property
     def optimiser_quartiles(self) -> list[float]:

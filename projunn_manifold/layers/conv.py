@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from projunn_manifold import fourier, linalg, validation
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.init import haar_, identity_, nearest_unitary_
-from projunn_manifold.layers.base import KeepsManifolds, cast, may_be_factored
+from projunn_manifold.layers.base import KeepsManifolds, cast, check_positive, may_be_factored, sides_of
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
 
@@ -58,18 +58,19 @@ class _UnitaryConv(KeepsManifolds):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("stride", stride)):
-            _check_positive(name, value)
-        _check_positive("groups", groups)
+        check_positive("in_channels", in_channels)
+        check_positive("out_channels", out_channels)
+        check_positive("stride", stride)
+        check_positive("groups", groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-        self.size = _sides(size, self.dims)
+        self.size = sides_of(size, self.dims)
         if any(side % stride for side in self.size):
             raise ValueError(f"stride={stride} must divide every side of the image, got size={self.size}")
         if init not in ("haar", "identity"):
             raise ValueError(f"init must be 'haar' or 'identity', got {init!r}")
         if support is not None:
-            _check_positive("support", support)
+            check_positive("support", support)
             if support > max(self.size) // stride:
                 raise ValueError(f"support={support} does not fit images of size {self.size} with stride {stride}")
             if init != "haar":
@@ -284,7 +285,7 @@ class _UnitaryConv(KeepsManifolds):
         plain = _PLAIN[cls.dims - 1]
         if not issubclass(type(conv), plain):
             raise TypeError(f"{cls.__name__}.from_plain: expected {plain.__name__}, got {type(conv).__name__}")
-        sides = _sides(size, cls.dims)
+        sides = sides_of(size, cls.dims)
         stride: int = conv.stride[0]
         kernel: tuple[int, ...] = conv.kernel_size
         named = {"same": tuple((side - 1) // 2 for side in kernel), "valid": (0,) * cls.dims}
@@ -347,7 +348,7 @@ class _UnitaryConv(KeepsManifolds):
 
         Differentiable: ``1 - layer.support_energy(3)`` added to a loss keeps filters local.
         """
-        _check_positive("kernel_size", kernel_size)
+        check_positive("kernel_size", kernel_size)
         kernel = self.kernel()
         window = kernel
         for axis, (centre, side) in enumerate(zip(self._centre, self.size, strict=True), -self.dims):
@@ -412,20 +413,6 @@ def _refined(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c stride^d, 
 def _centre(side: int, stride: int) -> int:
     """Return how many points torch pads before an image for a kernel of that side to keep the image's size."""
     return (side - 1) // 2 if stride == 1 else max(0, side - stride + 1) // 2
-
-
-def _sides(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    sides = (size,) * dims if isinstance(size, int) else size
-    if not isinstance(sides, tuple | list) or len(sides) != dims:
-        raise ValueError(f"size must be an int or {dims} of them, got {size!r}")
-    for side in sides:
-        _check_positive("size", side)
-    return tuple(sides)
-
-
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
 
 
 class OrthogonalConv1d(_UnitaryConv):

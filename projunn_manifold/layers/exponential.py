@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold import fourier, linalg
-from projunn_manifold.layers.base import cast
+from projunn_manifold.layers.base import cast, sides_of
 from projunn_manifold.linalg import in_full_precision
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
@@ -53,10 +53,10 @@ def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
 
 def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
     dims = kernel.dim() - 2
-    sides = (size,) * dims if isinstance(size, int) else tuple(size)
     if dims < 1 or kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"a kernel must be (C, C, *kernel_size), got shape {tuple(kernel.shape)}")
-    if len(sides) != dims or any(side > whole for side, whole in zip(kernel.shape[2:], sides, strict=True)):
+    sides = sides_of(size, dims)
+    if any(side > whole for side, whole in zip(kernel.shape[2:], sides, strict=True)):
         raise ValueError(f"a kernel of {tuple(kernel.shape[2:])} does not fit a grid of size {sides}")
     return fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
 
@@ -117,9 +117,7 @@ class _ExpConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.size = (size,) * self.dims if isinstance(size, int) else tuple(size)
-        if len(self.size) != self.dims:
-            raise ValueError(f"size must be an int or {self.dims} of them, got {size!r}")
+        self.size = sides_of(size, self.dims)
         self.channels = channels
         sides = self.size if kernel_size is None else (kernel_size,) * self.dims
         self.generator = nn.Parameter(torch.empty(channels, channels, *sides, device=device, dtype=dtype))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, may_be_factored, on_manifold
+from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, check_positive, may_be_factored, on_manifold
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
 
@@ -69,9 +69,8 @@ class _Recurrent(KeepsManifolds):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be an int >= 1, got {size!r}")
+        check_positive("input_size", input_size)
+        check_positive("hidden_size", hidden_size)
         if not callable(nonlinearity) and nonlinearity not in NONLINEARITIES:
             known = ", ".join(map(repr, NONLINEARITIES))
             raise ValueError(f"nonlinearity must be one of {known}, or a function of a tensor, got {nonlinearity!r}")
@@ -292,8 +291,7 @@ class UnitaryRNN(_Recurrent):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
-        if isinstance(num_layers, bool) or not isinstance(num_layers, int) or num_layers < 1:
-            raise ValueError(f"num_layers must be an int >= 1, got {num_layers!r}")
+        check_positive("num_layers", num_layers)
         if isinstance(dropout, bool) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
         self.num_layers, self.batch_first, self.dropout = num_layers, batch_first, dropout
