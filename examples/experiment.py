@@ -18,7 +18,7 @@ import torch
 from networks import METHODS, Choices, unconstrained
 from report import environment, markdown, thinned
 from tasks import Task
-from training import LAST, NonFiniteError, Run, settings_of, train
+from training import LAST, Look, NonFiniteError, Run, settings_of, train
 
 HEADER = [
     "method",
@@ -69,7 +69,12 @@ def parser(description: str, methods: dict[str, Any], chosen: list[str], **defau
 
 
 def run(
-    options: argparse.Namespace, task_of: Callable[[int], Task], methods: dict[str, Any] = METHODS, **choices: Any
+    options: argparse.Namespace,
+    task_of: Callable[[int], Task],
+    methods: dict[str, Any] = METHODS,
+    *,
+    look_of: Callable[[Task], Look] | None = None,
+    **choices: Any,
 ) -> list[dict[str, Any]]:
     """Train every method at every rank from every seed, but what is done already, and report on all in the folder."""
     torch.set_num_threads(options.threads)
@@ -79,7 +84,7 @@ def run(
             for k in options.k if methods[name].low_rank else [0]:
                 task = task_of(seed)
                 own = _choices(options, methods[name], task, k, seed)
-                _run_one(options, task, methods[name], Choices(**own, **choices))
+                _run_one(options, task, methods[name], Choices(**own, **choices), look_of and look_of(task))
     found = records(options.out, task_of(0).name, list(methods))
     report(options.out, found)
     return found
@@ -96,7 +101,7 @@ def _choices(options: argparse.Namespace, method: Any, task: Task, k: int, seed:
     return {**own, "nonlinearity": options.nonlinearity} if hasattr(options, "nonlinearity") else own
 
 
-def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choices) -> None:
+def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choices, look: Look | None) -> None:
     stem = f"{task.name}-{method.name}-k{choices.k}-s{choices.seed}".replace(" ", "_").replace(",", "")
     done, checkpoint = options.out / f"{stem}.json", options.out / f"{stem}.pt"
     if done.exists():
@@ -111,6 +116,7 @@ def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choi
             checkpoint=checkpoint,
             every=options.save_every,
             stop_when_solved=options.stop,
+            look=look,
         )
     except NonFiniteError as error:
         print(f"{stem}: {error}; no result", flush=True)
@@ -203,7 +209,8 @@ def table(found: list[dict[str, Any]]) -> str:
 def caption(found: list[dict[str, Any]]) -> str:
     """Return what the table shows, in words."""
     first = found[0]
-    sizes = {name.removeprefix("task "): v for name, v in first["settings"].items() if name.startswith("task ")}
+    own = {name: v for name, v in first["settings"].items() if name.startswith("task ") and v != "None"}
+    sizes = {name.removeprefix("task "): v for name, v in own.items()}
     if "width" not in sizes:
         sizes |= {name: first["settings"][name] for name in ("hidden", "nonlinearity")}
     sizes["steps"] = "at most " + str(max(run["steps"] for run in found))

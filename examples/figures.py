@@ -13,9 +13,10 @@ DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
 
 
 def curves(path: Path, records: list[dict[str, Any]]) -> None:
-    """Draw all runs of a task in two panels."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
+    """Draw all runs of a task: losses against steps and seconds, and what was seen when they were looked at."""
+    looked_at = any(record.get("looks") for record in records)
+    figure = Figure(figsize=(11, 8.4 if looked_at else 4.6), layout="constrained")
+    upper, *lower = figure.subplots(2 if looked_at else 1, 2, squeeze=False)
     named = set()
     several = len({record["settings"]["k"] for record in records}) > 1
     for record in records:
@@ -23,21 +24,36 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
         if several and "projUNN" in name:
             name += f", k = {record['settings']['k']}"
         style = {"color": record["colour"], "linestyle": DASHES.get(record["settings"]["k"], "-"), "linewidth": 1.2}
-        for panel, axis in zip(panels, ("step", "seconds"), strict=True):
-            label = name if panel is panels[0] and name not in named else None
+        for panel, axis in zip(upper, ("step", "seconds"), strict=True):
+            label = name if panel is upper[0] and name not in named else None
             panel.plot(record["curves"][axis], record["curves"]["loss"], label=label, **style)
+        for panels in lower:
+            _looks(panels, record["looks"], style)
         named.add(name)
-    for panel, axis in zip(panels, ("step", "seconds of training"), strict=True):
+    for panel, axis in zip(upper, ("step", "seconds of training"), strict=True):
         panel.set(xlabel=axis, yscale="log")
-        panel.grid(alpha=0.3)
         for key, dash, label in (("baseline", "--", "without memory"), ("goal", ":", "goal")):
             value = records[0][key]
             if value is not None:
                 style = {"color": "black", "linestyle": dash, "linewidth": 1}
-                panel.axhline(value, label=label if panel is panels[0] else None, **style)
-    panels[0].set(ylabel="training loss", title=records[0]["task"])
+                panel.axhline(value, label=label if panel is upper[0] else None, **style)
+    upper[0].set(ylabel="training loss", title=records[0]["task"])
+    upper[1].sharey(upper[0])
+    for panels in lower:
+        panels[0].set(xlabel="step", ylabel=records[0]["measure"], ylim=(0, 1))
+        panels[1].set(xlabel="step", ylabel="smallest and largest singular value", yscale="log")
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _looks(panels: Any, looks: list[dict[str, float]], style: dict[str, Any]) -> None:
+    """Draw scores, and the range of singular values."""
+    steps = [look["step"] for look in looks]
+    panels[0].plot(steps, [look["score"] for look in looks], **style)
+    for end in ("smallest", "largest"):
+        panels[1].plot(steps, [max(look[end], 1e-6) for look in looks], **style)
 
 
 def study(path: Path, cells: list[dict[str, Any]]) -> None:

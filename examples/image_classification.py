@@ -19,7 +19,7 @@ import torch
 from data import Batch, images
 from experiment import parser, run
 from networks import Choices, Optimizers
-from resnet import Convolution, Deep, ResNet9, aoc, operator_error, orthogonal, plain
+from resnet import Convolution, Deep, ResNet9, aoc, blocks_error, dirac, orthogonal, plain, singular_range
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -111,8 +111,8 @@ class Classifier(nn.Module):
         return self.network(x)
 
     def unitarity_error(self) -> float | None:
-        """Return how far singular values of the operators are from one."""
-        return operator_error(self)
+        """Return how far the blocks of the convolutions are from unitary, at most."""
+        return blocks_error(self)
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class Kind:
     """A kind of convolution, trained by RMSprop."""
 
     name: str
-    convolution: Callable[[Choices], Convolution]
+    convolution: Callable[[Choices, bool], Convolution]  # for a deep stack or not
     colour: str
     low_rank: bool = False
     riemannian_lr: ClassVar[None] = None
@@ -129,15 +129,16 @@ class Kind:
     def build(self, task: Images, choices: Choices, device: Any = "cpu") -> tuple[Classifier, Optimizers]:
         """Return a fresh network and its optimiser."""
         torch.manual_seed(choices.seed)
-        shape = (self.convolution(choices), task.width, task.outputs, task.side, choices.hidden)
-        network = Classifier(ResNet9(*shape) if task.depth is None else Deep(*shape, depth=task.depth)).to(device)
+        deep = task.depth is not None
+        shape = (self.convolution(choices, deep), task.width, task.outputs, task.side, choices.hidden)
+        network = Classifier(Deep(*shape, depth=task.depth) if deep else ResNet9(*shape)).to(device)
         optimizer = torch.optim.RMSprop(param_groups(network, choices.lr, choices.unitary_lr))
         constrain(optimizer)
         return network, [optimizer]
 
 
-def _on(kind: type[UnitaryLowRank]) -> Callable[[Choices], Convolution]:
-    return lambda choices: orthogonal(lambda: kind(choices.k, seed=choices.seed))
+def _on(kind: type[UnitaryLowRank]) -> Callable[[Choices, bool], Convolution]:
+    return lambda choices, deep: orthogonal(lambda: kind(choices.k, seed=choices.seed), identity=deep)
 
 
 METHODS: dict[str, Kind] = {
@@ -145,8 +146,9 @@ METHODS: dict[str, Kind] = {
     for kind in (
         Kind("projUNN-D", _on(UnitaryLowRank), "tab:blue", low_rank=True),
         Kind("projUNN-T", _on(UnitaryLowRankExact), "tab:orange", low_rank=True),
-        Kind("AOC", lambda choices: aoc, "tab:green"),
-        Kind("plain", lambda choices: plain, "tab:gray"),
+        Kind("AOC", lambda choices, deep: aoc, "tab:green"),
+        Kind("plain", lambda choices, deep: plain, "tab:gray"),
+        Kind("plain, identity start", lambda choices, deep: dirac, "black"),
     )
 }
 
@@ -172,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
         options,
         lambda seed: Images(options.data, options.folder, options.batch, options.epochs, seed, options.depth),
         METHODS,
+        look_of=lambda task: lambda network: {"score": task.score(network, options.device), **singular_range(network)},
     )
     return 0
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.layers import OrthogonalConv2d
+from projunn_manifold.linalg import unitarity_error
 
 Convolution = Callable[[int, int, int], nn.Module]  # of channels in, channels out, and the side of the images
 
 
-def orthogonal(manifold: Callable[[], UnitaryLowRank]) -> Convolution:
-    """Return convolutions on a manifold, each on its own, that start within windows of 3 x 3."""
+def orthogonal(manifold: Callable[[], UnitaryLowRank], *, identity: bool = False) -> Convolution:
+    """Return convolutions on a manifold, each on its own, that start within windows of 3 x 3.
+
+    With ``identity`` those that keep the number of channels start as the identity.
+    """
 
     def build(inward: int, outward: int, side: int) -> nn.Module:
-        return OrthogonalConv2d(inward, outward, side, bias=False, manifold=manifold(), support=min(3, side))
+        start: dict[str, Any] = {"init": "identity"} if identity and inward == outward else {"support": min(3, side)}
+        return OrthogonalConv2d(inward, outward, side, bias=False, manifold=manifold(), **start)
 
     return build
 
@@ -25,6 +31,14 @@ def orthogonal(manifold: Callable[[], UnitaryLowRank]) -> Convolution:
 def plain(inward: int, outward: int, side: int) -> nn.Module:
     """Return torch's convolution of 3 x 3, circular."""
     return nn.Conv2d(inward, outward, min(3, side), padding="same", padding_mode="circular", bias=False)
+
+
+def dirac(inward: int, outward: int, side: int) -> nn.Module:
+    """Return torch's convolution, which starts as the identity if it keeps the number of channels."""
+    layer = plain(inward, outward, side)
+    if inward == outward:
+        nn.init.dirac_(layer.weight)
+    return layer
 
 
 def aoc(inward: int, outward: int, side: int) -> nn.Module:
@@ -35,8 +49,10 @@ def aoc(inward: int, outward: int, side: int) -> nn.Module:
 
 
 def block(convolution: Convolution, inward: int, outward: int, side: int) -> list[nn.Module]:
-    """Return a convolution, a batch norm and a ReLU."""
-    return [convolution(inward, outward, side), nn.BatchNorm2d(outward), nn.ReLU()]
+    """Return a convolution that knows the side of its images, a batch norm and a ReLU."""
+    layer = convolution(inward, outward, side)
+    layer.image_side = side
+    return [layer, nn.BatchNorm2d(outward), nn.ReLU()]
 
 
 class Residual(nn.Module):
@@ -88,8 +104,22 @@ class Deep(nn.Sequential):
         super().__init__(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
 
 
+def blocks_error(network: nn.Module) -> float | None:
+    """Return how far the blocks of the orthogonal convolutions are from unitary, at most; None without any."""
+    layers = [m for m in network.modules() if isinstance(m, OrthogonalConv2d)]
+    errors = [unitarity_error(p.detach()).amax() for m in layers for p in (m.weight, m.weight_real) if p is not None]
+    return max(errors).item() if errors else None
+
+
 @torch.no_grad()
-def operator_error(network: nn.Module) -> float | None:
-    """Return how far the singular values of the orthogonal convolutions are from one, at most; None without any."""
-    found = [m.singular_values() for m in network.modules() if isinstance(m, OrthogonalConv2d)]
-    return (torch.cat(found) - 1).abs().max().item() if found else None
+def singular_range(network: nn.Module) -> dict[str, float]:
+    """Return the smallest and the largest singular value of all convolutions as operators on their images."""
+    found = torch.cat([_singular_values(m).cpu() for m in network.modules() if hasattr(m, "image_side")])
+    return {"smallest": found.min().item(), "largest": found.max().item()}
+
+
+def _singular_values(layer: nn.Module) -> Tensor:
+    if isinstance(layer, OrthogonalConv2d):
+        return layer.singular_values()
+    blocks = torch.fft.fft2(layer.weight, s=(layer.image_side, layer.image_side)).permute(2, 3, 0, 1)
+    return torch.linalg.svdvals(blocks).flatten()

@@ -19,7 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 LAST = 10  # a final loss is the mean over so many last steps
+LOOKS = 16  # about so many times a training is looked at
 Observer = Callable[[int, Reader, Tensor], None]  # of the step, the network with its gradients, and the inputs
+Look = Callable[[Reader], dict[str, float]]
 
 
 class NonFiniteError(ValueError):
@@ -42,6 +44,7 @@ class Run:
     seconds: list[float] = field(default_factory=list)  # elapsed at the end of the step, measurements left out
     unitarity: list[float | None] = field(default_factory=list)  # None where it was not measured
     optimiser_ms: list[float] = field(default_factory=list)  # the step of the last optimiser: the transition's own
+    looks: list[dict[str, float]] = field(default_factory=list)
     score: float | None = None
 
     @property
@@ -87,6 +90,7 @@ def train(
     every: int = 100,
     stop_when_solved: bool = False,
     observe: Observer | None = None,
+    look: Look | None = None,
     quiet: bool = False,
 ) -> Run:
     """Train a fresh network, or go on from a checkpoint, with a progress bar where there is a terminal to show it.
@@ -101,6 +105,8 @@ def train(
         Whether to end at the goal.
     observe : callable, optional
         Called in each step between backward pass and optimisers, outside the time taken.
+    look : callable, optional
+        Called a few times after a step, outside the time taken; what it returns is kept with the step.
     quiet : bool
         Whether to show and print nothing.
     """
@@ -119,7 +125,7 @@ def train(
         _restore(checkpoint, run, network, optimizers)
     done, elapsed = len(run.losses), run.seconds[-1] if run.seconds else 0.0
     label = f"{task.name}, {method.name}, k {choices.k}, seed {choices.seed}"
-    measured = set(thinned(task.steps))
+    measured, looked_at = set(thinned(task.steps)), set(thinned(task.steps, LOOKS)) if look is not None else set()
     batches = islice(task.batches(), done, None)
     with tqdm(batches, label, task.steps, initial=done, unit="step", leave=False, disable=quiet or None) as bar:
         for step, (inputs, targets) in enumerate(bar, done):
@@ -144,6 +150,8 @@ def train(
             run.seconds.append(elapsed)
             run.optimiser_ms.append(1e3 * (end - before))
             run.unitarity.append(network.unitarity_error() if step in measured else None)
+            if look is not None and step in looked_at:
+                run.looks.append({"step": step + 1, **look(network)})
             bar.set_postfix(loss=f"{run.losses[-1]:.4f}", refresh=False)
             if checkpoint is not None and (step + 1) % every == 0:
                 _save(checkpoint, run, network, optimizers)
@@ -179,7 +187,7 @@ def _restore(file: Path, run: Run, network: Reader, optimizers: list[torch.optim
     for name in ("task", "method", "settings"):
         if saved["run"][name] != getattr(run, name):
             raise ValueError(f"{file} is of another training: {name} is {saved['run'][name]}, not {getattr(run, name)}")
-    for name in ("losses", "seconds", "unitarity", "optimiser_ms"):
+    for name in ("losses", "seconds", "unitarity", "optimiser_ms", "looks"):
         getattr(run, name).extend(saved["run"][name])
     network.load_state_dict(saved["network"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
