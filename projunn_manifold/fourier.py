@@ -19,7 +19,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["Spectrum", "analyse", "blocks_of_kernel", "everywhere", "kernel_of_blocks", "spectrum", "synthesise"]
+__all__ = [
+    "Spectrum",
+    "analyse",
+    "blocks_of_kernel",
+    "embedded",
+    "everywhere",
+    "from_origin",
+    "kernel_of_blocks",
+    "spectrum",
+    "synthesise",
+]
 
 _POSITIONS = ("generic", "alone", "source", "opposite")
 
@@ -85,6 +95,27 @@ def synthesise(x: Tensor, grid: Spectrum) -> Tensor:  # (..., stored) -> (..., *
         return torch.fft.ifftn(x.unflatten(-1, grid.size), dim=dims)
     stored = (*grid.size[:-1], grid.size[-1] // 2 + 1)
     return torch.fft.irfftn(x.unflatten(-1, stored), s=grid.size, dim=dims)
+
+
+def embedded(kernel: Tensor, size: tuple[int, ...], before: tuple[int, ...] | None = None) -> Tensor:
+    """Return a kernel ``(..., *kernel_size)`` on the whole grid, its centre at entry 0.
+
+    ``before`` is how many points torch pads before the image, and so where the centre is; as for padding="same" if
+    left out.
+    """
+    dims = len(size)
+    widths = kernel.shape[-dims:]
+    if any(side > whole for side, whole in zip(widths, size, strict=True)):
+        raise ValueError(f"a kernel of {tuple(widths)} does not fit a grid of size {tuple(size)}")
+    pads = [end for side, whole in zip(widths[::-1], size[::-1], strict=True) for end in (0, whole - side)]
+    whole = torch.nn.functional.pad(kernel, pads) if any(pads) else kernel
+    centre = tuple((side - 1) // 2 for side in widths) if before is None else before
+    return whole.roll([-c for c in centre], tuple(range(-dims, 0)))
+
+
+def from_origin(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Move the centre of a kernel as large as the grid from entry 0 to where torch's padding="same" has it."""
+    return kernel.roll([(side - 1) // 2 for side in size], tuple(range(-len(size), 0)))
 
 
 def blocks_of_kernel(kernel: Tensor, grid: Spectrum) -> Tensor:  # (..., out, in, *size) -> (..., stored, out, in)

@@ -17,6 +17,7 @@ __all__ = [
     "check_count",
     "check_factors",
     "check_point",
+    "check_positive",
     "check_rate",
     "check_same_matrix",
     "check_sample",
@@ -27,6 +28,7 @@ __all__ = [
     "non_finite",
     "not_converged",
     "shape_problem",
+    "sides_of",
 ]
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
@@ -183,3 +185,19 @@ def non_finite(u: Tensor, what: str) -> ValueError:
 def not_converged(u: Tensor) -> RuntimeError:
     """Return the error for a factorisation that failed on a finite gradient."""
     return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless a size or number is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+
+
+def sides_of(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """Return the sides of an image, given as one for all or one for each dimension."""
+    sides = (size,) * dims if isinstance(size, int) else size
+    if not isinstance(sides, tuple | list) or len(sides) != dims:
+        raise ValueError(f"size must be an int or {dims} of them, got {size!r}")
+    for side in sides:
+        check_positive("size", side)
+    return tuple(sides)

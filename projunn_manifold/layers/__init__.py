@@ -12,7 +12,7 @@ from projunn_manifold.layers.conv import (
     UnitaryConv2d,
     UnitaryConv3d,
 )
-from projunn_manifold.layers.existing import param_groups, unitary_
+from projunn_manifold.layers.existing import param_groups, plain_, unitary_
 from projunn_manifold.layers.exponential import (
     ExpConv1d,
     ExpConv2d,
@@ -41,6 +41,7 @@ __all__ = [
     "UnitaryRNNCell",
     "conv_exponential",
     "param_groups",
+    "plain_",
     "squash",
     "unitary_",
 ]

@@ -15,7 +15,7 @@ from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import manifolds_of, reattach_manifolds
 from projunn_manifold.sampling import Subspace
 
-__all__ = ["INITS", "KeepsManifolds", "cast", "check_positive", "may_be_factored", "on_manifold", "sides_of"]
+__all__ = ["INITS", "KeepsManifolds", "cast", "may_be_factored", "on_manifold"]
 
 #: First values of a weight, by name.
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,19 +91,3 @@ def may_be_factored(weight: Tensor) -> bool:
         return False  # it would be formed in any case
     passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
     return 16 * passes <= weight.shape[-1]
-
-
-def check_positive(name: str, value: object) -> None:
-    """Raise ValueError unless a size or number is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
-
-
-def sides_of(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    """Return the sides of an image, given as one for all or one for each dimension."""
-    sides = (size,) * dims if isinstance(size, int) else size
-    if not isinstance(sides, tuple | list) or len(sides) != dims:
-        raise ValueError(f"size must be an int or {dims} of them, got {size!r}")
-    for side in sides:
-        check_positive("size", side)
-    return tuple(sides)

@@ -9,6 +9,7 @@ stays orthogonal.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +17,14 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from projunn_manifold import fourier, linalg, validation
+from projunn_manifold import fourier, linalg
 from projunn_manifold.factors import FactoredTensor, LowRank
-from projunn_manifold.init import haar_, identity_, nearest_unitary_
-from projunn_manifold.layers.base import KeepsManifolds, cast, check_positive, may_be_factored, sides_of
+from projunn_manifold.init import haar_, identity_
+from projunn_manifold.layers.base import KeepsManifolds, cast, may_be_factored
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.nearest import nearest_blocks
+from projunn_manifold.validation import check_positive, dtype_problem, sides_of
 
 __all__ = [
     "OrthogonalConv1d",
@@ -35,7 +38,7 @@ __all__ = [
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class _UnitaryConv(KeepsManifolds):
+class FourierConv(KeepsManifolds):
     """What all six share; see :class:`OrthogonalConv2d`."""
 
     dims: ClassVar[int]
@@ -81,7 +84,7 @@ class _UnitaryConv(KeepsManifolds):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if self.real and dtype.is_complex:
             raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
-        problem = validation.dtype_problem(dtype, "dtype")
+        problem = dtype_problem(dtype, "dtype")
         if problem:
             raise TypeError(problem)
         precision = torch.empty((), dtype=dtype).real.dtype
@@ -185,8 +188,7 @@ class _UnitaryConv(KeepsManifolds):
             return self.forward(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
         x = cast(self, x, "input", self._dtype)
         grid = self._grid(x.device)
-        coarse = _coarsened(x.unflatten(1, (self.groups, -1)), self.stride, d)
-        waves = fourier.analyse(coarse, grid).permute(1, 3, 2, 0)  # (groups, stored, in, batch)
+        waves = self._waves(x, grid)
         parts = []
         for stack, chosen in ((self.weight, grid.generic), (self.weight_real, grid.alone)):
             if stack is not None:
@@ -195,6 +197,10 @@ class _UnitaryConv(KeepsManifolds):
         answer = fourier.everywhere(torch.cat(parts, 1) if len(parts) > 1 else parts[0], grid)
         y = fourier.synthesise(answer.permute(3, 0, 2, 1).flatten(1, 2), grid)
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * d)
+
+    def _waves(self, x: Tensor, grid: fourier.Spectrum) -> Tensor:  # -> (groups, stored, in, batch)
+        coarse = _coarsened(x.unflatten(1, (self.groups, -1)), self.stride, self.dims)
+        return fourier.analyse(coarse, grid).permute(1, 3, 2, 0)
 
     def _apply_blocks(self, stack: Tensor, x: Tensor) -> Tensor:
         wide = self._block[0] < self._block[1]
@@ -236,45 +242,37 @@ class _UnitaryConv(KeepsManifolds):
         return tuple(_centre(side, self.stride) for side in self.size)
 
     @classmethod
-    def from_kernel(cls, kernel: Tensor, *, stride: int = 1, groups: int = 1, **options: Any) -> Any:
+    def from_kernel(
+        cls,
+        kernel: Tensor,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        nearest: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
         """Return the layer closest to a kernel ``(out, in / groups, *size)`` of torch's circular convolution.
 
-        Every block becomes its closest unitary; a kernel of such a layer's is found again.  ``options`` are those of
-        the layer.
+        Every block becomes its closest unitary; a kernel of such a layer's is found again.  ``nearest`` are arguments
+        of :func:`~projunn_manifold.nearest_unitary`, such as ``{"method": "lie", "inputs": images}``; ``options`` are
+        those of the layer.
 
         Raises
         ------
         ValueError
             A block without full rank, whose closest unitary is not unique.
         """
-        out, per_group, *size = kernel.shape
-        precision = kernel.dtype
-        layer = cls(
-            per_group * groups,
-            out,
-            tuple(size),
-            stride=stride,
-            groups=groups,
-            **{"dtype": precision, "device": kernel.device, "bias": False, **options},
-        )
-        with torch.no_grad():
-            layer._load_kernel_(kernel)
-        return layer
-
-    def _load_kernel_(self, kernel: Tensor) -> None:
-        """Take over the closest unitary blocks of a kernel."""
-        grid, dims = self._grid(self._device), tuple(range(-self.dims, 0))
-        centred = kernel.unflatten(0, (self.groups, -1)).roll([-c for c in self._centre], dims)
-        blocks = fourier.blocks_of_kernel(_coarsened(centred, self.stride, self.dims), grid)
-        blocks = blocks.mH if self._block[0] < self._block[1] else blocks
-        if self.weight is not None:
-            self.weight.copy_(nearest_unitary_(blocks[:, grid.generic].contiguous()))
-        if self.weight_real is not None:
-            self.weight_real.copy_(nearest_unitary_(blocks[:, grid.alone].real.contiguous()))
+        centre = tuple(_centre(side, stride) for side in kernel.shape[2:])
+        centred = fourier.embedded(kernel, tuple(kernel.shape[2:]), centre)
+        return cls._closest(centred, nearest, stride=stride, groups=groups, **{"bias": False, **options})
 
     @classmethod
-    def from_plain(cls, conv: Any, size: int | tuple[int, ...], **options: Any) -> Any:
+    def from_plain(
+        cls, conv: Any, size: int | tuple[int, ...], *, nearest: Mapping[str, Any] | None = None, **options: Any
+    ) -> Any:
         """Return the layer closest to a ``torch.nn.Conv`` with circular padding, for images of that size.
+
+        ``nearest`` and ``options`` are as for :meth:`from_kernel`.
 
         Raises
         ------
@@ -282,33 +280,35 @@ class _UnitaryConv(KeepsManifolds):
             Another module, dilation, or a padding that is not circular or does not keep the size (divided by the
             stride).
         """
-        plain = _PLAIN[cls.dims - 1]
-        if not issubclass(type(conv), plain):
-            raise TypeError(f"{cls.__name__}.from_plain: expected {plain.__name__}, got {type(conv).__name__}")
-        sides = sides_of(size, cls.dims)
-        stride: int = conv.stride[0]
-        kernel: tuple[int, ...] = conv.kernel_size
-        named = {"same": tuple((side - 1) // 2 for side in kernel), "valid": (0,) * cls.dims}
-        padding: tuple[int, ...] = named.get(conv.padding, conv.padding)
-        if {*conv.dilation} != {1} or {*conv.stride} != {stride}:
-            raise ValueError(f"{cls.__name__}.from_plain: expected one stride and no dilation, got {conv}")
-        if any(padding) and conv.padding_mode != "circular":
-            raise ValueError(f"{cls.__name__}.from_plain: expected circular padding, got {conv}")
-        for side, width, pad in zip(sides, kernel, padding, strict=True):
-            if width > side:
-                raise ValueError(f"{cls.__name__}.from_plain: a kernel of {kernel} does not fit images of size {sides}")
-            if conv.padding != "same" and (side % stride or (side + 2 * pad - width) // stride + 1 != side // stride):
-                raise ValueError(f"{cls.__name__}.from_plain: expected padding that keeps the size, got {conv}")
-        weight = conv.weight.detach()
-        whole = weight.new_zeros(*weight.shape[:2], *sides)
-        whole[(..., *(slice(side) for side in kernel))] = weight
-        shifts = [_centre(side, stride) - pad for side, pad in zip(sides, padding, strict=True)]
-        whole = whole.roll(shifts, tuple(range(-cls.dims, 0)))
-        layer = cls.from_kernel(whole, stride=stride, groups=conv.groups, **{"bias": conv.bias is not None, **options})
+        own = {"stride": conv.stride[0], "groups": conv.groups, "bias": conv.bias is not None, **options}
+        layer = cls._closest(centred_kernel(conv, sides_of(size, cls.dims)), nearest, **own)
         if conv.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(conv.bias)
         return layer
+
+    @classmethod
+    def _closest(cls, centred: Tensor, nearest: Mapping[str, Any] | None, **options: Any) -> Any:
+        """Return the layer closest to a kernel with its centre at entry 0."""
+        out, per_group, *size = centred.shape
+        own = {"dtype": centred.dtype, "device": centred.device, **options}
+        layer = cls(per_group * own["groups"], out, tuple(size), **own)
+        grid, problem = layer._grid(layer._device), dict(nearest or {})
+        wide = centred.to(linalg.high_precision(centred.dtype))
+        inputs = problem.pop("inputs", None)
+        with torch.no_grad():
+            waves = None if inputs is None else layer._waves(inputs.to(wide), grid).mT
+            (generic, alone), _ = nearest_blocks(layer._blocks_of(wide), grid, waves, **problem)
+            for stack, found in ((layer.weight, generic), (layer.weight_real, alone)):
+                if stack is not None:
+                    found = found if stack.is_complex() else found.real
+                    stack.copy_(found.mH if layer._block[0] < layer._block[1] else found)
+        return layer
+
+    def _blocks_of(self, centred: Tensor) -> Tensor:  # (out, in / groups, *size) -> (groups, stored, *block)
+        """Return the blocks of any kernel of this layer's shape, its centre at entry 0."""
+        coarse = _coarsened(centred.unflatten(0, (self.groups, -1)), self.stride, self.dims)
+        return fourier.blocks_of_kernel(coarse, self._grid(centred.device))
 
     def to_plain(self) -> nn.Module:
         """Return the same operator as a ``torch.nn.Conv`` with circular padding, its kernel as large as the image."""
@@ -335,12 +335,21 @@ class _UnitaryConv(KeepsManifolds):
         return plain
 
     @torch.no_grad()
-    def singular_values(self) -> Tensor:
-        """Return all singular values of the operator, descending: they are one but for rounding."""
+    def singular_values(self, kernel: Tensor | None = None) -> Tensor:
+        """Return all singular values of the operator, descending: they are one but for rounding.
+
+        With another ``kernel`` of the shape of :meth:`kernel`'s, such as an unconstrained one, its operator's.
+        """
+        grid = self._grid(self._device)
+        blocks = None if kernel is None else self._blocks_of(kernel)
         found = []
-        for stack, times in ((self.weight, 2 if self.real else 1), (self.weight_real, 1)):
+        for stack, chosen, times in (
+            (self.weight, grid.generic, 2 if self.real else 1),
+            (self.weight_real, grid.alone, 1),
+        ):
             if stack is not None:
-                found.append(torch.linalg.svdvals(stack).flatten().repeat(times))
+                own = stack if blocks is None else blocks.index_select(1, chosen)
+                found.append(torch.linalg.svdvals(own).flatten().repeat(times))
         return torch.cat(found).sort(descending=True).values
 
     def support_energy(self, kernel_size: int) -> Tensor:
@@ -391,6 +400,29 @@ class _Blocks(torch.autograd.Function):
         return of_weight, of_x, None, None
 
 
+def centred_kernel(conv: Any, size: tuple[int, ...]) -> Tensor:  # -> (out, in / groups, *size)
+    """Return the kernel of one of torch's circular convolutions on the whole grid, its centre at entry 0."""
+    plain = _PLAIN[len(size) - 1]
+    if not issubclass(type(conv), plain):
+        raise TypeError(f"expected {plain.__name__}, got {type(conv).__name__}")
+    stride: int = conv.stride[0]
+    kernel: tuple[int, ...] = conv.kernel_size
+    named = {"same": tuple((side - 1) // 2 for side in kernel), "valid": (0,) * len(size)}
+    padding: tuple[int, ...] = named.get(conv.padding, conv.padding)
+    if {*conv.dilation} != {1} or {*conv.stride} != {stride}:
+        raise ValueError(f"expected one stride and no dilation, got {conv}")
+    if any(padding) and conv.padding_mode != "circular":
+        raise ValueError(f"expected circular padding, got {conv}")
+    for side, width, pad in zip(size, kernel, padding, strict=True):
+        if (
+            width <= side
+            and conv.padding != "same"
+            and (side % stride or (side + 2 * pad - width) // stride + 1 != side // stride)
+        ):
+            raise ValueError(f"expected padding that keeps the size, got {conv}")
+    return fourier.embedded(conv.weight.detach(), size, padding)
+
+
 def _coarsened(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c, *size) -> (..., c stride^d, *size / stride)
     """Take the points that a stride skips for channels of their own."""
     lead = x.dim() - dims
@@ -415,13 +447,13 @@ def _centre(side: int, stride: int) -> int:
     return (side - 1) // 2 if stride == 1 else max(0, side - stride + 1) // 2
 
 
-class OrthogonalConv1d(_UnitaryConv):
+class OrthogonalConv1d(FourierConv):
     """:class:`OrthogonalConv2d` for sequences ``(B, in, size)``."""
 
     dims, real = 1, True
 
 
-class OrthogonalConv2d(_UnitaryConv):
+class OrthogonalConv2d(FourierConv):
     r"""A circular convolution of real images that preserves norms: :math:`\|y\| = \|x\|`, an orthogonal operator.
 
     With more outputs than inputs (times stride²) it is an isometry, with fewer the adjoint of one.  A stride first
@@ -482,19 +514,19 @@ class OrthogonalConv2d(_UnitaryConv):
     dims, real = 2, True
 
 
-class OrthogonalConv3d(_UnitaryConv):
+class OrthogonalConv3d(FourierConv):
     """:class:`OrthogonalConv2d` for volumes ``(B, in, *size)``."""
 
     dims, real = 3, True
 
 
-class UnitaryConv1d(_UnitaryConv):
+class UnitaryConv1d(FourierConv):
     """:class:`UnitaryConv2d` for sequences ``(B, in, size)``."""
 
     dims, real = 1, False
 
 
-class UnitaryConv2d(_UnitaryConv):
+class UnitaryConv2d(FourierConv):
     """A unitary circular convolution of complex images: :class:`OrthogonalConv2d` with all blocks complex and free.
 
     The space of unitary convolutions is connected, that of orthogonal ones is not (Kiani et al. 2022, Theorem 4.5).
@@ -504,7 +536,7 @@ class UnitaryConv2d(_UnitaryConv):
     dims, real = 2, False
 
 
-class UnitaryConv3d(_UnitaryConv):
+class UnitaryConv3d(FourierConv):
     """:class:`UnitaryConv2d` for volumes ``(B, in, *size)``."""
 
     dims, real = 3, False

@@ -13,7 +13,7 @@ from projunn_manifold import init as initialise
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import Plan, reattach_manifolds
 
-__all__ = ["param_groups", "unitary_"]
+__all__ = ["param_groups", "plain_", "unitary_"]
 
 
 def unitary_(
@@ -66,6 +66,27 @@ def unitary_(
     guard = _Guard(name, manifold)
     module.register_load_state_dict_post_hook(guard.reattach)
     module.register_forward_pre_hook(guard.check)
+    return module
+
+
+def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
+    """Make a weight that is on a manifold an ordinary parameter again; return the module: undoes :func:`unitary_`.
+
+    Raises
+    ------
+    TypeError
+        The module has no such parameter on a manifold.
+    """
+    weight = getattr(module, name)
+    if not isinstance(weight, ManifoldTensor):
+        raise TypeError(f"`{name}` must be on a manifold, got {type(weight).__name__}")
+    for hooks in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            guard = getattr(hook, "__self__", None)
+            if isinstance(guard, _Guard) and name in guard.plan:
+                del hooks[key]
+    module._modules.pop(f"{name}_manifold", None)
+    setattr(module, name, nn.Parameter(weight.detach().as_subclass(torch.Tensor).clone(), weight.requires_grad))
     return module
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold import fourier, linalg
-from projunn_manifold.layers.base import cast, sides_of
+from projunn_manifold.layers.base import cast
 from projunn_manifold.linalg import in_full_precision
+from projunn_manifold.validation import sides_of
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
 
@@ -46,9 +47,9 @@ def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
     Tomczak, Welling, *The convolution exponential and generalized Sylvester flows*, NeurIPS 2020.
     """
     grid = _grid_of(kernel, size)
-    centred = _embedded(kernel, grid.size)
+    centred = fourier.embedded(kernel, grid.size)
     whole = _Phases.apply(centred, grid) if len(kernel) == 1 else _of_several(centred, grid)  # type: ignore[no-untyped-call]
-    return whole.roll([(side - 1) // 2 for side in grid.size], tuple(range(-len(grid.size), 0)))
+    return fourier.from_origin(whole, grid.size)
 
 
 def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
@@ -59,14 +60,6 @@ def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
     if any(side > whole for side, whole in zip(kernel.shape[2:], sides, strict=True)):
         raise ValueError(f"a kernel of {tuple(kernel.shape[2:])} does not fit a grid of size {sides}")
     return fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
-
-
-def _embedded(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Return the kernel on the whole grid, its centre at 0."""
-    pads = [end for side, whole in zip(kernel.shape[:1:-1], size[::-1], strict=True) for end in (0, whole - side)]
-    shifts = [-((side - 1) // 2) for side in kernel.shape[2:]]
-    whole = nn.functional.pad(kernel, pads) if any(pads) else kernel
-    return whole.roll(shifts, tuple(range(2, kernel.dim())))
 
 
 def _of_several(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
@@ -135,7 +128,7 @@ class _ExpConv(nn.Module):
     @in_full_precision
     def blocks(self) -> Tensor:  # (stored, C, C)
         """Return the unitary blocks at the frequencies that are stored: prepared once, they serve many calls."""
-        return _blocks(_embedded(self.generator, self.size), self._grid())
+        return _blocks(fourier.embedded(self.generator, self.size), self._grid())
 
     def kernel(self) -> Tensor:  # (C, C, *size)
         """Return the kernel, as torch's circular convolution of this size has it; differentiable."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, check_positive, may_be_factored, on_manifold
+from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, may_be_factored, on_manifold
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.recurrence import NONLINEARITIES, modrelu, recurrence, step_by_step
+from projunn_manifold.validation import check_positive
 
 __all__ = ["ModReLU", "UnitaryRNN", "UnitaryRNNCell"]
 
