@@ -112,6 +112,34 @@ def parametrised(kind: str) -> Callable[[int, Choices], nn.Module]:
     return build
 
 
+REBASE = 100  # steps between two bases, as in the paper of DTRIV
+
+
+def dynamic_trivialisation(module: nn.Module, name: str) -> Callable[..., None]:
+    """Put a weight on geotorch's exponential; return a hook that moves its base there every ``REBASE`` steps."""
+    import geotorch  # of the extra `bench`
+
+    start = getattr(module, name).detach().clone()
+    geotorch.orthogonal(module, name)
+    setattr(module, name, start)
+    module.register_buffer("steps", torch.zeros((), dtype=torch.int64))  # a checkpoint has it
+
+    def rebase(*_: Any) -> None:
+        module.steps += 1
+        if module.steps % REBASE == 0:
+            with torch.no_grad():
+                setattr(module, name, getattr(module, name).clone())
+
+    return rebase
+
+
+def dtriv(width: int, choices: Choices) -> nn.Module:
+    """Return the same network, its transition by the dynamic trivialisation of geotorch."""
+    network = plain(width, choices)
+    network.rebase = dynamic_trivialisation(network, "weight_hh_l0")
+    return network
+
+
 def plain(width: int, choices: Choices) -> nn.Module:
     """Return the same network, its transition unconstrained; with ``init="torch"`` that of torch.nn.RNN."""
     init = "identity" if choices.init == "torch" else choices.init
@@ -161,6 +189,38 @@ def rmsprop(network: Reader, choices: Choices, *, feedback: bool = False) -> Opt
     return [optimizer]
 
 
+def rebased(network: Reader, choices: Choices) -> Optimizers:
+    """RMSprop as above, the base of the transition moved now and then."""
+    (optimizer,) = rmsprop(network, choices)
+    optimizer.register_step_post_hook(network.recurrent.rebase)
+    return [optimizer]
+
+
+def pogo(weight: nn.Parameter, lr: float, base: str) -> torch.optim.Optimizer:
+    """Return POGO over one of its base optimisers, for a matrix that is orthogonal."""
+    from pogo import POGO  # of the extra `bench`
+    from pogo import base as bases
+
+    def stack(x: Tensor) -> Tensor:
+        return x[None]
+
+    optimizer = POGO([weight], getattr(bases, base)(), lr, flatten_fn=stack)
+    # a function is nothing for a checkpoint
+    optimizer.register_state_dict_post_hook(
+        lambda _, state: [g.pop("flatten_fn") for g in state["param_groups"]] and None
+    )
+    optimizer.register_load_state_dict_post_hook(
+        lambda o: [g.update(flatten_fn=stack) for g in o.param_groups] and None
+    )
+    return optimizer
+
+
+def landing(network: Reader, choices: Choices) -> Optimizers:
+    """POGO with its VectorAdam for the transition, RMSprop for all others."""
+    (own,), others = _of_transition(network)
+    return [torch.optim.RMSprop(others, lr=choices.lr), pogo(own, choices.unitary_lr, "VectorAdam")]
+
+
 def unconstrained(network: Reader, choices: Choices) -> Optimizers:
     """RMSprop at one rate."""
     return [torch.optim.RMSprop(network.parameters(), lr=choices.lr)]
@@ -205,6 +265,8 @@ METHODS = {
         Method("Stiefel-euclidean, RAdam", on_manifold(_euclidean), riemannian, "tab:green", riemannian_lr=0.03),
         Method("expRNN", parametrised("matrix_exp"), rmsprop, "tab:purple", rates=_EXPRNN),
         Method("scoRNN", parametrised("cayley"), rmsprop, "tab:brown", rates=_SCORNN),
+        Method("DTRIV", dtriv, rebased, "teal", rates=_EXPRNN),
+        Method("POGO", plain, landing, "gold", riemannian_lr=0.03),
         Method("EUNN", eunn, unconstrained, "tab:pink"),
         Method("LSTM", lstm, unconstrained, "tab:olive"),
         Method("RNN, unitary start", plain, unconstrained, "black"),

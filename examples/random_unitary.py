@@ -18,17 +18,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from descents import METHODS
 from experiment import parser, run
-from networks import Choices, Optimizers
 from tasks import Batch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import orthogonal
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
-from projunn_manifold.init import haar_
-from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.linalg import haar, unitarity_error
-from projunn_manifold.optim import RiemannianSGD
+from projunn_manifold.linalg import haar
 
 SAMPLES = 4096
 
@@ -47,11 +42,17 @@ class RandomUnitary:
     measure: ClassVar[str] = "‖U - U*‖² / 2n"
     baseline: ClassVar[None] = None
     goal: ClassVar[float] = 1e-6
+    dtype: ClassVar[torch.dtype] = torch.complex64
 
     @property
     def outputs(self) -> int:
         """Width of the targets."""
         return self.width
+
+    @property
+    def rate(self) -> float:
+        """The inverse of the loss's largest curvature: the gradient is (U - U*) X X^H / (B n)."""
+        return self.batch / (1 + math.sqrt(self.batch / self.width)) ** 2  # X X^H reaches about n (1 + √(B/n))²
 
     @cached_property
     def target(self) -> Tensor:
@@ -78,65 +79,6 @@ class RandomUnitary:
         """Return the squared distance from U*, over 2n: the loss on all samples there are."""
         eye = torch.eye(self.width, dtype=torch.complex64, device=device)
         return self.loss(network(eye).cpu(), self.target.mT).item() * self.width
-
-
-class Matrix(nn.Module):
-    """A square complex matrix."""
-
-    def __init__(self, linear: nn.Module) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x U^T``."""
-        return self.linear(x)
-
-    def unitarity_error(self) -> float:
-        """Distance of U from the manifold."""
-        return unitarity_error(self.linear.weight).item()
-
-
-@dataclass(frozen=True)
-class Descent:
-    """SGD along the tangent of a manifold, or with ``kind`` on a parametrisation of torch's, or on the bare matrix."""
-
-    name: str
-    manifold: type[UnitaryLowRank] | None
-    colour: str
-    low_rank: bool = False
-    kind: str | None = None
-    riemannian_lr: ClassVar[None] = None
-    rates: ClassVar[dict[str, tuple[float, float]]] = {}
-
-    def build(
-        self, task: RandomUnitary, choices: Choices, device: torch.device | str = "cpu"
-    ) -> tuple[Matrix, Optimizers]:
-        """Return a random matrix and its optimiser; its rate is in units of the batch's own curvature, n / batch."""
-        torch.manual_seed(choices.seed + 2)
-        n = task.width
-        # the gradient is (U - U*) X X^H / (B n), the largest eigenvalue of X X^H about n (1 + √(B/n))²
-        rate = choices.unitary_lr * task.batch / (1 + math.sqrt(task.batch / n)) ** 2
-        if self.manifold is not None:
-            manifold = self.manifold(choices.k or None, sampler=choices.sampler, seed=choices.seed)
-            network = Matrix(UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64)).to(device)
-            return network, [RiemannianSGD(network.parameters(), lr=2 * rate)]  # the tangent is half of the gradient
-        linear = nn.Linear(n, n, bias=False, dtype=torch.complex64)
-        haar_(linear.weight)
-        network = Matrix(linear if self.kind is None else orthogonal(linear, orthogonal_map=self.kind)).to(device)
-        return network, [torch.optim.SGD(network.parameters(), lr=rate)]
-
-
-METHODS: dict[str, Descent] = {
-    method.name: method
-    for method in (
-        Descent("projUNN-D", UnitaryLowRank, "tab:blue", low_rank=True),
-        Descent("projUNN-T", UnitaryLowRankExact, "tab:orange", low_rank=True),
-        Descent("full rank", UnitaryLowRank, "black"),
-        Descent("parametrised, matrix_exp", None, "tab:purple", kind="matrix_exp"),
-        Descent("parametrised, cayley", None, "tab:brown", kind="cayley"),
-        Descent("unconstrained", None, "tab:gray"),
-    )
-}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,10 +11,10 @@ import json
 import sys
 from pathlib import Path
 
+from descents import METHODS as DESCENTS
 from experiment import caption, table
 from figures import curves
 from networks import METHODS
-from random_unitary import METHODS as DESCENTS
 from report import write_between
 
 

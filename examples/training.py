@@ -89,6 +89,7 @@ def train(
     checkpoint: Path | None = None,
     every: int = 100,
     stop_when_solved: bool = False,
+    seconds: float | None = None,
     observe: Observer | None = None,
     look: Look | None = None,
     quiet: bool = False,
@@ -103,6 +104,8 @@ def train(
         File to go on from, where there is one; it is written ``every`` so many steps.
     stop_when_solved : bool
         Whether to end at the goal.
+    seconds : float, optional
+        Time of training after which to end.
     observe : callable, optional
         Called in each step between backward pass and optimisers, outside the time taken.
     look : callable, optional
@@ -156,6 +159,8 @@ def train(
             if checkpoint is not None and (step + 1) % every == 0:
                 _save(checkpoint, run, network, optimizers)
             if stop_when_solved and step + 1 >= LAST and run.solved:
+                break
+            if seconds is not None and elapsed >= seconds:
                 break
     run.unitarity[-1:] = [network.unitarity_error()]
     run.score = task.score(network, device)

@@ -1,0 +1,360 @@
+"""Every system of the field on the same four tasks: at equal steps and at equal seconds.
+
+Copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of rank 16) and
+orthogonal Procrustes (real, gradients of full rank).  Run ``make compare`` or ``python examples/compare.py``: 20 seconds
+for a cell, two cells at a time, ``--full`` without a limit of time.  Rates are the best of four, each tried for a quarter
+of that time, from another seed.  It leaves ``compare.json`` and ``compare.png``; ``--record JSON --into PAGE`` writes the
+tables of a recorded run into a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import descents
+import networks
+import torch
+from matplotlib.figure import Figure
+from networks import Choices
+from procrustes import Procrustes
+from random_unitary import RandomUnitary
+from report import environment, markdown, thinned, write_between
+from tasks import Copying, Pixels
+from tqdm import tqdm
+from training import NonFiniteError, Run, train
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
+from counting import Allocations
+
+FOREVER = 100_000
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task, and what is asked of it."""
+
+    make: Callable[[int, int], Any]  # of steps and seed
+    hidden: int
+    recurrent: bool
+    steps: int  # where systems are compared at equal steps
+    full: int  # steps at most, without a limit of time
+    lr: float = 1e-3
+
+
+SETTINGS: dict[str, Setting] = {
+    "copying": Setting(lambda steps, seed: Copying(200, 32, steps, seed), 96, True, 100, 3000),
+    "permuted digits": Setting(
+        lambda steps, seed: Pixels(128, math.ceil(steps / 12), seed),
+        96,
+        True,
+        100,
+        3000,  # 12 batches an epoch
+    ),
+    "random unitary": Setting(lambda steps, seed: RandomUnitary(256, 16, steps, seed), 256, False, 100, 3000),
+    "Procrustes": Setting(lambda steps, seed: Procrustes(1024, steps, seed), 1024, False, 30, 2000),
+}
+SMALL: dict[str, Setting] = {
+    "copying": Setting(lambda steps, seed: Copying(10, 4, steps, seed), 12, True, 5, 12),
+    "permuted digits": Setting(lambda steps, seed: Pixels(512, math.ceil(steps / 3), seed), 8, True, 2, 3),
+    "random unitary": Setting(lambda steps, seed: RandomUnitary(16, 4, steps, seed), 16, False, 5, 12),
+    "Procrustes": Setting(lambda steps, seed: Procrustes(16, steps, seed), 16, False, 5, 12),
+}
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to a unitary weight: its name among the recurrent methods and among the descents, or why it has none."""
+
+    name: str
+    package: str
+    recurrent: str | None
+    matrix: str | None
+    colour: str
+    k: int = 0
+    rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4, 1e-3)  # of the transition, tried on the recurrent tasks
+    why_not: str = ""
+
+    def method(self, setting: Setting) -> Any:
+        """Return how it is trained on a task."""
+        name = self.recurrent if setting.recurrent else self.matrix
+        return (networks.METHODS if setting.recurrent else descents.METHODS).get(name or "")
+
+    def refusal(self, setting: Setting) -> str | None:
+        """Return why it does not do a task, or None."""
+        method = self.method(setting)
+        if method is None:
+            return self.why_not
+        if not setting.recurrent and setting.make(1, 0).dtype.is_complex and method.real_only:
+            return "no complex matrices"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return None
+
+
+_RIEMANNIAN = (0.003, 0.01, 0.03, 0.1)
+SYSTEMS = [
+    *(
+        System(f"projUNN-{v}, k = {k}", "", f"projUNN-{v}", f"projUNN-{v}", colour, k)
+        for v, colour in (("D", "tab:blue"), ("T", "tab:orange"))
+        for k in (1, 4, 16)
+    ),
+    System(
+        "Stiefel, canonical (geoopt)",
+        "geoopt",
+        "Stiefel-canonical, RAdam",
+        "Stiefel-canonical",
+        "tab:red",
+        0,
+        _RIEMANNIAN,
+    ),
+    System(
+        "Stiefel, Euclidean (geoopt)",
+        "geoopt",
+        "Stiefel-euclidean, RAdam",
+        "Stiefel-euclidean",
+        "tab:green",
+        0,
+        _RIEMANNIAN,
+    ),
+    System("POGO (pogo-torch)", "pogo", "POGO", "POGO", "gold", 0, _RIEMANNIAN),
+    System("expRNN (torch, matrix_exp)", "", "expRNN", "parametrised, matrix_exp", "tab:purple"),
+    System("DTRIV (geotorch)", "geotorch", "DTRIV", "DTRIV", "teal"),
+    System("scoRNN (torch, cayley)", "", "scoRNN", "parametrised, cayley", "tab:brown"),
+    System(
+        "EUNN (torch_eunn)", "torch_eunn", "EUNN", None, "tab:pink", why_not="a cell of rotations, no matrix weight"
+    ),
+    System("unconstrained", "", "RNN, unitary start", "unconstrained", "tab:gray"),
+    System("LSTM", "", "LSTM", None, "tab:olive", why_not="no transition matrix"),
+]
+
+
+def cell(task_name: str, system_name: str, seconds: float | None, small: bool) -> dict[str, Any]:
+    """Train one system on one task, at the best of its rates."""
+    torch.set_num_threads(1)
+    setting = (SMALL if small else SETTINGS)[task_name]
+    (system,) = [s for s in SYSTEMS if s.name == system_name]
+    found: dict[str, Any] = {"task": task_name, "system": system_name}
+    refusal = system.refusal(setting)
+    if refusal is not None:
+        return {**found, "not_run": refusal}
+    peak = _peak(setting, system)
+    rates = (0.25, 0.5, 1.0, 2.0) if not setting.recurrent else _recurrent_rates(system)
+    trials = {rate: _trial(setting, system, rate, 1, None if seconds is None else seconds / 4) for rate in rates}
+    rate = min(trials, key=lambda r: _final(trials[r]))
+    run = _trial(setting, system, rate, 0, seconds)
+    if run is None:
+        return {**found, "not_run": "diverged"}
+    kept = thinned(len(run.losses))
+    solved = run.solved_at
+    return {
+        **found,
+        "colour": system.colour,
+        "k": system.k,
+        "rate": rate,
+        "rates": list(rates),
+        "steps": len(run.losses),
+        "seconds": round(run.seconds[-1], 2),
+        "at_equal_steps": float(run.running_mean[setting.steps - 1]) if len(run.losses) >= setting.steps else None,
+        "final_loss": run.final_loss,
+        "score": run.score,
+        "measure": run.measure,
+        "solved_at": solved,
+        "solved_after": None if solved is None else round(run.seconds[solved - 1], 2),
+        "unitarity_error": run.unitarity[-1],
+        "peak_mib": round(peak / 2**20, 2),
+        "curves": {
+            "step": [i + 1 for i in kept],
+            "seconds": [round(run.seconds[i], 3) for i in kept],
+            "loss": [float(f"{run.running_mean[i]:.4g}") for i in kept],
+        },
+    }
+
+
+def _recurrent_rates(system: System) -> tuple[float, ...]:
+    return (1e-3,) if system.recurrent in ("LSTM", "EUNN", "RNN, unitary start") else system.rates
+
+
+def _choices(setting: Setting, system: System, rate: float, seed: int) -> Choices:
+    lr = rate if setting.recurrent and len(_recurrent_rates(system)) == 1 else setting.lr
+    return Choices(setting.hidden, k=system.k, seed=seed, lr=lr, unitary_lr=rate, nonlinearity="modrelu", init="henaff")
+
+
+def _trial(setting: Setting, system: System, rate: float, seed: int, seconds: float | None) -> Run | None:
+    """Train; None if it diverges."""
+    steps = setting.full if seconds is None else FOREVER
+    task = setting.make(steps, seed)
+    try:
+        return train(
+            task,
+            system.method(setting),
+            _choices(setting, system, rate, seed),
+            stop_when_solved=True,
+            seconds=seconds,
+            quiet=True,
+        )
+    except NonFiniteError:
+        return None
+
+
+def _final(run: Run | None) -> float:
+    return math.inf if run is None or math.isnan(run.final_loss) else run.final_loss
+
+
+def _peak(setting: Setting, system: System) -> int:
+    """Return the most bytes that a training step has in use beyond weights and state; it compiles what is to be."""
+    task = setting.make(2, 0)
+    network, optimizers = system.method(setting).build(task, _choices(setting, system, 1e-6, 0))
+    inputs, targets = next(iter(task.batches()))
+
+    def step() -> None:
+        network.zero_grad()
+        task.loss(network(inputs), targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    step()
+    with Allocations() as allocations:
+        step()
+    return allocations.peak
+
+
+# -- reports ----------------------------------------------------------------------------------------------
+
+HEADER = ["system", "rate", "steps", "s", "loss at equal steps", "loss", "score", "goal at step"]
+    "system",
+    "",
+    "steps",
+    "s",
+    "loss at equal steps",
+    "loss",
+    "score",
+    "goal at step",
+    "after, s",
+    "error",
+    "MiB",
+]
+
+
+def table(record: dict[str, Any], task: str) -> str:
+    """Return a row for each system."""
+    rows = [HEADER]
+    for c in (c for c in record["cells"] if c["task"] == task):
+        if "not_run" in c:
+            rows.append([c["system"], c["not_run"], *[""] * (len(HEADER) - 2)])
+            continue
+        reached = c["solved_at"] is not None
+        error = c["unitarity_error"]
+        rows.append(
+            [
+                c["system"],
+                f"rate {c['rate']:.2g}",
+                str(c["steps"]),
+                f"{c['seconds']:.3g}",
+                "not reached" if c["at_equal_steps"] is None else f"{c['at_equal_steps']:.3g}",
+                f"{c['final_loss']:.3g}",
+                f"{c['score']:.3g}",
+                str(c["solved_at"]) if reached else "not reached",
+                f"{c['solved_after']:.3g}" if reached else "",
+                "–" if error is None else f"{error:.1e}",
+                f"{c['peak_mib']:.3g}",
+            ]
+        )
+    return markdown(rows)
+
+
+def text(record: dict[str, Any]) -> str:
+    """Return all tables, and what is in them."""
+    parts = []
+    for name, about in record["tasks"].items():
+        parts.append(f"### {name[0].upper()}{name[1:]}\n\n{table(record, name)}\n\n{about}")
+    limit = "no limit of time" if record["seconds"] is None else f"{record['seconds']:g} seconds for a cell"
+    parts.append(
+        f"One thread for a cell, {record['jobs']} at a time, {limit}; rates: the best of those tried, in the table.  "
+        "loss: mean of the last 10 steps; error: ‖WᵀW - I‖_F / √n; MiB: the most a training step has in use beyond weights "
+        f"and optimiser state.  On {record['machine']}."
+    )
+    return "\n\n".join(parts)
+
+
+def about(name: str, setting: Setting) -> str:
+    """Return a task in words."""
+    task = setting.make(1, 0)
+    goal = "no goal" if task.goal is None else f"goal: loss {task.goal:.3g}, where a training ends"
+    return f"n = {setting.hidden}; equal steps: {setting.steps}; score: {task.measure}; {goal}."
+
+
+def draw(path: Path, record: dict[str, Any]) -> None:
+    """Draw losses against steps and seconds, a row for each task."""
+    tasks = list(record["tasks"])
+    figure = Figure(figsize=(14, 3.6 * len(tasks)), layout="constrained")
+    dashes = {0: "-", 1: "-", 4: "--", 16: ":"}
+    for row, task in zip(figure.subplots(len(tasks), 2, squeeze=False, sharey="row"), tasks, strict=True):
+        for c in (c for c in record["cells"] if c["task"] == task and "not_run" not in c):
+            for panel, axis in zip(row, ("step", "seconds"), strict=True):
+                label = c["system"] if task == tasks[0] and axis == "step" else None
+                style = {"color": c["colour"], "linestyle": dashes[c["k"]], "linewidth": 1.2}
+                panel.plot(c["curves"][axis], c["curves"]["loss"], label=label, **style)
+        row[0].set(xlabel="step", ylabel=f"{task}: loss", yscale="log", xscale="log")
+        row[1].set(xlabel="seconds of training", yscale="log")
+        for panel in row:
+            panel.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run all cells, several at a time."""
+    settings = SMALL if options.small else SETTINGS
+    seconds = None if options.full else options.seconds
+    jobs = [(task, system.name) for task in settings for system in SYSTEMS]
+    cells = {}
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(cell, *job, seconds, options.small): job for job in jobs}
+        for future in tqdm(as_completed(futures), "compare", len(futures), unit="cell", disable=None):
+            cells[futures[future]] = future.result()
+    torch.set_num_threads(1)
+    return {
+        "seconds": seconds,
+        "jobs": options.jobs,
+        "tasks": {name: about(name, setting) for name, setting in settings.items()},
+        "cells": [cells[job] for job in jobs],
+        **environment(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compare, report, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--seconds", type=float, default=20, help="for a cell (default: %(default)s)")
+    command.add_argument("--full", action="store_true", help="without a limit of time: hours")
+    command.add_argument("--small", action="store_true", help="tiny sizes, to see that all works")
+    command.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
+    command.add_argument("--out", type=Path, default=Path("results/compare"), help="(default: %(default)s)")
+    command.add_argument("--record", type=Path, metavar="JSON", help="render this record instead")
+    command.add_argument("--into", type=Path, metavar="PAGE", help="also write the tables into this page")
+    options = command.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.record:
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+    else:
+        record = measure(options)
+        (options.out / "compare.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    draw(options.out / "compare.png", record)
+    print(text(record))
+    if options.into:
+        write_between(options.into, "comparison", f"\n{text(record)}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
