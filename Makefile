@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench test test-all lint docs clean
+.PHONY: help demo bench compare test test-all lint docs clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, d
 
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
 	$(BIN)/python examples/benchmark/run.py
+
+compare: $(VENV)/.bench ## every system of the field on the same four tasks, with tables and plots (under 20 minutes)
+	$(BIN)/python examples/compare.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

@@ -157,16 +157,16 @@ def table(record: dict[str, Any]) -> str:
             ms = cell["ms"]
             spread = f"{ms['median']:.3g} ({ms['lower']:.3g}–{ms['upper']:.3g})"
             rows.append([*head, spread, f"{ms['median'] / ours:.2f}", f"{cell['peak_mib']:.3g}"])
-    exponents = ", ".join(f"{name} {value:.2f}" for name, value in _exponents(record).items())
-    return f"{markdown(rows)}\n\nExponents of C, from 64 to 256 channels at 16² pixels: {exponents}."
+    grows = ", ".join(f"{name} {time:.2f} and {memory:.2f}" for name, (time, memory) in _exponents(record).items())
+    return f"{markdown(rows)}\n\nExponents of C, of time and memory, from 64 to 256 channels at 16² pixels: {grows}."
 
 
-def _exponents(record: dict[str, Any]) -> dict[str, float]:
+def _exponents(record: dict[str, Any]) -> dict[str, list[float]]:
     found = {}
     for name in MAKERS:
-        at = {c["channels"]: c["ms"]["median"] for c in _of_channels(record, name)}
+        at = {c["channels"]: (c["ms"]["median"], c["peak_mib"]) for c in _of_channels(record, name)}
         if 64 in at and 256 in at:
-            found[name] = math.log(at[256] / at[64]) / math.log(4)
+            found[name] = [math.log(b / a) / math.log(4) for a, b in zip(at[64], at[256], strict=True)]
     return found
 
 

@@ -81,9 +81,11 @@ def rotation(n: int, dtype: torch.dtype, generator: torch.Generator | None = Non
     return found
 
 
-def _on_manifold(make: Callable[[Choices], Any], layer: nn.Linear, choices: Choices, rate: float) -> Optimizers:
+def _on_manifold(
+    make: Callable[[Choices], Any], layer: nn.Linear, choices: Choices, rate: float, *, scale: float = 2
+) -> Optimizers:
     layer.weight = ManifoldParameter(layer.weight.detach(), manifold=make(choices))
-    return [RiemannianSGD([layer.weight], lr=2 * rate)]  # the tangent is half of the gradient
+    return [RiemannianSGD([layer.weight], lr=scale * rate)]  # the tangent is half of the gradient
 
 
 def _low_rank(kind: type[UnitaryLowRank]) -> Put:
@@ -110,7 +112,7 @@ METHODS: dict[str, Descent] = {
         Descent("full rank", _low_rank(UnitaryLowRank), "black"),
         Descent(
             "Stiefel-canonical",
-            partial(_on_manifold, lambda c: geoopt.Stiefel(canonical=True)),
+            partial(_on_manifold, lambda c: geoopt.Stiefel(canonical=True), scale=0.5),  # its gradient is 4 times ours
             "tab:red",
             real_only=True,
         ),

@@ -205,13 +205,17 @@ def pogo(weight: nn.Parameter, lr: float, base: str) -> torch.optim.Optimizer:
         return x[None]
 
     optimizer = POGO([weight], getattr(bases, base)(), lr, flatten_fn=stack)
-    # a function is nothing for a checkpoint
-    optimizer.register_state_dict_post_hook(
-        lambda _, state: [g.pop("flatten_fn") for g in state["param_groups"]] and None
-    )
-    optimizer.register_load_state_dict_post_hook(
-        lambda o: [g.update(flatten_fn=stack) for g in o.param_groups] and None
-    )
+
+    def leave_out(_: Any, state: dict[str, Any]) -> None:  # of checkpoints, which hold no functions
+        for group in state["param_groups"]:
+            group.pop("flatten_fn")
+
+    def put_back(optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["flatten_fn"] = stack
+
+    optimizer.register_state_dict_post_hook(leave_out)
+    optimizer.register_load_state_dict_post_hook(put_back)
     return optimizer
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from descents import METHODS as DESCENTS
 from experiment import caption, table
 from figures import curves
+from image_classification import METHODS as IMAGES
 from networks import METHODS
 from report import write_between
 
@@ -25,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the pictures")
     command.add_argument("--into", type=Path, required=True, metavar="PAGE", help="for the tables")
     options = command.parse_args(arguments)
-    order = [*METHODS, *DESCENTS]
+    order = [*METHODS, *DESCENTS, *IMAGES]
     for folder in sorted(folder for folder in options.records.iterdir() if folder.is_dir()):
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
         runs.sort(key=lambda run: (order.index(run["method"]), run["settings"]["k"], run["settings"]["seed"]))

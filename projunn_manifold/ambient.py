@@ -48,7 +48,7 @@ class Constraint:
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        has_closure = bool(args) or kwargs.get("closure") is not None  # which may make gradients
+        has_closure = len(args) > 1 or kwargs.get("closure") is not None  # which may make gradients
         self._before = {}
         for p in parameters_of(optimizer):
             if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):

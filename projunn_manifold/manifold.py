@@ -201,7 +201,7 @@ class UnitaryLowRank(Manifold):
             A gradient of another shape or device; on CPU, a gradient with non-finite entries.
         """
         self._accept(x, u, "gradient")
-        if self._is_dense(x):
+        if self.is_dense(x):
             gradient = self._dense_gradient(x, _plain(u))
             self._state.count_gradient(x)
             return gradient
@@ -281,7 +281,7 @@ class UnitaryLowRank(Manifold):
         """
         self._accept_in_place(x, grad, "gradient")
         validation.check_rate(lr, "lr", x)
-        if self._is_dense(x):
+        if self.is_dense(x):
             tangent: Tangent = Frame.of_dense(x, self._dense_gradient(x, _plain(grad)), None)
         else:
             tangent = self._gradient(x, grad)
@@ -380,7 +380,7 @@ class UnitaryLowRank(Manifold):
         if residual is not None:
             idle = ~(move != 0).flatten(-2).any(-1)  # matrices of a batch whose move is zero
             move = move + residual
-        if self._is_dense(x):
+        if self.is_dense(x):
             q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
             factors = LowRank(move, q)
         else:
@@ -509,7 +509,8 @@ class UnitaryLowRank(Manifold):
 
     # -- internals --------------------------------------------------------------------------------------
 
-    def _is_dense(self, x: Tensor) -> bool:
+    def is_dense(self, x: Tensor) -> bool:
+        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
         return self.k is None or 2 * self.k >= x.shape[-1]
 
     def _accept(self, x: Tensor, u: Tensor, name: str) -> None:
@@ -587,7 +588,11 @@ class UnitaryLowRank(Manifold):
         assert self.k is not None
         if isinstance(u, LowRank) and u.rank <= self.k:
             return u
-        gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
+        return self.sketch(x, u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k))
+
+    def sketch(self, x: Tensor, gradient: sampling.Gradient) -> LowRank:
+        """Return the factors that the next step at x would make of a gradient, which is known by its products."""
+        assert self.k is not None
         try:
             factors = self.sampler(gradient, self.k, self._state.generator(x.device, _SKETCH))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -611,7 +616,7 @@ class UnitaryLowRank(Manifold):
         if factors is not None:
             return factors
         x, u = validation.broadcast(x, _plain(u))
-        if self.k is None or self._is_dense(x):
+        if self.k is None or self.is_dense(x):
             return Frame.of_dense(x, u, None)
         size, generator = (x.shape[-1], 2 * self.k), self._state.generator(x.device, _MOVE)
         test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,11 @@ __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
 
 #: Ways to the closest unitary matrix.
 METHODS = ("polar", "procrustes", "lie")
-STEPS, TOLERANCE = 200, 1e-7
+STEPS, TOLERANCE = 500, 1e-6
 
 Callback = Callable[[int, float], None]
+Stack = tuple[Tensor, Tensor | None, int]  # matrices, what they are applied to, and how often each counts
+Problem = tuple[Tensor, Tensor | None, int]  # the same, with R for the inputs
 
 
 class Nearest(NamedTuple):
@@ -45,9 +47,9 @@ def nearest_unitary(
     inputs: Tensor | None = None,
     size: int | tuple[int, ...] | None = None,
     rotation: bool = False,
-    steps: int = STEPS,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    seed: int | None = None,
     callback: Callback | None = None,
 ) -> Nearest:
     r"""Return the matrix with orthonormal columns (of a wide one: rows) that is closest to ``weight``.
@@ -73,20 +75,21 @@ def nearest_unitary(
     method : {"polar", "procrustes", "lie"}
         See above.
     inputs : Tensor, optional
-        Rows that the weight is applied to, ``(*batch, samples, m)``, or without batch; the columns of X.  Directions
-        that they do not reach are left as close to the weight as can be (``"procrustes"``).  For a kernel, images
-        ``(samples, in, *size)``.
+        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  Directions
+        that they do not reach are left as close to the weight as can be (``"procrustes"``), or as they come
+        (``"lie"``).  For a kernel, images ``(samples, in, *size)``.
     size : int or tuple of int, optional
         The weight is a kernel of torch's circular convolution on images of this size, and the answer the closest
         orthogonal or unitary convolution, with a kernel as large as the image: every Fourier block becomes its
         closest unitary.
     rotation : bool
-        Whether the determinants of real square matrices shall be one (Kabsch 1976).
-    steps, tolerance : int, float
-        Of ``"lie"``: it ends when the derivative by θ is this small a part of :math:`2\|W X X^H\|_F`, or with a
-        warning after so many steps, of five iterations each.
-    seed : int
-        Of the first θ, which are small random numbers: θ = 0 is a saddle for Hermitian weights.
+        Whether the determinants of real square matrices shall be one (Kabsch 1976); of a real kernel, those of its
+        real blocks.
+    steps, tolerance : int, float, optional
+        Of ``"lie"`` (500, 1e-6): it ends when the derivative by θ is, for every matrix, this small a part of
+        :math:`2\|W X X^H\|_F`, or with a warning after so many steps, of five iterations each.
+    seed : int, optional
+        Of ``"lie"`` (0), for the first θ, which are small random numbers: θ = 0 is a saddle for Hermitian weights.
     callback : callable, optional
         Called after every step of ``"lie"`` with its number, from 1, and the loss.
 
@@ -118,32 +121,30 @@ def nearest_unitary(
     True
     """
     _check_shapes(weight, inputs, size)
-    problem: dict[str, Any] = {"method": method, "rotation": rotation}
-    if method == "lie":
-        problem |= {"steps": steps, "tolerance": tolerance, "seed": seed, "callback": callback}
-    wide = weight.to(high_precision(weight.dtype))
-    data = None if inputs is None else inputs.to(wide.dtype)
+    options = {"steps": steps, "tolerance": tolerance, "seed": seed, "callback": callback}
+    problem: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    problem |= {"method": method, "rotation": rotation}
+    wide = weight.detach().to(high_precision(weight.dtype))
+    data = None if inputs is None else inputs.detach().to(wide.dtype)
     if size is None:
-        found = _nearest(wide, data, **problem)
-        return found._replace(unitary=found.unitary.to(weight.dtype).contiguous())
-    dims = weight.dim() - 2
-    sides = sides_of(size, dims)
+        (unitary,), losses, (theta,) = _solve([(wide, data, 1)], **problem)
+        return Nearest(unitary.to(weight.dtype).contiguous(), losses, theta)
+    if rotation and weight.is_complex():
+        raise ValueError(f"rotation=True is for real kernels, got {weight.dtype}")
+    sides = sides_of(size, weight.dim() - 2)
     grid = fourier.spectrum(sides, not weight.is_complex(), str(weight.device))
     blocks = fourier.blocks_of_kernel(fourier.embedded(wide, sides), grid)
-    waves = None if data is None else fourier.analyse(data, grid).permute(2, 0, 1)
+    waves = None
+    if data is not None:
+        check_images(data, sides)
+        waves = fourier.analyse(data, grid).permute(2, 0, 1) / math.sqrt(math.prod(sides))
     free, losses = nearest_blocks(blocks, grid, waves, **problem)
     kernel = fourier.kernel_of_blocks(fourier.everywhere(torch.cat(free, -3), grid), grid)
     return Nearest(fourier.from_origin(kernel, sides).to(weight.dtype).contiguous(), losses)
 
 
 def nearest_blocks(
-    blocks: Tensor,
-    grid: fourier.Spectrum,
-    waves: Tensor | None = None,
-    *,
-    method: str = "polar",
-    rotation: bool = False,
-    **options: Any,
+    blocks: Tensor, grid: fourier.Spectrum, waves: Tensor | None = None, **problem: Any
 ) -> tuple[list[Tensor], list[float]]:
     """Return the closest unitary blocks at the free frequencies, generic and alone, and the squared distances.
 
@@ -155,24 +156,26 @@ def nearest_blocks(
         Their frequencies.
     waves : Tensor, optional
         ``(*batch, stored, samples, in)``, the transforms of inputs.
-    method, rotation, options
-        As for :func:`nearest_unitary`.
+    problem
+        Arguments of :func:`nearest_unitary`: method, rotation (of the real blocks), steps and so on.
     """
-    free, histories = [], []
+    stacks: list[Stack] = []
     for chosen, times in ((grid.generic, 2 if grid.real else 1), (grid.alone, 1)):
         own = blocks.index_select(-3, chosen)
         data = None if waves is None else waves.index_select(-3, chosen)
         if chosen is grid.alone:
             own, data = own.real, None if data is None else data.real
-        if not len(chosen):
-            free.append(own.to(blocks.dtype))
-            continue
-        found = _nearest(own, data, method=method, rotation=rotation and not own.is_complex(), **options)
-        free.append(found.unitary.to(blocks.dtype))
-        histories.append([times * loss for loss in found.losses])
-    length = max(map(len, histories))
-    ended = [history + history[-1:] * (length - len(history)) for history in histories]  # each its own descent
-    return free, [sum(losses) for losses in zip(*ended, strict=True)]
+        stacks.append((own, data, times))
+    there = [stack for stack in stacks if stack[0].numel()]
+    found, losses, _ = _solve(there, **problem)
+    rest = iter(found)
+    return [(next(rest) if own.numel() else own).to(blocks.dtype) for own, _, _ in stacks], losses
+
+
+def check_images(images: Tensor, size: tuple[int, ...]) -> None:
+    """Raise ValueError unless these are ``(samples, channels, *size)``."""
+    if images.dim() != len(size) + 2 or tuple(images.shape[2:]) != size:
+        raise ValueError(f"inputs must be images (samples, channels, *{size}), got shape {tuple(images.shape)}")
 
 
 def _check_shapes(weight: Tensor, inputs: Tensor | None, size: int | tuple[int, ...] | None) -> None:
@@ -188,11 +191,17 @@ def _check_shapes(weight: Tensor, inputs: Tensor | None, size: int | tuple[int, 
             f"inputs must have {weight.shape[axis]} features along dimension {axis}, as the weight has, "
             f"got shape {tuple(inputs.shape)}"
         )
+    if inputs is not None and size is None and inputs.shape[:-2] not in ((), weight.shape[:-2]):
+        raise ValueError(f"inputs must have no batch or the weight's {tuple(weight.shape[:-2])}, got {inputs.shape}")
 
 
-def _check_problem(weight: Tensor, method: str, inputs: Tensor | None, rotation: bool) -> None:
+def _check_problem(
+    weight: Tensor, inputs: Tensor | None, method: str, rotation: bool, options: Mapping[str, Any], among_blocks: bool
+) -> None:
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if options and method != "lie":
+        raise ValueError(f"method={method!r} has no use for {', '.join(options)}: they are of 'lie'")
     if inputs is None and method == "procrustes":
         raise ValueError("method='procrustes' needs inputs; without any it would be 'polar'")
     if inputs is not None and method == "polar":
@@ -201,43 +210,57 @@ def _check_problem(weight: Tensor, method: str, inputs: Tensor | None, rotation:
         raise ValueError(
             f"method='procrustes' has no closed form for wide weights, got shape {tuple(weight.shape)}: take 'lie'"
         )
-    if rotation and weight.is_complex():
+    if rotation and weight.is_complex() and not among_blocks:
         raise ValueError(f"rotation=True is for real matrices, got {weight.dtype}")
+    if inputs is not None and not inputs.numel():
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} are empty")
     for name, t in (("weight", weight), ("inputs", inputs)):
         if t is not None and not torch.isfinite(t).all():
             raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries")
 
 
-def _nearest(
-    weight: Tensor, inputs: Tensor | None, *, method: str = "polar", rotation: bool = False, **options: Any
-) -> Nearest:
-    """Solve for matrices in double precision."""
-    _check_problem(weight, method, inputs, rotation)
-    r = None if inputs is None else torch.linalg.qr(inputs, mode="r")[1]
+def _solve(
+    stacks: list[Stack], *, method: str = "polar", rotation: bool = False, **options: Any
+) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
+    """Return the closest unitary matrices of stacks in double precision, and the squared distances of all."""
+    problems: list[Problem] = []
+    for weight, inputs, times in stacks:
+        _check_problem(weight, inputs, method, rotation, options, len(stacks) > 1)
+        problems.append((weight, None if inputs is None else torch.linalg.qr(inputs, mode="r")[1], times))
     if method == "lie":
-        return _lie(weight, r, **options)
-    unitary = _polar(weight if r is None else _seen(weight, r, rotation), rotation)
-    return Nearest(unitary, [_loss(unitary, weight, r).item()])
+        with torch.inference_mode(False), torch.enable_grad():
+            mine = [(weight.clone(), None if r is None else r.clone(), times) for weight, r, times in problems]
+            return _lie(mine, **options)
+    found = []
+    for weight, r, _ in problems:
+        turned = rotation and not weight.is_complex()
+        found.append(_polar(weight if r is None else _seen(weight, r, turned), turned))
+    distances = zip(found, problems, strict=True)
+    loss = sum(times * _losses(unitary, weight, r).sum().item() for unitary, (weight, r, times) in distances)
+    return found, [loss], [None] * len(found)
 
 
-def _loss(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tensor:
-    """Return the squared distance; ‖(U - W)X‖ = ‖R(U - W)^T‖ where R is that of X^T = QR."""
+def _losses(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
+    """Return the squared distances; ‖(U - W)X‖ = ‖R(U - W)^T‖ where R is that of X^T = QR."""
     moved = unitary - weight
-    seen = moved if r is None else r @ moved.mT
-    return torch.linalg.vector_norm(seen) ** 2
+    return torch.linalg.matrix_norm(moved if r is None else r @ moved.mT) ** 2
 
 
 def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor; for a rotation the smallest singular direction is turned round where need be."""
     p, s, qh = torch.linalg.svd(weight, full_matrices=False)
-    if (s[..., -1] <= torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., 0]).any():
-        raise ValueError(
-            f"a matrix of shape {tuple(weight.shape)} is rank deficient (smallest singular value "
-            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
-        )
+    _check_rank(s, weight.shape)
     if rotation and p.shape[-2] == qh.shape[-1]:
         p[..., -1] *= torch.linalg.det(p @ qh).sign()[..., None]
     return p @ qh
+
+
+def _check_rank(s: Tensor, shape: torch.Size) -> None:
+    if (s[..., -1] <= torch.finfo(s.dtype).eps * max(shape[-2:]) * s[..., 0]).any():
+        raise ValueError(
+            f"a matrix of shape {tuple(shape)} is rank deficient (smallest singular value "
+            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
+        )
 
 
 def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
@@ -257,53 +280,69 @@ def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
 
 
 def _lie(
-    weight: Tensor,
-    r: Tensor | None,
+    problems: list[Problem],
     *,
     steps: int = STEPS,
     tolerance: float = TOLERANCE,
     seed: int = 0,
     callback: Callback | None = None,
-) -> Nearest:
-    n, m = weight.shape[-2:]
-    side = max(n, m)
-    count = side * side if weight.is_complex() else side * (side - 1) // 2
+) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
+    """Descend for all matrices at once, each loss in units of its own size, so that none is lost beside a large one."""
     generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side
-    theta = start.to(weight.device).requires_grad_()
-    optimizer = torch.optim.LBFGS(  # with a single iteration in a step torch's stands still: it forgets the slope
-        [theta], max_iter=5, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
-    )
+    thetas, sizes = [], []
+    for weight, r, _ in problems:
+        _check_rank(torch.linalg.svdvals(weight), weight.shape)
+        side = max(weight.shape[-2:])
+        count = side * side if weight.is_complex() else side * (side - 1) // 2
+        start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side
+        thetas.append(start.to(weight.device).requires_grad_())
+        sizes.append(torch.linalg.matrix_norm(weight if r is None else weight @ (r.mT @ r.conj())))
+    moving = [theta for theta in thetas if theta.numel()]
 
-    def unitary() -> Tensor:
-        return torch.linalg.matrix_exp(lie_element(theta, side, weight.is_complex()))[..., :n, :m]
+    def unitaries() -> list[Tensor]:
+        found = []
+        for theta, (weight, _, _) in zip(thetas, problems, strict=True):
+            n, m = weight.shape[-2:]
+            element = lie_element(theta, max(n, m), weight.is_complex())
+            found.append(torch.linalg.matrix_exp(element)[..., :n, :m])
+        return found
+
+    def losses_now() -> list[Tensor]:
+        return [_losses(u, weight, r) for u, (weight, r, _) in zip(unitaries(), problems, strict=True)]
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = _loss(unitary(), weight, r)
-        loss.backward()
-        return loss
+        for theta in thetas:
+            theta.grad = None
+        total = sum((loss / size).sum() for loss, size in zip(losses_now(), sizes, strict=True))
+        assert isinstance(total, Tensor)
+        total.backward()
+        return total
 
-    target = weight if r is None else weight @ (r.mT @ r.conj())
-    enough = 2 * tolerance * torch.linalg.vector_norm(target).item()
+    def slope() -> float:
+        """Return the largest derivative of a matrix's loss, in units of twice its size."""
+        closure()
+        return max((torch.linalg.vector_norm(theta.grad, dim=-1).max().item() / 2 for theta in moving), default=0.0)
+
     losses: list[float] = []
-    slope = math.inf
-    with torch.enable_grad():
-        for step in range(1, steps + 1):
+    optimizer = moving and torch.optim.LBFGS(  # with one iteration in a step torch's forgets the slope and stands
+        moving, max_iter=5, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
+    )
+    for step in range(1, steps + 1):
+        if optimizer:
             optimizer.step(closure)
-            losses.append(closure().item())
-            assert theta.grad is not None
-            slope = torch.linalg.vector_norm(theta.grad).item()
-            if callback is not None:
-                callback(step, losses[-1])
-            if slope <= enough:
-                break
-        else:
-            warnings.warn(
-                f"nearest_unitary: after {steps} steps the derivative is {slope:.1e}, not yet {enough:.1e}",
-                stacklevel=5,
-            )
-    return Nearest(unitary().detach(), losses, theta.detach())
+        found = zip(losses_now(), problems, strict=True)
+        losses.append(sum(times * loss.sum().item() for loss, (_, _, times) in found))
+        if callback is not None:
+            callback(step, losses[-1])
+        left = slope() if moving else 0.0
+        if left <= tolerance:
+            break
+    else:
+        warnings.warn(
+            f"nearest_unitary: after {steps} steps the derivative is {left:.1e}, not yet {tolerance:.1e}",
+            stacklevel=5,
+        )
+    return [u.detach() for u in unitaries()], losses, [theta.detach() for theta in thetas]
 
 
 def lie_element(theta: Tensor, side: int, complex_: bool) -> Tensor:  # (*batch, count) -> (*batch, side, side)

@@ -17,6 +17,7 @@ from projunn_manifold.layers.conv import FourierConv, centred_kernel
 from projunn_manifold.layers.existing import plain_, unitary_
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.nearest import nearest_unitary
+from projunn_manifold.validation import dtype_problem
 
 __all__ = ["Converted", "Report", "fold", "unitarize"]
 
@@ -73,7 +74,7 @@ def unitarize(
     model : torch.nn.Module
     select : callable or iterable of str, optional
         Which weights, by name as in ``named_parameters``: a function, or names, where ``*`` stands for anything.  All
-        that can be if left out.
+        of those above if left out.
     k, manifold
         Rank of the moves, and ``UnitaryLowRank`` or a subclass.
     method : {"polar", "procrustes", "lie"}
@@ -107,8 +108,9 @@ def unitarize(
     <class 'torch.nn.parameter.Parameter'>
     """
     chosen = _chosen(model, select)
-    seen = {} if inputs is None else _observed(model, [module for _, module, _ in chosen], inputs)
     sighted = inputs is not None and method != "polar"
+    watched = [module for _, module, _ in chosen if sighted or type(module) in _CONVS]
+    seen = {} if inputs is None else _observed(model, watched, inputs)
     problem = {"method": method, "rotation": rotation, **options}
     plans: list[tuple[Any, str, Any]] = []
     report = Report()
@@ -142,18 +144,27 @@ def fold(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        A recurrent layer of this package, of which torch has none alike.
+        A recurrent layer of this package, of which torch has none alike; a weight that is shared; a module with hooks.
     """
     for name, module in model.named_modules():
         if isinstance(module, layers.UnitaryRNN | layers.UnitaryRNNCell):
             raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, of which torch has none alike")
-    for module in list(model.modules()):
-        if isinstance(module, layers.UnitaryLinear | FourierConv):
-            model = _replace(model, module, module.to_plain())
-        else:
-            for own, p in list(module.named_parameters(recurse=False)):
-                if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):
-                    plain_(module, own)
+    replaced = [module for module in model.modules() if isinstance(module, layers.UnitaryLinear | FourierConv)]
+    for module in replaced:
+        _check_hooks(type(module).__name__, module)
+    freed = [
+        (module, own, p)
+        for module in model.modules()
+        if module not in replaced
+        for own, p in module.named_parameters(recurse=False)
+        if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank)
+    ]
+    for _, own, p in freed:
+        _check_alone(model, own, p)
+    for module in replaced:
+        model = _replace(model, module, module.to_plain())
+    for module, own, _ in freed:
+        plain_(module, own)
     return model
 
 
@@ -185,20 +196,36 @@ def _weights_of(module: nn.Module) -> list[str]:
     names = ["weight"] if kind is nn.Linear or kind in _CONVS else []
     if kind is nn.RNN or kind is nn.RNNCell:
         names = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_hh")]
-    return [name for name in names if not isinstance(getattr(module, name), ManifoldTensor)]
+    return [name for name in names if _is_free(module._parameters.get(name))]
+
+
+def _is_free(weight: Tensor | None) -> bool:
+    """Tell whether a weight is a parameter that could be on a manifold, and is on none."""
+    return weight is not None and not isinstance(weight, ManifoldTensor) and dtype_problem(weight.dtype, "") is None
 
 
 def _check_free(model: nn.Module, name: str, module: nn.Module, own: str) -> None:
-    """Raise if a weight has other owners, or if its module would be replaced and cannot be."""
+    """Raise if a weight has other owners, or hooks, or if its module would be replaced and cannot be."""
     weight = getattr(module, own)
-    owners = [other for other in model.modules() for p in other.parameters(recurse=False) if p is weight]
-    if len(owners) > 1:
-        raise ValueError(f"{name} is shared by {len(owners)} modules: untie it first")
+    _check_alone(model, name, weight)
+    if weight._backward_hooks:
+        raise ValueError(f"{name} has hooks, which would be lost")
     if type(module) in _CONVS or (type(module) is nn.Linear and weight.shape[0] < weight.shape[1]):
         if module is model:
             raise ValueError(f"{name}: the model itself would be replaced; put it into a torch.nn.Sequential")
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            raise ValueError(f"{name}: its module has hooks, which would be lost")
+        _check_hooks(name, module)
+
+
+def _check_alone(model: nn.Module, name: str, weight: Tensor) -> None:
+    owners = sum(p is weight for module in model.modules() for p in module._parameters.values())
+    if owners > 1:
+        raise ValueError(f"{name} is shared by {owners} modules or names: untie it first")
+
+
+def _check_hooks(name: str, module: Any) -> None:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    if any(getattr(module, kind) for kind in kinds):
+        raise ValueError(f"{name}: its module has hooks, which would be lost")
 
 
 # -- what they see ----------------------------------------------------------------------------------------
@@ -208,35 +235,40 @@ def _observed(model: nn.Module, modules: list[nn.Module], inputs: Any) -> dict[n
     """Return what the weights of these modules are applied to, as rows, or as images."""
     seen: dict[nn.Module, list[Tensor]] = {}
 
-    def look(module: Any, args: tuple[Any, ...], output: Any) -> None:
-        rows = _applied_to(module, args, output)
-        if rows is not None:
+    def look(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        rows = _applied_to(module, [*args, *kwargs.values()], output)
+        if rows is not None and rows.numel():
             seen.setdefault(module, []).append(rows.detach())
 
-    handles = [module.register_forward_hook(look) for module in dict.fromkeys(modules)]
+    handles = [module.register_forward_hook(look, with_kwargs=True) for module in dict.fromkeys(modules)]
     try:
         with _in_eval_mode(model), torch.no_grad():
             model(*inputs) if isinstance(inputs, tuple) else model(inputs)
     finally:
         for handle in handles:
             handle.remove()
+    for module, parts in seen.items():
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise ValueError(f"{module} sees images of more than one size, for which no one convolution is made")
     return {module: torch.cat(parts) for module, parts in seen.items()}
 
 
-def _applied_to(module: Any, args: tuple[Any, ...], output: Any) -> Tensor | None:
+def _applied_to(module: Any, args: list[Any], output: Any) -> Tensor | None:
     """Return what a module's weight was applied to in one call, where that can be seen."""
     if type(module) in _CONVS:
         images: Tensor = args[0]
         return images if images.dim() == module.weight.dim() else images[None]
     if type(module) is nn.Linear:
-        return torch.as_tensor(args[0]).flatten(0, -2)
+        return torch.as_tensor(args[0]).reshape(-1, module.in_features)
+    before = args[1] if len(args) > 1 else None  # the first state; zero, which counts for nothing, if None
     if type(module) is nn.RNNCell:
-        return None if len(args) < 2 or args[1] is None else torch.as_tensor(args[1]).reshape(-1, module.hidden_size)
+        return None if before is None else torch.as_tensor(before).reshape(-1, module.hidden_size)
     if module.num_layers > 1 or module.bidirectional or not isinstance(output[0], Tensor):
         return None
     states = output[0]
     time = 1 if module.batch_first and states.dim() == 3 else 0
-    return states.narrow(time, 0, states.shape[time] - 1).flatten(0, -2)  # the last is not applied to any more
+    seen = states.narrow(time, 0, states.shape[time] - 1).reshape(-1, module.hidden_size)  # all but the last
+    return seen if before is None else torch.cat((torch.as_tensor(before).reshape(-1, module.hidden_size), seen))
 
 
 @contextmanager

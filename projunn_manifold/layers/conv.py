@@ -23,7 +23,7 @@ from projunn_manifold.init import haar_, identity_
 from projunn_manifold.layers.base import KeepsManifolds, cast, may_be_factored
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.nearest import nearest_blocks
+from projunn_manifold.nearest import check_images, nearest_blocks
 from projunn_manifold.validation import check_positive, dtype_problem, sides_of
 
 __all__ = [
@@ -297,6 +297,8 @@ class FourierConv(KeepsManifolds):
         wide = centred.to(linalg.high_precision(centred.dtype))
         inputs = problem.pop("inputs", None)
         with torch.no_grad():
+            if inputs is not None:
+                check_images(inputs, layer.size)
             waves = None if inputs is None else layer._waves(inputs.to(wide), grid).mT
             (generic, alone), _ = nearest_blocks(layer._blocks_of(wide), grid, waves, **problem)
             for stack, found in ((layer.weight, generic), (layer.weight_real, alone)):
@@ -329,7 +331,9 @@ class FourierConv(KeepsManifolds):
         with torch.no_grad():
             plain.weight.copy_(self.kernel())
             if self.bias is not None and plain.bias is not None:
-                plain.bias.copy_(self.bias)
+                plain.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
+        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        plain.weight.requires_grad_(any(stack.requires_grad for stack in stacks))
         plain.train(self.training)
         assert isinstance(plain, nn.Module)
         return plain

@@ -202,7 +202,7 @@ class ExpConv2d(_ExpConv):
 
 
 def squash(z: Tensor) -> Tensor:
-    r""":math:`\\varphi(z) = z / \\sqrt{1 + |z|^2}`: keeps phases, and moduli below one."""
+    r""":math:`\varphi(z) = z / \sqrt{1 + |z|^2}`: keeps phases, and moduli below one."""
     return z * torch.rsqrt(1 + (z.real.square() + z.imag.square() if z.is_complex() else z.square()))
 
 

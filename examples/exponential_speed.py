@@ -1,0 +1,85 @@
+"""What the convolution exponential costs beside one iteration of the network that uses it, one channel, batch 1.
+
+The parametrisation is an FFT and a phase for each frequency, once for a sequence; an iteration is an FFT, a product, an
+inverse FFT and φ.  Run ``python examples/exponential_speed.py`` (a few seconds); ``--record JSON --into PAGE`` writes
+the table of a recorded run into a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import torch
+from report import environment, markdown, write_between
+from tqdm import tqdm
+
+from projunn_manifold.layers import UnitaryConvRNNCell
+
+SIZES = (64, 128, 256, 512)
+DTYPES = {"complex64": torch.complex64, "float32": torch.float32}
+
+
+@torch.no_grad()
+def measure(size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
+    """Return quartiles of the milliseconds of both, taken in turn."""
+    cell = UnitaryConvRNNCell(1, size, dtype=dtype)
+    z, blocks = torch.randn(1, 1, size, size, dtype=dtype), cell.conv.blocks()
+    subjects: dict[str, Callable[[], Any]] = {
+        "parametrisation": cell.conv.blocks,
+        "iteration": lambda: cell(None, z, blocks),
+    }
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    for _ in range(rounds + 2):
+        for name, subject in subjects.items():
+            begin = perf_counter()
+            subject()
+            times[name].append(1e3 * (perf_counter() - begin))
+    return {name: quantiles(values[2:], n=4) for name, values in times.items()}
+
+
+def table(record: dict[str, Any]) -> str:
+    """Return a row for each size."""
+    rows = [["numbers", "grid", "parametrisation, ms", "iteration, ms", "ratio"]]
+    for cell in record["cells"]:
+        spread = [f"{b:.3g} ({a:.3g}–{c:.3g})" for a, b, c in (cell["parametrisation"], cell["iteration"])]
+        ratio = cell["parametrisation"][1] / cell["iteration"][1]
+        rows.append([cell["dtype"], f"{cell['size']}²", *spread, f"{ratio:.2f}"])
+    return markdown(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Time or render, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--rounds", type=int, default=51, help="(default: %(default)s)")
+    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead of timing")
+    command.add_argument("--into", type=Path, metavar="PAGE", help="write its table into this page")
+    command.add_argument("--out", type=Path, default=Path("results/exponential_speed"), help="default: %(default)s")
+    options = command.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.record is not None:
+        record = json.loads(options.record.read_text(encoding="utf-8"))
+    else:
+        torch.set_num_threads(1)
+        cases = [(name, size) for name in DTYPES for size in SIZES]
+        cells = [
+            {"dtype": name, "size": size, **measure(size, DTYPES[name], options.rounds)}
+            for name, size in tqdm(cases, "cases", disable=None)
+        ]
+        record = {"cells": cells, **environment()}
+        (options.out / "exponential_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = f"\n{table(record)}\n\nMedians and quartiles, on {record['machine']}.\n"
+    print(text)
+    if options.into is not None:
+        write_between(options.into, "exponential speed", text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
