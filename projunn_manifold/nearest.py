@@ -246,6 +246,15 @@ def _losses(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tensor:  # -> 
     return torch.linalg.matrix_norm(moved if r is None else r @ moved.mT) ** 2
 
 
+def _varying_part(unitary: Tensor, target: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
+    """Return what of the squared distance depends on U, over the size of W X X^H: small differences stay exact."""
+    size = torch.linalg.matrix_norm(target)
+    varying = -2 * (unitary.conj() * target).sum((-2, -1)).real
+    if r is not None and unitary.shape[-2] < unitary.shape[-1]:  # ‖UX‖ is the same for all others
+        varying = varying + torch.linalg.matrix_norm(r @ unitary.mT) ** 2
+    return varying / size
+
+
 def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor; for a rotation the smallest singular direction is turned round where need be."""
     p, s, qh = torch.linalg.svd(weight, full_matrices=False)
@@ -289,14 +298,14 @@ def _lie(
 ) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
     """Descend for all matrices at once, each loss in units of its own size, so that none is lost beside a large one."""
     generator = torch.Generator().manual_seed(seed)
-    thetas, sizes = [], []
+    thetas, targets = [], []
     for weight, r, _ in problems:
         _check_rank(torch.linalg.svdvals(weight), weight.shape)
         side = max(weight.shape[-2:])
         count = side * side if weight.is_complex() else side * (side - 1) // 2
         start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side
         thetas.append(start.to(weight.device).requires_grad_())
-        sizes.append(torch.linalg.matrix_norm(weight if r is None else weight @ (r.mT @ r.conj())))
+        targets.append(weight if r is None else weight @ (r.mT @ r.conj()))
     moving = [theta for theta in thetas if theta.numel()]
 
     def unitaries() -> list[Tensor]:
@@ -313,7 +322,8 @@ def _lie(
     def closure() -> Tensor:
         for theta in thetas:
             theta.grad = None
-        total = sum((loss / size).sum() for loss, size in zip(losses_now(), sizes, strict=True))
+        found = zip(unitaries(), targets, problems, strict=True)
+        total = sum(_varying_part(u, target, r).sum() for u, target, (_, r, _) in found)
         assert isinstance(total, Tensor)
         total.backward()
         return total
