@@ -25,7 +25,7 @@ from projunn_manifold import linalg
 from projunn_manifold.ambient import parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.sampling import Dense, Gradient, Subspace
+from projunn_manifold.sampling import Gradient, Subspace, without_normal_part
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 
@@ -104,7 +104,10 @@ def _check(names: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
 
 
 class Exchange:
-    """Puts the factors of the mean gradient into ``p.grad`` before each step of an optimiser."""
+    """Puts the factors of the mean gradient into ``p.grad`` before each step of an optimiser.
+
+    A multiple of X in a gradient, which moves nothing, is taken out of each process's own.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, points: list[Any], group: Any) -> None:
         #: Bytes handed to the process group by this process so far.
@@ -128,8 +131,11 @@ class Exchange:
         grad = torch.zeros_like(p.detach()) if p.grad is None else p.grad  # all must take part
         if p.manifold.is_dense(p):
             return self.mean(grad.clone())
-        factors = grad.factors if isinstance(grad, FactoredTensor) else None
-        local = factors if isinstance(factors, LowRank) else Dense(grad.detach())
+        local: Gradient
+        if isinstance(grad, FactoredTensor) and isinstance(grad.factors, LowRank):
+            local = grad.factors
+        else:
+            local = without_normal_part(grad.detach(), p.detach(), p.manifold.k)
         return FactoredTensor(p.manifold.sketch(p, MeanGradient(local, self)))
 
     def mean(self, t: Tensor) -> Tensor:

@@ -201,6 +201,7 @@ def test_pages_show_the_recorded_experiments(tmp_path):
         ("exponential_speed.py", "convolution.md", ["--record", results / "exponential_speed.json"]),
         ("pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
         ("compare.py", "comparison.md", ["--record", results / "compare.json"]),
+        ("distributed.py", "distributed.md", ["--record", results / "distributed.json"]),
     ):
         original = ROOT / "docs" / page
         copy = shutil.copy(original, tmp_path)
@@ -337,3 +338,13 @@ def test_every_descent_of_the_comparison_makes_the_same_first_step(examples):
             torch.testing.assert_close(before.mT @ before, torch.eye(24), atol=1e-5, rtol=0)
     for name, move in moves.items():
         assert torch.dist(move, moves["full rank"]) < 0.01 * moves["full rank"].norm(), name
+
+
+def test_distributed_training_counts_what_travels(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = [str(EXAMPLES / "distributed.py"), "--sizes", "48", "--steps", "6", "--out", str(tmp_path)]
+    result = subprocess.run(command + script, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    whole, sketches, _ = _read(tmp_path / "distributed.json")["cells"]
+    assert whole["bytes"] - sketches["bytes"] == 4 * (48 * 48 - 2 * 48)
+    assert whole["accuracy"] == sketches["accuracy"]
