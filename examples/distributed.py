@@ -65,7 +65,8 @@ def run(name: str, n: int, steps: int) -> dict[str, Any]:
     optimizer = RiemannianSGD(model.parameters(), lr=0.05)
     handed_over: Callable[[], int]
     if name.startswith("PowerSGD"):
-        ddp = DistributedDataParallel(model)
+        # one bucket: with several, the hook's second exchanges were seen to come in different orders on gloo
+        ddp = DistributedDataParallel(model, bucket_cap_mb=4096)
         state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=1, start_powerSGD_iter=2)
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         handed_over = lambda: 4 * state.total_numel_after_compression  # noqa: E731

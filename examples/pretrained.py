@@ -111,17 +111,18 @@ def _first(accuracy: list[float], level: float) -> int | None:
 
 
 def draw(path: Path, record: dict[str, Any]) -> None:
-    """Draw accuracies against epochs; those that go on from the plain network begin where it ends, and at zero."""
+    """Draw accuracies against epochs, medians over seeds and the seeds; on the right with all epochs before."""
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    named = set()
-    for cell in record["cells"]:
-        name, scores = cell["name"], cell["accuracy"]
+    for name, colour in COLOURS.items():
+        curves = [cell["accuracy"] for cell in record["cells"] if cell["name"] == name]
         later = record["settings"]["before"] if name not in ("plain", "from scratch") else 0
         for panel, shift in zip(panels, (0, later), strict=True):
-            label = name if panel is panels[0] and name not in named else None
-            panel.plot([shift + i for i in range(len(scores))], scores, color=COLOURS[name], label=label, linewidth=1)
-        named.add(name)
+            epochs = [shift + i for i in range(len(curves[0]))]
+            for scores in curves:
+                panel.plot(epochs, scores, color=colour, alpha=0.2, linewidth=0.8)
+            middle = [median(scores) for scores in zip(*curves, strict=True)]
+            panel.plot(epochs, middle, color=colour, linewidth=1.8, label=name if panel is panels[0] else None)
     panels[0].set(xlabel="epochs of its own", ylabel="test accuracy")
     panels[1].set(xlabel="epochs, those of the plain network before it included")
     for panel in panels:
