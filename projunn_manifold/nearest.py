@@ -34,7 +34,7 @@ class Nearest(NamedTuple):
     unitary: Tensor
     #: The squared distance: after every step of ``"lie"``, else one number.
     losses: list[float]
-    #: θ, for ``"lie"`` alone: (*batch, n(n-1)/2), or n² numbers where U is complex.
+    #: θ, for ``"lie"`` alone: n(n-1)/2 numbers for each matrix, or n² where U is complex.
     parameters: Tensor | None = None
 
 
@@ -54,13 +54,13 @@ def nearest_unitary(
 ) -> Nearest:
     r"""Return the matrix with orthonormal columns (of a wide one: rows) that is closest to ``weight``.
 
-    ===============  ====================================  ==================================================
-    method           least                                 how
-    ===============  ====================================  ==================================================
-    ``"polar"``      :math:`\|U - W\|_F`                   :math:`U = PQ^H` of the SVD :math:`W = PSQ^H`
-    ``"procrustes"`` :math:`\|(U - W)X\|_F`                the same of :math:`W X X^H`; square and tall only
-    ``"lie"``        either                                :math:`U = e^{\sum_i\theta_i L_i}`, L-BFGS over θ
-    ===============  ====================================  ==================================================
+    ================  ========================  =================================================
+    method            least                     how
+    ================  ========================  =================================================
+    ``"polar"``       :math:`\|U - W\|_F`       :math:`U = PQ^H` of the SVD :math:`W = PSQ^H`
+    ``"procrustes"``  :math:`\|(U - W)X\|_F`    the same of :math:`W X X^H`; square and tall only
+    ``"lie"``         either                    :math:`U = e^{\sum_i\theta_i L_i}`, L-BFGS over θ
+    ================  ========================  =================================================
 
     The :math:`L_i` are :math:`E_{ij} - E_{ji}`, i < j, and for complex weights also :math:`i(E_{ij} + E_{ji})` and
     :math:`iE_{jj}`; of a weight that is not square they have the larger side, and the columns or rows of U in excess
