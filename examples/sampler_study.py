@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from descents import Matrix
 from experiment import summary
 from figures import study
 from networks import Choices, Method, Optimizers, Reader, on_manifold
-from random_unitary import Matrix, RandomUnitary
+from random_unitary import RandomUnitary
 from report import environment, markdown, write_between
 from tasks import Copying, Pixels, Task
 from torch import Tensor
