@@ -22,7 +22,7 @@ from torch import Tensor
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
 
-__all__ = ["Constraint", "constrain", "is_constrained", "parameters_of"]
+__all__ = ["Constraint", "constrain", "has_closure_among", "is_constrained", "parameters_of"]
 
 _REFUSED: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "evaluates the loss off the manifold",
@@ -48,7 +48,7 @@ class Constraint:
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        has_closure = len(args) > 1 or kwargs.get("closure") is not None  # which may make gradients
+        has_closure = has_closure_among(args, kwargs)  # which may make gradients
         self._before = {}
         for p in parameters_of(optimizer):
             if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):
@@ -139,6 +139,11 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[Any]:
     """Walk through the parameters of all groups."""
     return (p for group in optimizer.param_groups for p in group["params"])
+
+
+def has_closure_among(args: Any, kwargs: Any) -> bool:
+    """Tell whether these arguments of a step, the optimiser first, hold a closure."""
+    return any(argument is not None for argument in (*args[1:], kwargs.get("closure")))
 
 
 def is_constrained(optimizer: torch.optim.Optimizer) -> bool:

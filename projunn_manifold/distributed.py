@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from projunn_manifold import linalg
-from projunn_manifold.ambient import parameters_of
+from projunn_manifold.ambient import has_closure_among, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.optim import InPlace
 from projunn_manifold.sampling import Gradient, Subspace, without_normal_part
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
@@ -32,13 +33,14 @@ __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 
 def data_parallel(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, process_group: Any = None, **options: Any
-) -> tuple[DistributedDataParallel, Exchange]:
+) -> tuple[nn.Module, Exchange]:
     """Replicate a model: its unitary parameters exchange sketches at each step, all others are torch's to average.
 
-    Every process calls it with the same model; parameters become those of the first process.  Per step and unitary
-    parameter 2k(n + m)/2 numbers travel, twice that with ``power=1``, and so on; those that are dense anyhow
-    (``k=None``, or 2k >= m) travel whole.  Use ``ddp`` for the forward pass and ``optimizer`` as ever; gradients of
-    unitary parameters that are accumulated, or clipped, are each process's own until the step.
+    Every process calls it with the same model; parameters become those of the first process.  A unitary parameter
+    hands over k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); those that are dense anyhow (``k=None``, or
+    2k >= m) travel whole.  Use ``ddp`` for the forward pass and this very ``optimizer`` as ever; gradients of unitary
+    parameters that are accumulated, or clipped, are each process's own until the step.  Copies of either know nothing
+    of the exchange, and ``ddp.join()`` is not supported.
 
     Parameters
     ----------
@@ -53,7 +55,8 @@ def data_parallel(
     Returns
     -------
     ddp, exchange
-        The wrapped model; a handle that counts the bytes that its processes hand over, and can be removed.
+        The wrapped model, or the model itself where all parameters are unitary; a handle that counts the bytes that
+        this process hands over for unitary parameters.
 
     Raises
     ------
@@ -61,46 +64,63 @@ def data_parallel(
         A sampler that is not linear in the gradient (``column``, ``svd``, a function): train with torch's
         ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (one that was constrained).
     ValueError
-        Unitary parameters that the optimiser does not have; manifolds whose seed or count differ between processes.
-        In ``step``: a closure, which would make gradients too late.
+        Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay in
+        geoopt's own optimisers, which would mix X into the factors.  In ``step``: a closure, which would make
+        gradients too late.
     """
-    names = {
+    named = {
         name: p
-        for name, p in model.named_parameters()
+        for name, p in model.named_parameters(remove_duplicate=False)
         if p.requires_grad and isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank)
     }
-    _check(names, optimizer, process_group)
+    _check(named, optimizer, process_group)
+    exchange = Exchange(optimizer, list(named.values()), process_group)
     first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
-    for p in names.values():
+    for p in exchange.points:
         dist.broadcast(_numbers(p.detach()), first, process_group)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
-    ddp = DistributedDataParallel(model, process_group=process_group, **options)
-    return ddp, Exchange(optimizer, list(names.values()), process_group)
+    others = {id(p) for p in model.parameters() if p.requires_grad} - {id(p) for p in named.values()}
+    return _averaged(model, list(named), process_group, options) if others else model, exchange
 
 
-def _check(names: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) -> None:
+def _averaged(model: nn.Module, left_out: list[str], group: Any, options: dict[str, Any]) -> nn.Module:
+    """Wrap a model by torch's DistributedDataParallel, some parameters left out, and no mark left on the model."""
+    ignored = [*left_out, *(f".{name}" for name in left_out)]  # torch looks for the latter on the root module
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+    try:
+        return DistributedDataParallel(model, process_group=group, **options)
+    finally:
+        del model._ddp_params_and_buffers_to_ignore
+        for p in model.parameters():
+            p.__dict__.pop("_ddp_ignored", None)
+
+
+def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) -> None:
     if not isinstance(optimizer, OptimMixin):
         raise TypeError(
             f"{type(optimizer).__name__} is not linear in the gradient of a unitary parameter: take geoopt's "
             "optimisers or this package's, or torch's DistributedDataParallel as it is"
         )
+    if not isinstance(optimizer, InPlace) and any(g.get("weight_decay", 0) for g in optimizer.param_groups):
+        raise ValueError("weight decay in geoopt's own optimiser would mix X into the factors: take this package's")
     held = {id(p) for p in parameters_of(optimizer)}
-    missing = [name for name, p in names.items() if id(p) not in held]
+    missing = [name for name, p in named.items() if id(p) not in held]
     if missing:
         raise ValueError(f"the optimiser does not have {', '.join(missing)}: build it after the parameters")
-    for name, p in names.items():
+    for name, p in named.items():
         if p.manifold.k is not None and not isinstance(p.manifold.sampler, Subspace):
             raise TypeError(
                 f"{name}: the sampler {p.manifold.sampler!r} needs the whole gradient; take 'lsi' or 'subspace', or "
                 "torch's DistributedDataParallel as it is"
             )
-    own = {name: (tuple(p.shape), p.manifold.seed, p.manifold.get_extra_state().tolist()) for name, p in names.items()}
+    own = {name: (tuple(p.shape), str(p.dtype), str(p.manifold), p.manifold.stamp) for name, p in named.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group)
     for rank, theirs in enumerate(everyone):
         if theirs != own:
             differing = [name for name in own.keys() | theirs.keys() if own.get(name) != theirs.get(name)]
-            raise ValueError(f"shape, seed or count of {', '.join(sorted(differing))} differs in process {rank}")
+            raise ValueError(
+                f"shape, dtype, manifold, seed or count of {', '.join(sorted(differing))} differs in process {rank}"
+            )
 
 
 class Exchange:
@@ -112,21 +132,30 @@ class Exchange:
     def __init__(self, optimizer: torch.optim.Optimizer, points: list[Any], group: Any) -> None:
         #: Bytes handed to the process group by this process so far.
         self.bytes = 0
-        self._points, self._group = points, group
-        self._hook = optimizer.register_step_pre_hook(self._before)
-
-    def remove(self) -> None:
-        """Leave gradients as they are from now on: each process's own."""
-        self._hook.remove()
+        ours = {id(p) for p in points}
+        #: The parameters, in the order of the optimiser's steps.
+        self.points = [p for p in parameters_of(optimizer) if id(p) in ours]
+        self._group = group
+        optimizer.register_step_pre_hook(self._before)
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if len(args) > 1 or kwargs.get("closure") is not None:  # the first is the optimiser
+        if has_closure_among(args, kwargs):
             raise ValueError("a closure would make gradients after they have been exchanged: call it before the step")
-        for p in self._points:
-            p.grad = self._mean_of(p)
+        ahead: dict[Any, int] = {}  # of every manifold, gradients that come before in this step
+        for p, somewhere in zip(self.points, self._gradients_anywhere(), strict=True):
+            if somewhere:
+                p.grad = self._mean_of(p, ahead.get(p.manifold, 0))
+                ahead[p.manifold] = ahead.get(p.manifold, 0) + 1
 
-    def _mean_of(self, p: Any) -> Tensor:
+    def _gradients_anywhere(self) -> list[bool]:
+        """Tell for each parameter whether any process has a gradient."""
+        here = [p.requires_grad and p.grad is not None for p in self.points]
+        flags = torch.tensor(here, dtype=torch.int32, device=self.points[0].device) if here else torch.zeros(0)
+        dist.all_reduce(flags, group=self._group)
+        return [flag > 0 for flag in flags.tolist()]
+
+    def _mean_of(self, p: Any, ahead: int) -> Tensor:
         """Return the mean gradient as the manifold will see it."""
         grad = torch.zeros_like(p.detach()) if p.grad is None else p.grad  # all must take part
         if p.manifold.is_dense(p):
@@ -136,7 +165,7 @@ class Exchange:
             local = grad.factors
         else:
             local = without_normal_part(grad.detach(), p.detach(), p.manifold.k)
-        return FactoredTensor(p.manifold.sketch(p, MeanGradient(local, self)))
+        return FactoredTensor(p.manifold.sketch(p, MeanGradient(local, self), ahead))
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean over all processes, in place."""

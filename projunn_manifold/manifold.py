@@ -145,6 +145,11 @@ class UnitaryLowRank(Manifold):
         self._state.forget_faults()
         return faults
 
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """Seed and count of gradients, from which all draws follow."""
+        return self._seed, self._state.gradients
+
     def get_extra_state(self) -> Tensor:  # (32,) uint8
         """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
         return self._state.packed()
@@ -590,11 +595,15 @@ class UnitaryLowRank(Manifold):
             return u
         return self.sketch(x, u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k))
 
-    def sketch(self, x: Tensor, gradient: sampling.Gradient) -> LowRank:
-        """Return the factors that the next step at x would make of a gradient, which is known by its products."""
+    @linalg.in_full_precision
+    def sketch(self, x: Tensor, gradient: sampling.Gradient, ahead: int = 0) -> LowRank:
+        """Return the factors that a step at x would make of a gradient, which is known by its products.
+
+        It is the step after as many others of this manifold's as ``ahead`` says.
+        """
         assert self.k is not None
         try:
-            factors = self.sampler(gradient, self.k, self._state.generator(x.device, _SKETCH))
+            factors = self.sampler(gradient, self.k, self._state.generator(x.device, _SKETCH, ahead))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             dense = gradient.dense()
             if (linalg.squared_norm(dense) <= torch.finfo(x.dtype).max).all():

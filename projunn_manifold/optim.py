@@ -28,7 +28,7 @@ from projunn_manifold.manifold import UnitaryLowRank
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
 
 
-class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
+class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     """A step that moves this package's parameters in place and hides them from the step of geoopt's class."""
 
     _geoopt: type[torch.optim.Optimizer]
@@ -52,7 +52,7 @@ class _InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
+class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     r"""geoopt's ``RiemannianSGD``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
 
     Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), one of X and one pass
@@ -96,7 +96,7 @@ class RiemannianSGD(_InPlace, geoopt.optim.RiemannianSGD):
         manifold.retr_transp_(point, direction, buffer, scale=-group["lr"])
 
 
-class RiemannianAdam(_InPlace, geoopt.optim.RiemannianAdam):
+class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     r"""geoopt's ``RiemannianAdam``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
 
     The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m

@@ -40,11 +40,11 @@ class State:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._faults: dict[torch.device, Tensor] = {}
 
-    def generator(self, device: torch.device, purpose: int) -> torch.Generator:
-        """Return a generator that is about to draw the numbers of this count and purpose."""
+    def generator(self, device: torch.device, purpose: int, ahead: int = 0) -> torch.Generator:
+        """Return a generator that is about to draw the numbers of this count, or one ahead, and purpose."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        mixed = _mixed(self._start + self.gradients * _PURPOSES + purpose)
+        mixed = _mixed(self._start + (self.gradients + ahead) * _PURPOSES + purpose)
         return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
     def count_gradient(self, x: Tensor) -> None:

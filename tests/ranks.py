@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
 from projunn_manifold.distributed import data_parallel
-from projunn_manifold.layers import UnitaryLinear
+from projunn_manifold.layers import OrthogonalConv2d, UnitaryLinear, UnitaryRNN
 
 MANIFOLDS = {"D": UnitaryLowRank, "T": UnitaryLowRankExact}
 OPTIMIZERS = {
@@ -89,28 +89,93 @@ def all_cases(rank, world, port, folder, cases, steps, exchanged):
     dist.destroy_process_group()
 
 
-def never_formed(rank, world, port, folder):
-    """A recurrent network whose gradient is never formed, by exchange and by DDP of a formed one."""
-    from projunn_manifold.layers import UnitaryRNN
+class Holder(nn.Module):
+    """A module one level below the root, of which torch's names differ."""
 
-    join(rank, world, port)
-    found = []
-    for exchanged in (True, False):
-        torch.manual_seed(0)
-        model = UnitaryRNN(2, 64, k=1, dtype=torch.float64)
-        optimizer = optim.RiemannianSGD(model.parameters(), lr=0.05)
-        if exchanged:
-            ddp, _ = data_parallel(model, optimizer)
+    def __init__(self, inner, nested):
+        super().__init__()
+        if nested:
+            self.inner = inner
         else:
-            ddp = DistributedDataParallel(model)
-        for step in range(5):
-            torch.manual_seed(step)
-            x = torch.randn(6, 4, 2, dtype=torch.float64)[:, rank::world]
-            optimizer.zero_grad()
-            ddp(x)[0][-1].sub(1).square().mean().backward()
-            optimizer.step()
-        found.append(model.weight_hh_l0.detach().as_subclass(torch.Tensor).clone())
-    torch.save(found, f"{folder}/{rank}.pt")
+            self.__dict__["inner"] = inner
+
+    def forward(self, x):
+        y = self.inner(x)
+        return y[0][-1] if isinstance(y, tuple) else y
+
+
+def of_one_layer(kind):
+    """Return a layer of that kind, in double precision, and its input's shape for a batch."""
+    torch.manual_seed(0)
+    if kind == "recurrent":
+        return UnitaryRNN(2, 64, k=1, dtype=torch.float64), lambda b: (5, b, 2)
+    if kind == "convolution":
+        return OrthogonalConv2d(6, 6, 4, k=1, dtype=torch.float64), lambda b: (b, 6, 4, 4)
+    if kind == "two on one manifold":
+        shared = UnitaryLowRank(1, sampler="subspace")
+        pair = [UnitaryLinear(24, 24, manifold=shared, dtype=torch.float64) for _ in range(2)]
+        return nn.Sequential(pair[0], nn.Tanh(), pair[1]), lambda b: (b, 24)
+    if kind == "dense":
+        return UnitaryLinear(12, 12, k=None, dtype=torch.float64), lambda b: (b, 12)
+    return nn.Sequential(UnitaryLinear(16, 16, bias=False, k=1, dtype=torch.float64)), lambda b: (b, 16)
+
+
+LAYERS = ("recurrent", "convolution", "two on one manifold", "dense", "all unitary")
+
+
+def train_layer(kind, rank=0, world=1, exchanged=False, nested=True, hook=None):
+    """Train a layer towards random targets; return its weights and what was exchanged."""
+    layer, shape = of_one_layer(kind)
+    model = Holder(layer, True) if nested else layer
+    optimizer = optim.RiemannianSGD(model.parameters(), lr=0.05)
+    exchange = None
+    if exchanged:
+        model, exchange = data_parallel(model, optimizer)
+        if hook is not None:
+            model.register_comm_hook(None, hook)
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(shape(4), dtype=torch.float64, generator=generator)
+        part = x[:, rank::world] if kind == "recurrent" else x[rank::world]
+        y = model(part)
+        y = y[0][-1] if isinstance(y, tuple) else y
+        goal = torch.randn(4, *y.shape[1:], dtype=torch.float64, generator=generator)
+        optimizer.zero_grad()
+        (y * goal[rank::world]).flatten(1).sum(-1).tanh().mean().backward()  # no multiple of X in the gradient
+        optimizer.step()
+    return [p.detach().as_subclass(torch.Tensor).clone() for p in layer.parameters()], exchange
+
+
+def layers(rank, world, port, folder):
+    """Train a layer of every kind by exchange, nested; the recurrent one also as the root, counting DDP's bytes."""
+    join(rank, world, port)
+    found = [train_layer(kind, rank, world, exchanged=True)[0] for kind in LAYERS]
+    sent = []
+
+    def count(_, bucket):
+        sent.append(bucket.buffer().numel())
+        future = dist.all_reduce(bucket.buffer().div_(world), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0])
+
+    root, exchange = train_layer("recurrent", rank, world, exchanged=True, nested=False, hook=count)
+    torch.save((found, root, max(sent), exchange.bytes), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def unused(rank, world, port, folder):
+    """A parameter that no process uses, one that only the first uses, and one that is frozen later."""
+    join(rank, world, port)
+    torch.manual_seed(0)
+    model = nn.ModuleList([UnitaryLinear(8, 8, dtype=torch.float64) for _ in range(3)])
+    optimizer = optim.RiemannianAdam(model.parameters(), lr=0.05)
+    data_parallel(model, optimizer)
+    model[2].weight.requires_grad_(False)
+    before = [layer.weight.detach().as_subclass(torch.Tensor).clone() for layer in model]
+    if rank == 0:
+        model[0](torch.ones(2, 8, dtype=torch.float64)).square().square().sum().backward()
+    optimizer.step()
+    after = [layer.weight.detach().as_subclass(torch.Tensor).clone() for layer in model]
+    torch.save(([torch.equal(a, b) for a, b in zip(after, before, strict=True)], after), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -133,8 +198,11 @@ def refusals(rank, world, port, folder):
     refused(lambda: data_parallel(model, OPTIMIZERS["in place"](model[4].parameters())))
     seeded = nn.Sequential(UnitaryLinear(8, 8, manifold=UnitaryLowRank(1, seed=rank)))
     refused(lambda: data_parallel(seeded, OPTIMIZERS["in place"](seeded.parameters())))
+    decayed = geoopt.optim.RiemannianSGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    refused(lambda: data_parallel(model, decayed))
     ours = OPTIMIZERS["in place"](model.parameters())
     data_parallel(model, ours)
+    ours.step(None)
     refused(lambda: ours.step(lambda: None))
     torch.save(told, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -155,10 +223,13 @@ def one_gradient_is_not_finite(rank, world, port, folder, exchanged):
         told = "nothing"
     except ValueError as error:
         told = str(error)
-    unitary = [i for i, p in enumerate(model.parameters()) if isinstance(p, geoopt.ManifoldParameter)]
-    after = list(model.parameters())
-    kept = torch.equal(after[unitary[0]].detach().as_subclass(torch.Tensor), before[unitary[0]])
-    torch.save((told, kept), f"{folder}/{rank}.pt")
+    kept = [
+        torch.equal(p.detach().as_subclass(torch.Tensor), b)
+        for p, b in zip(model.parameters(), before, strict=True)
+        if isinstance(p, geoopt.ManifoldParameter)
+    ]
+    after = train(ddp, model, optimizer, torch.float64, 3, rank, world)
+    torch.save((told, kept[0], after[0]), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

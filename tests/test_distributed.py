@@ -69,9 +69,21 @@ def test_sketches_among_four_processes(tmp_path):
     assert_replicas(start(ranks.all_cases, 4, tmp_path, LINEAR, 10, True), LINEAR, 10, 1e-9)
 
 
-def test_a_gradient_that_is_never_formed_travels_as_its_sketch(tmp_path):
-    for exchanged, formed in start(ranks.never_formed, 2, tmp_path):
-        torch.testing.assert_close(exchanged, formed, atol=1e-9, rtol=0)
+def test_layers_of_every_kind_are_those_of_one_process(tmp_path):
+    for found, root, largest_bucket, sent in start(ranks.layers, 2, tmp_path):
+        for kind, weights in zip(ranks.LAYERS, found, strict=True):
+            for w, v in zip(weights, ranks.train_layer(kind)[0], strict=True):
+                torch.testing.assert_close(w, v, atol=1e-9, rtol=0, msg=lambda m, kind=kind: f"{kind}: {m}")
+        for w, v in zip(root, ranks.train_layer("recurrent")[0], strict=True):
+            torch.testing.assert_close(w, v, atol=1e-9, rtol=0)
+        assert largest_bucket < 64 * 64  # the recurrent gradient is not among what torch averages
+        assert sent == 4 * 8 * (64 + 64)
+
+
+def test_parameters_without_a_gradient_stay(tmp_path):
+    (first, here), (second, there) = start(ranks.unused, 2, tmp_path)
+    assert first == second == [False, True, True]
+    assert all(torch.equal(w, v) for w, v in zip(here, there, strict=True))
 
 
 def test_what_cannot_be_exchanged_is_refused(tmp_path):
@@ -80,7 +92,8 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path):
         "TypeError: 0.weight: the sampler <function svd",
         "TypeError: RMSprop is not linear",
         "ValueError: the optimiser does not have 0.weight, 2.weight",
-        "ValueError: shape, seed or count of 0.weight differs",
+        "ValueError: shape, dtype, manifold, seed or count of 0.weight differs",
+        "ValueError: weight decay",
         "ValueError: a closure",
     ]
     for told in start(ranks.refusals, 2, tmp_path):
@@ -91,9 +104,12 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path):
 
 @pytest.mark.parametrize("exchanged", [False, True])
 def test_a_gradient_that_is_not_finite_is_refused_by_all(tmp_path, exchanged):
-    for told, kept in start(ranks.one_gradient_is_not_finite, 2, tmp_path, exchanged):
-        assert "finite" in told
-        assert kept
+    (told, kept, here), (also, as_well, there) = start(ranks.one_gradient_is_not_finite, 2, tmp_path, exchanged)
+    assert "finite" in told
+    assert "finite" in also
+    assert kept
+    assert as_well
+    assert torch.equal(here, there)  # after more steps
 
 
 def test_a_process_that_dies_does_not_leave_the_others_waiting(tmp_path):
