@@ -298,7 +298,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Run all cells, several at a time."""
     settings = SMALL if options.small else SETTINGS
     seconds = None if options.full else options.seconds
-    jobs = [(task, system.name) for task in settings for system in SYSTEMS]
+    jobs = [(task, system.name) for task in settings for system in SYSTEMS if system.name in options.systems]
     cells = {}
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(cell, *job, seconds, options.small): job for job in jobs}
@@ -320,6 +320,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--seconds", type=float, default=20, help="for a cell (default: %(default)s)")
     command.add_argument("--full", action="store_true", help="without a limit of time: hours")
     command.add_argument("--small", action="store_true", help="tiny sizes, to see that all works")
+    names = [system.name for system in SYSTEMS]
+    command.add_argument("--systems", nargs="+", choices=names, default=names, metavar="SYSTEM", help="these alone")
     command.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
     command.add_argument("--out", type=Path, default=Path("results/compare"), help="(default: %(default)s)")
     command.add_argument("--record", type=Path, metavar="JSON", help="render this record instead")
