@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from matplotlib.figure import Figure
 from networks import Choices
 from procrustes import Procrustes
 from random_unitary import RandomUnitary
-from report import environment, markdown, thinned, write_between
+from report import add_record_options, environment, markdown, recorded, thinned, write_between
 from tasks import Copying, Pixels
 from tqdm import tqdm
 from training import NonFiniteError, Run, train
@@ -268,7 +267,7 @@ def text(record: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def about(name: str, setting: Setting) -> str:
+def about(setting: Setting) -> str:
     """Return a task in words."""
     task = setting.make(setting.hidden, 1, 0)
     goal = "no goal" if task.goal is None else f"goal: loss {task.goal:.3g}, where a training ends"
@@ -308,7 +307,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "jobs": options.jobs,
-        "tasks": {name: about(name, setting) for name, setting in settings.items()},
+        "tasks": {name: about(setting) for name, setting in settings.items()},
         "cells": [cells[job] for job in jobs],
         **environment(),
     }
@@ -323,16 +322,10 @@ def main(arguments: list[str] | None = None) -> int:
     names = [system.name for system in SYSTEMS]
     command.add_argument("--systems", nargs="+", choices=names, default=names, metavar="SYSTEM", help="these alone")
     command.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
-    command.add_argument("--out", type=Path, default=Path("results/compare"), help="(default: %(default)s)")
-    command.add_argument("--record", type=Path, metavar="JSON", help="render this record instead")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="also write the tables into this page")
+    add_record_options(command, "results/compare")
     options = command.parse_args(arguments)
+    record = recorded(options, "compare", lambda: measure(options))
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.record:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        record = measure(options)
-        (options.out / "compare.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(options.out / "compare.png", record)
     print(text(record))
     if options.into:

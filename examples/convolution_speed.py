@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from report import environment, markdown, write_between
+from report import add_record_options, environment, markdown, recorded, write_between
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -139,6 +138,17 @@ def measure(case: tuple[int, int, int], rounds: int, cap: float, last: dict[str,
     return cells
 
 
+def measure_all(options: argparse.Namespace) -> dict[str, Any]:
+    """Time every case."""
+    torch.set_num_threads(options.threads)
+    cases: list[tuple[int, int, int]] = QUICK if options.quick else CASES
+    last: dict[str, float] = {}
+    cells: list[dict[str, Any]] = []
+    for case in tqdm(cases, "cases", disable=None):
+        cells += measure(case, options.rounds, options.cap, last if case[1:] == (16, 16) else {})
+    return {"quick": options.quick, "cases": cases, "cells": cells, **environment()}
+
+
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
@@ -202,20 +212,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--cap", type=float, default=3.0, help="seconds for a rival's step (default: %(default)s)")
     command.add_argument("--threads", type=int, default=1, help="for PyTorch (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="one small case")
-    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead of timing")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="write its table into this page")
-    command.add_argument("--out", type=Path, default=Path("results/convolution_speed"), help="default: %(default)s")
+    add_record_options(command, "results/convolution_speed")
     options = command.parse_args(arguments)
+    record = recorded(options, "convolution_speed", lambda: measure_all(options))
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.record is not None:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        torch.set_num_threads(options.threads)
-        cases, last, cells = QUICK if options.quick else CASES, {}, []
-        for case in tqdm(cases, "cases", disable=None):
-            cells += measure(case, options.rounds, options.cap, last if case[1:] == (16, 16) else {})
-        record = {"quick": options.quick, "cases": cases, "cells": cells, **environment()}
-        (options.out / "convolution_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if not record["quick"]:
         draw(options.out / "convolution_speed.png", record)
     text = f"On {record['machine']}:\n\n{table(record)}"

@@ -8,16 +8,14 @@ the table of a recorded run into a page.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from statistics import quantiles
 from time import perf_counter
 from typing import Any
 
 import torch
-from report import environment, markdown, write_between
+from report import add_record_options, environment, markdown, recorded, write_between
 from tqdm import tqdm
 
 from projunn_manifold.layers import UnitaryConvRNNCell
@@ -44,6 +42,17 @@ def measure(size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]
     return {name: quantiles(values[2:], n=4) for name, values in times.items()}
 
 
+def measure_all(rounds: int) -> dict[str, Any]:
+    """Time every size in both dtypes."""
+    torch.set_num_threads(1)
+    cases = [(name, size) for name in DTYPES for size in SIZES]
+    cells = [
+        {"dtype": name, "size": size, **measure(size, DTYPES[name], rounds)}
+        for name, size in tqdm(cases, "cases", disable=None)
+    ]
+    return {"cells": cells, **environment()}
+
+
 def table(record: dict[str, Any]) -> str:
     """Return a row for each size."""
     rows = [["numbers", "grid", "parametrisation, ms", "iteration, ms", "ratio"]]
@@ -58,22 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Time or render, and return the exit status."""
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     command.add_argument("--rounds", type=int, default=51, help="(default: %(default)s)")
-    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead of timing")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="write its table into this page")
-    command.add_argument("--out", type=Path, default=Path("results/exponential_speed"), help="default: %(default)s")
+    add_record_options(command, "results/exponential_speed")
     options = command.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.record is not None:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        torch.set_num_threads(1)
-        cases = [(name, size) for name in DTYPES for size in SIZES]
-        cells = [
-            {"dtype": name, "size": size, **measure(size, DTYPES[name], options.rounds)}
-            for name, size in tqdm(cases, "cases", disable=None)
-        ]
-        record = {"cells": cells, **environment()}
-        (options.out / "exponential_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    record = recorded(options, "exponential_speed", lambda: measure_all(options.rounds))
     text = f"\n{table(record)}\n\nMedians and quartiles, on {record['machine']}.\n"
     print(text)
     if options.into is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from data import digits
 from matplotlib.figure import Figure
-from report import environment, markdown, write_between
+from report import add_record_options, environment, markdown, recorded, write_between
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -141,22 +140,20 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("--lr", type=float, default=1e-3, help="(default: %(default)s)")
     command.add_argument("--unitary-lr", type=float, default=1e-3, help="of the transition (default: %(default)s)")
     command.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="(default: %(default)s)")
-    command.add_argument("--out", type=Path, default=Path("results/pretrained"), help="(default: %(default)s)")
-    command.add_argument("--record", type=Path, metavar="JSON", help="render this record instead of training")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="also write the table into this page")
+    add_record_options(command, "results/pretrained")
     options = command.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    if options.record:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        torch.set_num_threads(1)
-        names = ("before", "epochs", "layers", "k", "lr", "unitary_lr", "seeds")
-        record = {
+    torch.set_num_threads(1)
+    names = ("before", "epochs", "layers", "k", "lr", "unitary_lr", "seeds")
+    record = recorded(
+        options,
+        "pretrained",
+        lambda: {
             "settings": {name: getattr(options, name) for name in names},
             "cells": [cell for seed in options.seeds for cell in histories(options, seed)],
             **environment(),
-        }
-        (options.out / "pretrained.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        },
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "pretrained.png", record)
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
     text = f"{table(record)}\n\nMedians over seeds; {settings}.  On {record['machine']}."

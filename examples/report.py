@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,23 @@ def write_between(page: Path, name: str, text: str) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
+
+
+def add_record_options(command: argparse.ArgumentParser, out: str) -> None:
+    """Add the options of scripts that keep a record, and can report on one again."""
+    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead of a new one")
+    command.add_argument("--into", type=Path, metavar="PAGE", help="write its table into this page")
+    command.add_argument("--out", type=Path, default=Path(out), help="folder of the results (default: %(default)s)")
+
+
+def recorded(options: argparse.Namespace, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return the record that was given, or a new one, kept as ``<name>.json``."""
+    if options.record is not None:
+        return json.loads(options.record.read_text(encoding="utf-8"))
+    record = measure()
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return record
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:

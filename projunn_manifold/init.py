@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import linalg
-from projunn_manifold.validation import check_point
+from projunn_manifold.validation import check_full_rank, check_point
 
 __all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
 
@@ -64,12 +64,7 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
     check_point(tensor, "tensor")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
-    s = torch.linalg.svdvals(tensor)
-    if (s[..., -1] <= torch.finfo(tensor.dtype).eps * s[..., 0] * tensor.shape[-2]).any():
-        raise ValueError(
-            f"`tensor` of shape {tuple(tensor.shape)} is rank deficient (smallest singular value "
-            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
-        )
+    check_full_rank(torch.linalg.svdvals(tensor), tensor.shape, "`tensor`")
     return tensor.copy_(linalg.polar(tensor))
 
 

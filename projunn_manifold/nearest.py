@@ -15,7 +15,7 @@ from torch import Tensor
 
 from projunn_manifold import fourier, linalg
 from projunn_manifold.linalg import high_precision
-from projunn_manifold.validation import dtype_problem, sides_of
+from projunn_manifold.validation import check_full_rank, dtype_problem, sides_of
 
 __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
 
@@ -259,18 +259,10 @@ def _varying_part(unitary: Tensor, target: Tensor, r: Tensor | None) -> Tensor: 
 def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor; for a rotation the smallest singular direction is turned round where need be."""
     p, s, qh = torch.linalg.svd(weight, full_matrices=False)
-    _check_rank(s, weight.shape)
+    check_full_rank(s, weight.shape, "a matrix")
     if rotation and p.shape[-2] == qh.shape[-1]:
         p[..., -1] *= torch.linalg.det(p @ qh).sign()[..., None]
     return p @ qh
-
-
-def _check_rank(s: Tensor, shape: torch.Size) -> None:
-    if (s[..., -1] <= torch.finfo(s.dtype).eps * max(shape[-2:]) * s[..., 0]).any():
-        raise ValueError(
-            f"a matrix of shape {tuple(shape)} is rank deficient (smallest singular value "
-            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
-        )
 
 
 def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
@@ -301,7 +293,7 @@ def _lie(
     generator = torch.Generator().manual_seed(seed)
     thetas, targets = [], []
     for weight, r, _ in problems:
-        _check_rank(torch.linalg.svdvals(weight), weight.shape)
+        check_full_rank(torch.linalg.svdvals(weight), weight.shape, "a matrix")
         side = max(weight.shape[-2:])
         count = side * side if weight.is_complex() else side * (side - 1) // 2
         start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side

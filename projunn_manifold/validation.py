@@ -16,6 +16,7 @@ __all__ = [
     "broadcast",
     "check_count",
     "check_factors",
+    "check_full_rank",
     "check_point",
     "check_positive",
     "check_rate",
@@ -185,6 +186,15 @@ def non_finite(u: Tensor, what: str) -> ValueError:
 def not_converged(u: Tensor) -> RuntimeError:
     """Return the error for a factorisation that failed on a finite gradient."""
     return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")
+
+
+def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:
+    """Raise ValueError unless matrices of that shape, their singular values s descending, have full rank."""
+    if (s[..., -1] <= torch.finfo(s.dtype).eps * max(shape[-2:]) * s[..., 0]).any():
+        raise ValueError(
+            f"{name} of shape {tuple(shape)} is rank deficient (smallest singular value "
+            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
+        )
 
 
 def check_positive(name: str, value: object) -> None:
