@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from geoopt import ManifoldTensor
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
 from projunn_manifold.factors import FactoredTensor
-from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.sharding import seen, unitary_of
 
 __all__ = ["Constraint", "constrain", "has_closure_among", "is_constrained", "parameters_of"]
 
@@ -51,7 +50,7 @@ class Constraint:
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
         self._before = {}
         for p in parameters_of(optimizer):
-            if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank):
+            if unitary_of(p) is not None:
                 if has_closure or p.grad is not None:
                     self._before[p] = p.detach().clone()
                 if isinstance(p.grad, FactoredTensor):
@@ -68,7 +67,8 @@ class Constraint:
         failures = []
         for p, move in moves.items():
             try:
-                p.manifold.step_raw_(p, move, self._residual(optimizer, p))  # type: ignore[attr-defined]
+                manifold: Any = unitary_of(p)
+                manifold.step_raw_(seen(p), seen(move), seen(self._residual(optimizer, p)))
             except Exception as error:
                 failures.append(error)
         if failures:

@@ -21,7 +21,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, rows
 from projunn_manifold.ambient import has_closure_among, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.manifold import UnitaryLowRank
@@ -77,7 +77,7 @@ def data_parallel(
     exchange = Exchange(optimizer, list(named.values()), process_group)
     first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
     for p in exchange.points:
-        dist.broadcast(_numbers(p.detach()), first, process_group)
+        dist.broadcast(rows.numbers(p.detach()), first, process_group)
     others = {id(p) for p in model.parameters() if p.requires_grad} - {id(p) for p in named.values()}
     return _averaged(model, list(named), process_group, options) if others else model, exchange
 
@@ -169,7 +169,7 @@ class Exchange:
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean over all processes, in place."""
-        numbers = _numbers(t)
+        numbers = rows.numbers(t)
         self.bytes += numbers.numel() * numbers.element_size()
         dist.all_reduce(numbers, group=self._group)
         return t.div_(dist.get_world_size(self._group))
@@ -208,9 +208,3 @@ class MeanGradient:
     def dense(self) -> Tensor:
         """Return G itself: never asked for by samplers that are linear."""
         raise TypeError("the mean gradient is not formed")
-
-
-def _numbers(t: Tensor) -> Tensor:
-    """Return a tensor as real numbers, in the same memory."""
-    plain = t.as_subclass(Tensor)
-    return torch.view_as_real(plain) if t.is_complex() else plain

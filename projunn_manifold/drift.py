@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, rows
 
 __all__ = ["Schedule", "correct_columns_"]
 
@@ -54,8 +54,9 @@ def correct_columns_(x: Tensor, start: int) -> Tensor:
     brought to unit norm, whatever its norm was, and so spoils no other for long.
     """
     due = slice(start, start + width(x.shape[-1]))
-    block = x[..., due]
-    excess = linalg.adjoint_times(x, block)
+    here = rows.local(x)
+    block = here[..., due]
+    excess = rows.summed(x, linalg.adjoint_times(here, block))
     own = excess[..., due, :]
     squares = own.diagonal(dim1=-2, dim2=-1).real.clone()
     squares = torch.where(squares > 0, squares, 1.0)
@@ -66,5 +67,5 @@ def correct_columns_(x: Tensor, start: int) -> Tensor:
     near = torch.linalg.vector_norm(excess, dim=-2, keepdim=True) <= FAR
     own.mul_(scale.unsqueeze(-1) / 2)
     own.diagonal(dim1=-2, dim2=-1).copy_((squares - 1) / (squares + squares.sqrt()))  # 1 - 1/‖x_j‖
-    block.sub_((x @ excess).masked_fill_(~near, 0))
+    block.sub_((here @ excess).masked_fill_(~near, 0))
     return (~near).sum()

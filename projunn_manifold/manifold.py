@@ -19,7 +19,7 @@ from geoopt.manifolds.base import Manifold
 from geoopt.utils import size2shape
 from torch import Tensor
 
-from projunn_manifold import drift, linalg, passes, sampling, validation
+from projunn_manifold import drift, linalg, passes, rows, sampling, validation
 from projunn_manifold.factors import FactoredTensor, LowRank, Scalar
 from projunn_manifold.frame import Frame, Step
 from projunn_manifold.linalg import in_full_precision
@@ -144,6 +144,16 @@ class UnitaryLowRank(Manifold):
         faults = self._state.faults()
         self._state.forget_faults()
         return faults
+
+    def shared_by(self, x: Tensor, group: Any) -> None:
+        """Know a parameter of which the processes of a group have a piece each, and refuse steps together with them.
+
+        Raises
+        ------
+        ValueError
+            Seeds or counts of gradients that differ between processes; a second group.
+        """
+        self._state.share(x, group)
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -379,11 +389,13 @@ class UnitaryLowRank(Manifold):
         if residual is not None:
             self._accept_in_place(x, residual, "residual")
             validation.check_writable(residual, "residual")
-        if linalg.readable(x) and not move.any():
+        here = rows.local(move)
+        if linalg.readable(x) and self._state.agreed(not here.any()):
             return x
         idle = None
         if residual is not None:
-            idle = ~(move != 0).flatten(-2).any(-1)  # matrices of a batch whose move is zero
+            if x.dim() > 2 or not linalg.readable(x):  # matrices of a batch whose move is zero
+                idle = rows.summed(x, (here != 0).flatten(-2).any(-1).int()) == 0
             move = move + residual
         if self.is_dense(x):
             q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
@@ -392,7 +404,7 @@ class UnitaryLowRank(Manifold):
             factors = self._sketch(x, move)
         sizes = linalg.squared_norm(factors.b) * linalg.squared_norm(factors.a)
         kept = self._kept(x, sizes, torch.finfo(x.dtype).max, move, "move")
-        if idle is not None and (kept is not None or x.dim() > 2 or not linalg.readable(x)):
+        if idle is not None:
             kept = ~idle if kept is None else kept & ~idle
         if kept is not None:
             factors = LowRank(*(torch.where(kept[..., None, None], t, 0) for t in factors))
@@ -400,7 +412,10 @@ class UnitaryLowRank(Manifold):
         step.apply_(x)
         if residual is not None:
             rest = passes.plus_product(move, -factors.a, factors.b)
-            residual.copy_(step.carry_(rest if kept is None else torch.where(kept[..., None, None], rest, residual)))
+            if kept is not None:
+                here = rows.local(rest)
+                here.copy_(torch.where(kept[..., None, None], here, rows.local(residual)))
+            residual.copy_(step.carry_(rest))
         self._state.count_gradient(x)
         self._correct_(x)
         return x
@@ -560,10 +575,13 @@ class UnitaryLowRank(Manifold):
         if linalg.traced():
             return None
         if linalg.readable(x):
-            if _largest(sizes) <= limit:
+            within = _largest(sizes) <= limit
+            if self._state.agreed(within):
                 return None
-            if not torch.isfinite(x).all():
+            if not torch.isfinite(rows.local(x)).all():
                 raise validation.non_finite(x, "point")
+            if self.non_finite == "raise" and within:
+                raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
                 raise validation.non_finite(_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what)
         kept = torch.as_tensor(sizes, device=x.device) <= limit

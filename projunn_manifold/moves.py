@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg, passes
+from projunn_manifold import linalg, passes, rows
 
 __all__ = ["Base", "Move"]
 
@@ -32,10 +32,12 @@ class Base(NamedTuple):
     def of(cls, x: Tensor) -> Base:
         """Remember x as it is now."""
         unknown = torch.compiler.is_compiling() or x.is_inference()
+        x = rows.local(x)
         return cls(x.detach(), None if unknown else x._version)
 
     def is_at(self, x: Tensor) -> bool:
         """Tell whether ``x`` is that point, unchanged."""
+        x = rows.local(x)
         return (
             self.version is not None
             and not x.is_inference()

@@ -18,12 +18,13 @@ from typing import Any
 
 import geoopt
 import torch
-from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, passes, rows
 from projunn_manifold.ambient import constrain, parameters_of
+from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.sharding import is_sharded, seen, unitary_of
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
 
@@ -40,15 +41,18 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for point in group["params"]:
-                    if _is_ours(point) and point.grad is not None and not point.grad.is_sparse:
-                        self._move_(point, group)
+                    manifold = unitary_of(point)
+                    if manifold is not None and point.grad is not None and not point.grad.is_sparse:
+                        if is_sharded(point) and group["stabilize"] is not None:
+                            raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
+                        self._move_(point, manifold, group)
                         moved.append(point)
         with _without_gradients(moved):
             # torch may have wrapped it to call the hooks, which are ours to call
             inspect.unwrap(self._geoopt.step)(self)
         return loss
 
-    def _move_(self, point: Any, group: dict[str, Any]) -> None:
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
@@ -80,20 +84,21 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
 
     _geoopt = geoopt.optim.RiemannianSGD
 
-    def _move_(self, point: Any, group: dict[str, Any]) -> None:
-        momentum, manifold = group["momentum"], point.manifold
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+        momentum, x, grad = group["momentum"], seen(point), seen(point.grad)
         state = self.state[point]  # there, if empty: geoopt makes one for every parameter
         if momentum == 0:
-            manifold.step_(point, point.grad, group["lr"])
+            manifold.step_(x, grad, group["lr"])
             return
-        gradient = manifold.egrad2rgrad(point, point.grad)
+        gradient = manifold.egrad2rgrad(x, grad)
         if not state:
-            sizes = linalg.squared_norm(point.grad)[..., None, None]
+            sizes = rows.summed(x, linalg.squared_norm(rows.local(grad)))[..., None, None]
             finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
-            state["momentum_buffer"] = torch.where(finite, point.grad, 0)  # geoopt starts from the Euclidean gradient
-        buffer = state["momentum_buffer"].mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
-        direction = (buffer * momentum).add_(gradient) if group["nesterov"] else buffer
-        manifold.retr_transp_(point, direction, buffer, scale=-group["lr"])
+            state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
+            rows.local(state["momentum_buffer"]).masked_fill_(~finite, 0)
+        buffer = _add_(seen(state["momentum_buffer"]).mul_(momentum), gradient, 1 - group["dampening"])
+        direction = _add_(buffer * momentum, gradient) if group["nesterov"] else buffer
+        manifold.retr_transp_(x, direction, buffer, scale=-group["lr"])
 
 
 class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
@@ -124,10 +129,10 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     _geoopt = geoopt.optim.RiemannianAdam
     _second_moments = ("exp_avg_sq", "max_exp_avg_sq")
 
-    def _move_(self, point: Any, group: dict[str, Any]) -> None:
-        manifold, (beta1, beta2) = point.manifold, group["betas"]
-        gradient = manifold.egrad2rgrad(point, point.grad)
-        square = manifold.inner(point, gradient, keepdim=True)
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+        x, (beta1, beta2) = seen(point), group["betas"]
+        gradient = manifold.egrad2rgrad(x, seen(point.grad))
+        square = manifold.inner(x, gradient, keepdim=True)
         state = self.state[point]
         if not state:
             state["step"] = 0
@@ -139,13 +144,13 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             if name in state and state[name].shape != square.shape:  # from steps as a Euclidean parameter
                 state[name] = state[name].real.sum((-2, -1), keepdim=True)
         state["step"] += 1
-        direction = state["exp_avg"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        direction = _add_(seen(state["exp_avg"]).mul_(beta1), gradient, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
         length = second.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
         scale = -group["lr"] / (length * (1 - beta1 ** state["step"]))
-        manifold.retr_transp_(point, direction, direction, scale=scale[..., 0, 0])
+        manifold.retr_transp_(x, direction, direction, scale=scale[..., 0, 0])
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
             point.copy_(manifold.projx(point))
             direction.copy_(manifold.proju(point, direction))
@@ -154,11 +159,13 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         """Return the state as geoopt's optimiser of this name would."""
         packed: dict[str, Any] = super().state_dict()
         for index, point in enumerate(parameters_of(self)):
-            if index in packed["state"] and _is_ours(point):
+            if index in packed["state"] and unitary_of(point) is not None:
                 state = packed["state"][index] = dict(packed["state"][index])
                 for name in self._second_moments:
                     if name in state:
-                        state[name] = torch.zeros_like(point, requires_grad=False).add_(state[name])
+                        full = torch.zeros_like(point, requires_grad=False)
+                        rows.local(full).add_(state[name])
+                        state[name] = full
         return packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,12 +176,16 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             if "step" in own:
                 own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, and so of its powers
             for name in self._second_moments:
-                if name in own and _is_ours(point):
-                    own[name] = own[name][..., :1, :1].real.clone()
+                if name in own and unitary_of(point) is not None:
+                    own[name] = rows.corner(seen(own[name])).real.clone()
 
 
-def _is_ours(point: Tensor) -> bool:
-    return isinstance(point, ManifoldParameter | ManifoldTensor) and isinstance(point.manifold, UnitaryLowRank)
+@linalg.in_full_precision
+def _add_(t: Tensor, u: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add ``alpha`` times u to t, in place; factors of a u that is not formed go to t's rows wherever these are."""
+    if isinstance(u, FactoredTensor) and u.factors is not None:
+        return passes.add_product_(t, *u.factors.scaled(alpha).outer())
+    return t.add_(u, alpha=alpha)
 
 
 @contextmanager

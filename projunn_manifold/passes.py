@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, rows
 
 __all__ = [
     "add_product_",
@@ -57,6 +57,8 @@ def times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, k) -> 
     """Return ``X q``."""
     if _by_loops(x, q):
         return _columns(_products(x, _rows(q), None)[0], x)
+    if rows.are_spread(x):
+        return rows.gathered(x, times(rows.local(x), q))
     return x @ q if q.shape[-1] == 1 else (q.mT.contiguous() @ x.mT).mT  # a thin product is fast from the left only
 
 
@@ -64,6 +66,8 @@ def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n
     """Return ``X^H q``."""
     if _by_loops(x, q):
         return _columns(_products(x, None, _rows(q))[1], x)
+    if rows.are_spread(x):
+        return rows.summed(x, adjoint_times(rows.local(x), rows.own(x, q)))
     return linalg.adjoint_times(x, q)
 
 
@@ -72,6 +76,9 @@ def both(x: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
     if _by_loops(x, right, left):
         y, z = _products(x, _rows(right), _rows(left), normal=True)
         return _columns(y, x), _columns(z, x)
+    if rows.are_spread(x):
+        y, z = both(rows.local(x), right, rows.own(x, left))
+        return rows.gathered(x, y), rows.summed(x, z)
     y = times(x, right)
     return y, adjoint_times(x, torch.cat((y.mT, left.mT), -2).mT)
 
@@ -131,6 +138,9 @@ def rank_one_tangent(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, l
 
 def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add ``left right^H`` to x in place and return x; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
+    if rows.are_spread(x):
+        add_product_(rows.local(x), rows.own(x, left), right)
+        return x
     if not _by_loops(x, left, right):
         return linalg.add_product_(x, left, right)
     _add_product(x, x, left, right)
@@ -141,7 +151,7 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return ``x + left right^H`` in fresh memory of x's layout."""
     if not _by_loops(x, left, right):
-        return linalg.add_product_(x.clone(), left, right)
+        return add_product_(x.clone(), left, right)
     y = _fresh(x)
     _add_product(y, x, left, right)
     return y
@@ -170,20 +180,23 @@ def _add_product(y: Tensor, x: Tensor, left: Tensor, right: Tensor) -> None:
     _in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])
 
 
-def cosine(x: Tensor, g: Tensor, rows: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
-    """Return ``Re<x, g> / (‖x‖ ‖g‖)`` over the first rows; 0 where one of them is 0.
+def cosine(x: Tensor, g: Tensor, count: int) -> Any:  # (*batch, n, m) twice -> (*batch,), real
+    """Return ``Re<x, g> / (‖x‖ ‖g‖)`` over the first ``count`` rows; 0 where one of them is 0.
 
     For a single matrix on CPU a number of Python's.
     """
     if _by_loops(x) and _is_plain(g) and g.is_contiguous():
         flat = [_interleaved(_array(t).reshape(-1, t.shape[-2] * t.shape[-1])) for t in (x, g)]
-        entries = rows * flat[0].shape[1] // x.shape[-2]
+        entries = count * flat[0].shape[1] // x.shape[-2]
         values = np.empty(len(flat[0]), flat[0].dtype)
         compiled.cosines(*flat, entries, values)
         return values.item() if x.dim() == 2 else torch.from_numpy(values).view(x.shape[:-2])
-    x, g = x[..., :rows, :], g[..., :rows, :]
-    size = (linalg.frobenius_inner(x, x) * linalg.frobenius_inner(g, g)).sqrt()
-    return linalg.frobenius_inner(x, g) / torch.where(size == 0, 1.0, size)
+    first = max(0, count - rows.start(x))
+    x_rows, g_rows = (rows.local(t)[..., :first, :] for t in (x, g))
+    pairs = ((x_rows, x_rows), (g_rows, g_rows), (x_rows, g_rows))
+    xx, gg, xg = rows.summed(x, torch.stack([linalg.frobenius_inner(*pair) for pair in pairs]))
+    size = (xx * gg).sqrt()
+    return xg / torch.where(size == 0, 1.0, size)
 
 
 def _by_loops(x: Tensor, *thin: Tensor) -> bool:

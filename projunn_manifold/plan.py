@@ -7,6 +7,7 @@ one as Euclidean, without a word.  A plan, made while all is well, tells afterwa
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -15,8 +16,12 @@ from geoopt import ManifoldParameter, ManifoldTensor
 from geoopt.manifolds.base import Manifold
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from projunn_manifold.ambient import is_constrained, parameters_of
+from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.optim import InPlace
+from projunn_manifold.sharding import attach, check_shards, is_sharded, manifold_of, unitary_of
 
 __all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
 
@@ -50,8 +55,9 @@ def manifolds_of(model: torch.nn.Module) -> Plan:
     """
     found, names = {}, defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
-        if isinstance(p, ManifoldTensor):
-            found[name] = p.manifold
+        manifold = manifold_of(p)
+        if manifold is not None:
+            found[name] = manifold
             names[id(p)].append(name)
     return Plan(found, (tuple(tied) for tied in names.values() if len(tied) > 1))
 
@@ -81,15 +87,15 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
         if p is None:
             problems.append(f"{name!r} is no parameter of the model any more")
             continue
-        if not isinstance(p, ManifoldTensor):
+        found = manifold_of(p)
+        if found is None:
             lost = True
             problems.append(f"{name!r} is a plain {type(p).__name__}, not on {_name(manifold)}")
-        elif type(p.manifold) is not type(manifold):
-            problems.append(f"{name!r} is on {_name(p.manifold)}, not on {_name(manifold)}")
+        elif type(found) is not type(manifold):
+            problems.append(f"{name!r} is on {_name(found)}, not on {_name(manifold)}")
         holders = [optimizer for optimizer, ids in zip(optimizers, held, strict=True) if id(p) in ids]
         for optimizer in holders:
-            knows = isinstance(optimizer, OptimMixin) or is_constrained(optimizer)
-            if not isinstance(p, ManifoldTensor) or not knows:
+            if found is None or not _keeps(optimizer, p):
                 problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean")
         if optimizers and not holders and p.requires_grad:
             problems.append(f"no given optimiser holds {name!r}: build it again and load its state_dict")
@@ -100,6 +106,9 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
 
 def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim.Optimizer) -> None:
     """Put every parameter of the plan that became a plain tensor back on its manifold, values and gradient kept.
+
+    Sharded parameters (``fully_shard``, ``distribute_tensor``) stay the ``DTensor`` they are, and are registered
+    (:mod:`projunn_manifold.sharding`); all processes call this together.
 
     Parameters that were shared are shared again, with the first one's values and all gradients' sum.  In the
     optimisers given, the new parameter takes the place of the plain one, with its state.  Values are taken as they
@@ -112,7 +121,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         The model lacks a parameter of the plan, it cannot be a point of its manifold (shape, dtype), or none of the
         optimisers given holds it: then build the optimiser again and load its state_dict.
     NotImplementedError
-        A sharded parameter (DTensor), which cannot carry a manifold.
+        A sharded parameter on which no step can be made: columns are sharded, k=None or 2k >= m, ``column`` or ``svd``.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in plan if name not in parameters]
@@ -134,7 +143,9 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
                 f"{name!r} and {first[name]!r} were one parameter, but have shapes {tuple(p.shape)} and "
                 f"{tuple(leader.shape)} now"
             )
-        if id(leader) not in mended and not isinstance(leader, ManifoldTensor):
+        if is_sharded(leader):
+            check_shards(name, leader, manifold)
+        elif id(leader) not in mended and not isinstance(leader, ManifoldTensor):
             if type(leader).__torch_dispatch__ is not Tensor.__torch_dispatch__:
                 raise NotImplementedError(f"{name!r} is a {type(leader).__name__}, which cannot carry a manifold")
             new = ManifoldParameter(leader.data, manifold=manifold, requires_grad=leader.requires_grad)
@@ -142,7 +153,11 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         if p is not leader:
             mended[id(p)] = mended.get(id(leader), leader)
     olds = {id(parameters[name]): parameters[name] for name in plan if id(parameters[name]) in mended}
-    for name in plan:
+    for name, manifold in plan.items():
+        leader = parameters[first.get(name, name)]
+        if is_sharded(leader) and isinstance(manifold, UnitaryLowRank):
+            attach(leader, manifold)
+            _watch_all_optimisers()
         if id(parameters[name]) in mended:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, mended[id(parameters[name])])
@@ -158,6 +173,26 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
             if old in optimizer.state:
                 state = optimizer.state.pop(old)
                 optimizer.state.setdefault(mended[id(old)], state)
+
+
+def _keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Tell whether an optimiser keeps a parameter on its manifold; geoopt's cannot see that of a sharded one."""
+    return isinstance(optimizer, InPlace if is_sharded(p) else OptimMixin) or is_constrained(optimizer)
+
+
+def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Raise before an optimiser moves sharded unitary parameters as Euclidean ones."""
+    for p in parameters_of(optimizer):
+        if is_sharded(p) and p.grad is not None and unitary_of(p) is not None and not _keeps(optimizer, p):
+            raise TypeError(
+                f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
+                "Euclidean one: take the optimisers of projunn_manifold.optim, or constrain this one"
+            )
+
+
+@functools.cache
+def _watch_all_optimisers() -> None:
+    register_optimizer_step_pre_hook(_refuse)
 
 
 def _name(manifold: Manifold) -> str:

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg, passes
+from projunn_manifold import linalg, passes, rows
 from projunn_manifold.factors import LowRank
 
 _SAMPLED = 192**2  # entries on which the cosine of random matrices is below 1/64, by three standard deviations
@@ -152,13 +152,13 @@ def _suspects(g: Tensor, x: Tensor) -> Tensor | bool:  # (*batch, n, m) -> (*bat
     n, m = g.shape[-2:]
     batch = g.numel() // (n * m) if g.numel() else 0
     if batch <= 1:
-        rows = min(n, -(-_SAMPLED // m))
-        return bool(abs(passes.cosine(x, g, rows)) > max(_TURNS, 3 / math.sqrt(rows * m))) if batch else False
-    rows = min(n, max(-(-n // 4), _SAMPLED // (batch * m)))
-    cosines = passes.cosine(x, g, rows)
-    if cosines.mean().abs() > max(_TURNS, 3 / math.sqrt(batch * rows * m)):
+        count = min(n, -(-_SAMPLED // m))
+        return bool(abs(passes.cosine(x, g, count)) > max(_TURNS, 3 / math.sqrt(count * m))) if batch else False
+    count = min(n, max(-(-n // 4), _SAMPLED // (batch * m)))
+    cosines = passes.cosine(x, g, count)
+    if cosines.mean().abs() > max(_TURNS, 3 / math.sqrt(batch * count * m)):
         return torch.ones_like(cosines, dtype=torch.bool)
-    return cosines.abs() > max(_TURNS, 4 / math.sqrt(rows * m))
+    return cosines.abs() > max(_TURNS, 4 / math.sqrt(count * m))
 
 
 def _normal_coefficient(g: Tensor, x: Tensor, k: int) -> Tensor:  # -> (*batch, 1, 1), real
@@ -166,11 +166,11 @@ def _normal_coefficient(g: Tensor, x: Tensor, k: int) -> Tensor:  # -> (*batch, 
     m = g.shape[-1]
     size = min(2 * k + 1, m)
     sets = min(21, m // size)
-    x_sets, g_sets = (_column_sets(t, sets, size) for t in (x, g))
-    overlap = linalg.sym(linalg.adjoint_times(x_sets, g_sets).to(linalg.high_precision(g.dtype)))
-    c = linalg.middle_eigenvalue(overlap).mean(-1)
-    energy = torch.linalg.vector_norm(g_sets, dim=(-3, -2, -1), dtype=overlap.dtype).real
-    counts = c.abs() * math.sqrt(sets * size) > _TURNS * energy
+    x_sets, g_sets = (_column_sets(rows.local(t), sets, size) for t in (x, g))
+    overlap = rows.summed(x, linalg.adjoint_times(x_sets, g_sets).to(linalg.high_precision(g.dtype)))
+    c = linalg.middle_eigenvalue(linalg.sym(overlap)).mean(-1)
+    energy = rows.summed(x, linalg.squared_norm(g_sets).sum(-1))
+    counts = c.abs() * math.sqrt(sets * size) > _TURNS * energy.sqrt()
     return torch.where(counts, c, 0.0)[..., None, None].to(g.real.dtype)
 
 

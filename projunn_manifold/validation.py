@@ -9,7 +9,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
+from projunn_manifold import linalg, rows
 from projunn_manifold.factors import LowRank
 
 __all__ = [
@@ -159,13 +159,13 @@ def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
     check_tensor(a, "a")
     check_tensor(b, "b")
     *batch, n, m = x.shape
-    for name, t, rows in (("a", a, n), ("b", b, m)):
+    for name, t, side in (("a", a, n), ("b", b, m)):
         if t.dtype != x.dtype:
             raise TypeError(f"`{name}` must have the dtype of `x`, {x.dtype}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"`{name}` must be on the device of `x`, {x.device}, got {t.device}")
-        if t.dim() != x.dim() or list(t.shape[:-2]) != batch or t.shape[-2] != rows or t.shape[-1] < 1:
-            expected = ", ".join(map(str, [*batch, rows, "k"]))
+        if t.dim() != x.dim() or list(t.shape[:-2]) != batch or t.shape[-2] != side or t.shape[-1] < 1:
+            expected = ", ".join(map(str, [*batch, side, "k"]))
             raise ValueError(f"`{name}` must have shape ({expected}) with k >= 1, got {tuple(t.shape)}")
     if a.shape[-1] != b.shape[-1]:
         raise ValueError(f"`a` and `b` must have the same number of columns k, got {a.shape[-1]} and {b.shape[-1]}")
@@ -178,8 +178,10 @@ def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
 
 def non_finite(u: Tensor, what: str) -> ValueError:
     """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
-    bad = int((~torch.isfinite(u)).sum())
+    bad = int((~torch.isfinite(rows.local(u))).sum())
     problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
+    if rows.are_spread(u) and not bad:
+        problem += ", or non-finite ones in another process"
     return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
 
 

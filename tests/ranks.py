@@ -1,6 +1,7 @@
 """What every process of a distributed test runs; results go to files, errors to the caller."""
 
 import os
+import time
 from datetime import timedelta
 
 import geoopt
@@ -73,6 +74,12 @@ def join(rank, world, port, seconds=60):
     dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
 
 
+def leave():
+    """Leave it, together: torch may abort a process whose peers are gone while it leaves."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def all_cases(rank, world, port, folder, cases, steps, exchanged):
     """Train every case, by torch's DDP or by the exchange of sketches."""
     join(rank, world, port)
@@ -86,7 +93,7 @@ def all_cases(rank, world, port, folder, cases, steps, exchanged):
         weights = train(ddp, model, optimizer, case[1], steps, rank, world)
         found.append((weights, exchange.bytes if exchanged else None))
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 class Holder(nn.Module):
@@ -159,7 +166,7 @@ def layers(rank, world, port, folder):
 
     root, exchange = train_layer("recurrent", rank, world, exchanged=True, nested=False, hook=count)
     torch.save((found, root, max(sent), exchange.bytes), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def unused(rank, world, port, folder):
@@ -176,7 +183,7 @@ def unused(rank, world, port, folder):
     optimizer.step()
     after = [layer.weight.detach().as_subclass(torch.Tensor).clone() for layer in model]
     torch.save(([torch.equal(a, b) for a, b in zip(after, before, strict=True)], after), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def refusals(rank, world, port, folder):
@@ -205,7 +212,7 @@ def refusals(rank, world, port, folder):
     ours.step(None)
     refused(lambda: ours.step(lambda: None))
     torch.save(told, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def one_gradient_is_not_finite(rank, world, port, folder, exchanged):
@@ -230,7 +237,7 @@ def one_gradient_is_not_finite(rank, world, port, folder, exchanged):
     ]
     after = train(ddp, model, optimizer, torch.float64, 3, rank, world)
     torch.save((told, kept[0], after[0]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def one_dies(rank, world, port, folder):
@@ -241,10 +248,11 @@ def one_dies(rank, world, port, folder):
     train(ddp, model, optimizer, torch.float64, 3, rank, world)
     if rank == 1:
         os._exit(0)
+    began = time.monotonic()
     try:
         train(ddp, model, optimizer, torch.float64, 3, rank, world)
         told = "nothing"
     except RuntimeError as error:
         told = str(error)
-    torch.save(told, f"{folder}/{rank}.pt")
+    torch.save((told, time.monotonic() - began), f"{folder}/{rank}.pt")
     os._exit(0)
