@@ -21,7 +21,7 @@ from torch import Tensor
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.sharding import seen, unitary_of
 
-__all__ = ["Constraint", "constrain", "has_closure_among", "is_constrained", "parameters_of"]
+__all__ = ["Constraint", "constrain", "constraint_of", "has_closure_among", "is_constrained", "parameters_of"]
 
 _REFUSED: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "evaluates the loss off the manifold",
@@ -34,6 +34,7 @@ class Constraint:
 
     def __init__(self, optimizer: torch.optim.Optimizer, feedback: bool) -> None:
         self.feedback = feedback
+        self.exchange: Any = None  # with other processes; see projunn_manifold.distributed
         self._before: dict[Tensor, Tensor] = {}
         self._hooks = (
             optimizer.register_step_pre_hook(self._remember),
@@ -47,6 +48,8 @@ class Constraint:
 
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self.exchange is not None:
+            self.exchange.complete(args, kwargs)
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
         self._before = {}
         for p in parameters_of(optimizer):
@@ -68,7 +71,8 @@ class Constraint:
         for p, move in moves.items():
             try:
                 manifold: Any = unitary_of(p)
-                manifold.step_raw_(seen(p), seen(move), seen(self._residual(optimizer, p)))
+                residual = self._residual(optimizer, p)
+                manifold.step_raw_(seen(p), seen(move), seen(residual), self.exchange)
             except Exception as error:
                 failures.append(error)
         if failures:
@@ -130,7 +134,7 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
-    handle = _handle(optimizer) or Constraint(optimizer, feedback)
+    handle = constraint_of(optimizer) or Constraint(optimizer, feedback)
     if handle.feedback is not feedback:
         raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")
     return handle
@@ -148,10 +152,11 @@ def has_closure_among(args: Any, kwargs: Any) -> bool:
 
 def is_constrained(optimizer: torch.optim.Optimizer) -> bool:
     """Tell whether this very optimiser has been constrained."""
-    return _handle(optimizer) is not None
+    return constraint_of(optimizer) is not None
 
 
-def _handle(optimizer: torch.optim.Optimizer) -> Constraint | None:
+def constraint_of(optimizer: torch.optim.Optimizer) -> Constraint | None:
+    """Return the handle of a constrained optimiser, or None."""
     for hook in optimizer._optimizer_step_post_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Constraint):

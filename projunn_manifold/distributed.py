@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from projunn_manifold import linalg, rows
-from projunn_manifold.ambient import has_closure_among, parameters_of
+from projunn_manifold.ambient import constraint_of, has_closure_among, is_constrained, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
@@ -46,7 +46,9 @@ def data_parallel(
     ----------
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer
-        Of geoopt's kind, or this package's, over all unitary parameters of the model.
+        Of geoopt's kind, or this package's, or torch's SGD :func:`~projunn_manifold.optim.constrain`-ed, over all
+        unitary parameters of the model.  With ``feedback`` each process keeps its share of what a step leaves out of
+        the mean.
     process_group
         As for torch; the default group if left out.
     options
@@ -62,10 +64,10 @@ def data_parallel(
     ------
     TypeError
         A sampler that is not linear in the gradient (``column``, ``svd``, a function): train with torch's
-        ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (one that was constrained).
+        ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (RMSprop, Adam, constrained).
     ValueError
-        Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay in
-        geoopt's own optimisers, which would mix X into the factors.  In ``step``: a closure, which would make
+        Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay, but
+        in this package's optimisers: it would mix X into the factors.  In ``step``: a closure, which would make
         gradients too late.
     """
     named = {
@@ -95,13 +97,15 @@ def _averaged(model: nn.Module, left_out: list[str], group: Any, options: dict[s
 
 
 def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) -> None:
-    if not isinstance(optimizer, OptimMixin):
+    if not isinstance(optimizer, OptimMixin) and not (type(optimizer) is torch.optim.SGD and is_constrained(optimizer)):
         raise TypeError(
             f"{type(optimizer).__name__} is not linear in the gradient of a unitary parameter: take geoopt's "
-            "optimisers or this package's, or torch's DistributedDataParallel as it is"
+            "optimisers, this package's or torch's SGD, constrained; or torch's DistributedDataParallel as it is"
         )
     if not isinstance(optimizer, InPlace) and any(g.get("weight_decay", 0) for g in optimizer.param_groups):
-        raise ValueError("weight decay in geoopt's own optimiser would mix X into the factors: take this package's")
+        raise ValueError(
+            f"weight decay in {type(optimizer).__name__} would mix X into the factors: take this package's optimisers"
+        )
     held = {id(p) for p in parameters_of(optimizer)}
     missing = [name for name, p in named.items() if id(p) not in held]
     if missing:
@@ -126,7 +130,8 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
 class Exchange:
     """Puts the factors of the mean gradient into ``p.grad`` before each step of an optimiser.
 
-    A multiple of X in a gradient, which moves nothing, is taken out of each process's own.
+    To torch's SGD, constrained, every process shows its own gradient; the mean is that of the moves.  A multiple of X
+    in a gradient, which moves nothing, is taken out of each process's own.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, points: list[Any], group: Any) -> None:
@@ -136,17 +141,28 @@ class Exchange:
         #: The parameters, in the order of the optimiser's steps.
         self.points = [p for p in parameters_of(optimizer) if id(p) in ours]
         self._group = group
-        optimizer.register_step_pre_hook(self._before)
+        constraint = constraint_of(optimizer)
+        if constraint is None:
+            optimizer.register_step_pre_hook(self._before)
+        else:
+            constraint.exchange = self
 
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        ahead: dict[Any, int] = {}  # of every manifold, gradients that come before in this step
+        for p in self.complete(args, kwargs):
+            p.grad = self._mean_of(p, ahead.get(p.manifold, 0))
+            ahead[p.manifold] = ahead.get(p.manifold, 0) + 1
+
+    def complete(self, args: Any, kwargs: Any) -> list[Any]:
+        """Return the parameters with a gradient in any process, zero where there is none: all must take part."""
         if has_closure_among(args, kwargs):
             raise ValueError("a closure would make gradients after they have been exchanged: call it before the step")
-        ahead: dict[Any, int] = {}  # of every manifold, gradients that come before in this step
-        for p, somewhere in zip(self.points, self._gradients_anywhere(), strict=True):
-            if somewhere:
-                p.grad = self._mean_of(p, ahead.get(p.manifold, 0))
-                ahead[p.manifold] = ahead.get(p.manifold, 0) + 1
+        active = [p for p, somewhere in zip(self.points, self._gradients_anywhere(), strict=True) if somewhere]
+        for p in active:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p.detach()).as_subclass(Tensor)
+        return active
 
     def _gradients_anywhere(self) -> list[bool]:
         """Tell for each parameter whether any process has a gradient."""
@@ -157,7 +173,7 @@ class Exchange:
 
     def _mean_of(self, p: Any, ahead: int) -> Tensor:
         """Return the mean gradient as the manifold will see it."""
-        grad = torch.zeros_like(p.detach()) if p.grad is None else p.grad  # all must take part
+        grad = p.grad
         if p.manifold.is_dense(p):
             return self.mean(grad.clone())
         local: Gradient
@@ -165,7 +181,17 @@ class Exchange:
             local = grad.factors
         else:
             local = without_normal_part(grad.detach(), p.detach(), p.manifold.k)
-        return FactoredTensor(p.manifold.sketch(p, MeanGradient(local, self), ahead))
+        return FactoredTensor(p.manifold.sketch(p, self.gradient(local), ahead))
+
+    def gradient(self, local: Gradient) -> MeanGradient:
+        """Return the mean of all processes' gradients."""
+        return MeanGradient(local, self)
+
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so in any process."""
+        flag = torch.tensor([int(here)])
+        dist.all_reduce(flag, dist.ReduceOp.MAX, self._group)
+        return bool(flag)
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean over all processes, in place."""

@@ -369,7 +369,9 @@ class UnitaryLowRank(Manifold):
 
     @in_full_precision
     @torch.no_grad()
-    def step_raw_(self, x: Tensor, move: Tensor, residual: Tensor | None = None) -> Tensor:
+    def step_raw_(
+        self, x: Tensor, move: Tensor, residual: Tensor | None = None, averaging: sampling.Averaging | None = None
+    ) -> Tensor:
         r"""Move x in place by the rank-k part of any matrix, not necessarily tangent: the paper's step; return x.
 
         With factors :math:`a b^H` of the move, sketched as gradients are, x becomes :func:`~projunn_manifold.projunn_d`
@@ -379,6 +381,9 @@ class UnitaryLowRank(Manifold):
         ``residual``, of x's shape, feeds back what earlier steps left out: it is added to the move, and in its place
         comes what this step leaves out, carried to the new point by the unitary g of the step,
         :math:`R \leftarrow g\,(M + R - a b^H)`.  Cost: about 9 passes more.
+
+        ``averaging`` makes the step of the mean of all processes' moves.  Each keeps what a leaves out of its own,
+        :math:`M_r + R_r - a a^H (M_r + R_r)`, so that the mean of the residuals is the residual of the mean.
 
         Raises
         ------
@@ -390,8 +395,11 @@ class UnitaryLowRank(Manifold):
             self._accept_in_place(x, residual, "residual")
             validation.check_writable(residual, "residual")
         here = rows.local(move)
-        if linalg.readable(x) and self._state.agreed(not here.any()):
-            return x
+        if linalg.readable(x):
+            moves = bool(here.any())
+            moves = not self._state.agreed(not moves) if averaging is None else averaging.anywhere(moves)
+            if not moves:
+                return x
         idle = None
         if residual is not None:
             if x.dim() > 2 or not linalg.readable(x):  # matrices of a batch whose move is zero
@@ -399,9 +407,9 @@ class UnitaryLowRank(Manifold):
             move = move + residual
         if self.is_dense(x):
             q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)
-            factors = LowRank(move, q)
+            factors = LowRank(move if averaging is None else averaging.mean(move.clone()), q)
         else:
-            factors = self._sketch(x, move)
+            factors = self._sketch(x, move, averaging)
         sizes = linalg.squared_norm(factors.b) * linalg.squared_norm(factors.a)
         kept = self._kept(x, sizes, torch.finfo(x.dtype).max, move, "move")
         if idle is not None:
@@ -411,7 +419,7 @@ class UnitaryLowRank(Manifold):
         step = self._raw_move(x, factors)
         step.apply_(x)
         if residual is not None:
-            rest = passes.plus_product(move, -factors.a, factors.b)
+            rest = self._left_out(x, move, factors, averaging)
             if kept is not None:
                 here = rows.local(rest)
                 here.copy_(torch.where(kept[..., None, None], here, rows.local(residual)))
@@ -606,12 +614,21 @@ class UnitaryLowRank(Manifold):
                 stacklevel=3,
             )
 
-    def _sketch(self, x: Tensor, u: Tensor | LowRank) -> LowRank:
-        """Rank-k factors of the gradient."""
+    def _sketch(self, x: Tensor, u: Tensor | LowRank, averaging: sampling.Averaging | None = None) -> LowRank:
+        """Rank-k factors of the gradient, or of its mean over processes."""
         assert self.k is not None
         if isinstance(u, LowRank) and u.rank <= self.k:
             return u
-        return self.sketch(x, u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k))
+        gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
+        return self.sketch(x, gradient if averaging is None else averaging.gradient(gradient))
+
+    def _left_out(self, x: Tensor, move: Tensor, factors: LowRank, averaging: sampling.Averaging | None) -> Tensor:
+        """Return what the factors leave out of a move; if they are of the mean of many, what a leaves out of this."""
+        if averaging is None:
+            return passes.plus_product(move, -factors.a, factors.b)
+        if self.is_dense(x):
+            return torch.zeros_like(move)
+        return passes.plus_product(move, -factors.a, passes.adjoint_times(move, factors.a))
 
     @linalg.in_full_precision
     def sketch(self, x: Tensor, gradient: sampling.Gradient, ahead: int = 0) -> LowRank:

@@ -26,6 +26,7 @@ _TURNS = 1 / 64  # the part along X that is worth taking out
 
 __all__ = [
     "SAMPLERS",
+    "Averaging",
     "Column",
     "Dense",
     "Gradient",
@@ -59,6 +60,19 @@ class Gradient(Protocol):
 
     def dense(self) -> Tensor:
         """Return G itself."""
+
+
+class Averaging(Protocol):
+    """Means over processes, each of which has a gradient of its own."""
+
+    def anywhere(self, here: bool) -> bool:
+        """Tell whether something is so in any process."""
+
+    def mean(self, t: Tensor) -> Tensor:
+        """Return the mean of all processes' tensors, in place."""
+
+    def gradient(self, local: Gradient) -> Gradient:
+        """Return the mean of all processes' gradients, known by its products."""
 
 
 Sampler = Callable[[Gradient, int, torch.Generator], LowRank]

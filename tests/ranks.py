@@ -15,12 +15,21 @@ from projunn_manifold.distributed import data_parallel
 from projunn_manifold.layers import OrthogonalConv2d, UnitaryLinear, UnitaryRNN
 
 MANIFOLDS = {"D": UnitaryLowRank, "T": UnitaryLowRankExact}
+
+
+def constrained(optimizer, feedback=False):
+    """An optimiser of torch that stays on the manifolds."""
+    optim.constrain(optimizer, feedback=feedback)
+    return optimizer
+
+
 OPTIMIZERS = {
     "RSGD": lambda params: geoopt.optim.RiemannianSGD(params, lr=0.05),
     "RAdam": lambda params: geoopt.optim.RiemannianAdam(params, lr=0.05),
     "in place": lambda params: optim.RiemannianSGD(params, lr=0.05),
     "in place, RAdam": lambda params: optim.RiemannianAdam(params, lr=0.05),
-    "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.003),
+    "SGD, feedback": lambda params: constrained(torch.optim.SGD(params, lr=0.05, momentum=0.5), True),
+    "RMSprop": lambda params: constrained(torch.optim.RMSprop(params, lr=0.003)),
 }
 BATCH = 8
 
@@ -61,10 +70,7 @@ def made(case):
     """Return model and optimiser of a case (manifold, dtype, optimiser)."""
     manifold, dtype, name = case
     model = network(manifold, dtype)
-    optimizer = OPTIMIZERS[name](model.parameters())
-    if name == "RMSprop":
-        optim.constrain(optimizer)
-    return model, optimizer
+    return model, OPTIMIZERS[name](model.parameters())
 
 
 def join(rank, world, port, seconds=60):
@@ -75,9 +81,10 @@ def join(rank, world, port, seconds=60):
 
 
 def leave():
-    """Leave it, together: torch may abort a process whose peers are gone while it leaves."""
+    """Leave it, together, and end: torch may abort a process whose peers are gone, or whose threads are not."""
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)
 
 
 def all_cases(rank, world, port, folder, cases, steps, exchanged):
