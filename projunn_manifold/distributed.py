@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from projunn_manifold import linalg
 from projunn_manifold.ambient import has_closure_among, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
 from projunn_manifold.sampling import Gradient, Subspace, without_normal_part
@@ -138,6 +139,7 @@ class Exchange:
         self._group = group
         optimizer.register_step_pre_hook(self._before)
 
+    @outside_graphs
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if has_closure_among(args, kwargs):

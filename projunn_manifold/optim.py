@@ -23,6 +23,7 @@ from torch import Tensor
 
 from projunn_manifold import linalg
 from projunn_manifold.ambient import constrain, parameters_of
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
@@ -36,6 +37,11 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
         loss = None if closure is None else closure()
+        self._move_all_()
+        return loss
+
+    @outside_graphs
+    def _move_all_(self) -> None:
         moved = []
         with torch.no_grad():
             for group in self.param_groups:
@@ -46,7 +52,6 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         with _without_gradients(moved):
             # torch may have wrapped it to call the hooks, which are ours to call
             inspect.unwrap(self._geoopt.step)(self)
-        return loss
 
     def _move_(self, point: Any, group: dict[str, Any]) -> None:
         raise NotImplementedError
