@@ -242,10 +242,11 @@ def main(arguments: list[str] | None = None) -> int:
     record = recorded(options, "sharded", lambda: measure(options.sizes, *many))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "sharded.png", record)
+    how = f"Means of {record['steps']} steps or more, medians of milliseconds, without traffic where it is simulated"
     text = (
         f"\nMeasured, gloo on the loopback interface:\n\n{table(record['measured'])}\n\n"
-        f"Simulated, the first process:\n\n{table(record['simulated'])}\n\nMeans of {record['steps']} steps or more, medians of milliseconds, which do "
-        f"not include traffic in simulations.  float32, k = 1, on {record['machine']}.\n"
+        f"Simulated, the first process:\n\n{table(record['simulated'])}\n\n"
+        f"{how}; float32, k = 1, on {record['machine']}.\n"
     )
     print(text)
     if options.into is not None:

@@ -19,6 +19,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
 from projunn_manifold.factors import FactoredTensor
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.sharding import seen, unitary_of
 
 __all__ = ["Constraint", "constrain", "constraint_of", "has_closure_among", "is_constrained", "parameters_of"]
@@ -46,6 +47,7 @@ class Constraint:
         for hook in self._hooks:
             hook.remove()
 
+    @outside_graphs
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.exchange is not None:
@@ -59,6 +61,7 @@ class Constraint:
                 if isinstance(p.grad, FactoredTensor):
                     p.grad = p.grad.clone()  # formed once: the optimiser will read it more than once
 
+    @outside_graphs
     @torch.no_grad()
     def _arrive(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         before, self._before = self._before, {}

@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from projunn_manifold import linalg, rows
 from projunn_manifold.ambient import constraint_of, has_closure_among, is_constrained, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
 from projunn_manifold.sampling import Gradient, Subspace, without_normal_part
@@ -147,6 +148,7 @@ class Exchange:
         else:
             constraint.exchange = self
 
+    @outside_graphs
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         ahead: dict[Any, int] = {}  # of every manifold, gradients that come before in this step

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.linalg import adjoint_times, each, of_unit_norm
 from projunn_manifold.passes import add_product_
 
@@ -182,6 +183,7 @@ class FactoredTensor(Tensor):
         return self.clone().__reduce_ex__(protocol)
 
     @classmethod
+    @outside_graphs
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -19,6 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from projunn_manifold.graphs import constant_in_graphs
+
 __all__ = [
     "Spectrum",
     "analyse",
@@ -50,13 +52,18 @@ class Spectrum:
     opposite: Tensor  # whether it is there conjugate, as that of -ω
 
 
-@lru_cache
+@constant_in_graphs
 def spectrum(size: tuple[int, ...], real: bool, device: str = "cpu") -> Spectrum:
     """Return the frequencies of a grid of that size, with positions on a device."""
+    return _kept_spectrum(size, real, device)
+
+
+@lru_cache
+def _kept_spectrum(size: tuple[int, ...], real: bool, device: str) -> Spectrum:
     with torch.inference_mode(False), torch.device("cpu"):  # kept for ever: nothing of the caller's modes
         if device == "cpu":
             return _on_cpu(size, real)
-        on_cpu = spectrum(size, real)
+        on_cpu = _kept_spectrum(size, real, "cpu")
         return Spectrum(size, real, *(getattr(on_cpu, name).to(device) for name in _POSITIONS))
 
 

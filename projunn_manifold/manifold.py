@@ -22,6 +22,7 @@ from torch import Tensor
 from projunn_manifold import drift, linalg, passes, rows, sampling, validation
 from projunn_manifold.factors import FactoredTensor, LowRank, Scalar
 from projunn_manifold.frame import Frame, Step
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.moves import Move
 from projunn_manifold.state import Faults, State
@@ -202,6 +203,7 @@ class UnitaryLowRank(Manifold):
 
     # -- gradients and tangent vectors --------------------------------------------------------------
 
+    @outside_graphs
     @in_full_precision
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         r"""Riemannian gradient of the rank-k part of the Euclidean gradient u: :math:`\tfrac12(G_k - X G_k^H X)`.
@@ -255,8 +257,14 @@ class UnitaryLowRank(Manifold):
                 value = 2 * value - linalg.frobenius_inner(linalg.adjoint_times(x, u), linalg.adjoint_times(x, v))
         return value[..., None, None] if keepdim else value
 
+    @outside_graphs
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Return ``inner`` with ``keepdim``: one number for each matrix, which Adam keeps."""
+        return self.inner(x, u, v, keepdim=True)
+
     # -- moves --------------------------------------------------------------------------------------
 
+    @outside_graphs
     @in_full_precision
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-D: the polar factor of X + u, :math:`(X+u)(I + u^H u)^{-1/2}`, for the rank-2k part of u.
@@ -271,11 +279,13 @@ class UnitaryLowRank(Manifold):
         """
         return self._arrive(self._retraction(x, u), x)
 
+    @outside_graphs
     @in_full_precision
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-T: the geodesic :math:`\exp(A) X`, A skew-Hermitian with A X = u; u reduced as in ``retr``."""
         return self._arrive(self._geodesic(x, u), x)
 
+    @outside_graphs
     @torch.no_grad()
     @in_full_precision
     def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
@@ -306,12 +316,14 @@ class UnitaryLowRank(Manifold):
         self._correct_(x)
         return x
 
+    @outside_graphs
     @in_full_precision
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``retr`` and carry v by the same group element g (see :meth:`transp_follow_retr`)."""
         move = self._retraction(x, u)
         return self._arrive(move, x), self._carry(move, x, v)
 
+    @outside_graphs
     @torch.no_grad()
     @in_full_precision
     def retr_transp_(self, x: Tensor, u: Tensor, *vectors: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -332,12 +344,14 @@ class UnitaryLowRank(Manifold):
         self._correct_(x)
         return x
 
+    @outside_graphs
     @in_full_precision
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
         move = self._geodesic(x, u)
         return self._arrive(move, x), self._carry(move, x, v)
 
+    @outside_graphs
     @in_full_precision
     def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
@@ -347,6 +361,7 @@ class UnitaryLowRank(Manifold):
         """
         return self._carry(self._retraction(x, u), x, v)
 
+    @outside_graphs
     @in_full_precision
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Carry v along ``expmap(x, u)``: exp(A) v, left translation by the geodesic's own one-parameter group."""
@@ -367,6 +382,7 @@ class UnitaryLowRank(Manifold):
         x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
         return Move.between(x, y).carry(v)
 
+    @outside_graphs
     @in_full_precision
     @torch.no_grad()
     def step_raw_(
@@ -430,6 +446,7 @@ class UnitaryLowRank(Manifold):
 
     # -- drift ----------------------------------------------------------------------------------------
 
+    @outside_graphs
     @in_full_precision
     @torch.no_grad()
     def correct_(self, x: Tensor) -> Tensor:

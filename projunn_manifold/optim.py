@@ -23,6 +23,7 @@ from torch import Tensor
 from projunn_manifold import linalg, passes, rows
 from projunn_manifold.ambient import constrain, parameters_of
 from projunn_manifold.factors import FactoredTensor
+from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.sharding import is_sharded, seen, unitary_of
 
@@ -37,6 +38,11 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
         loss = None if closure is None else closure()
+        self._move_all_()
+        return loss
+
+    @outside_graphs
+    def _move_all_(self) -> None:
         moved = []
         with torch.no_grad():
             for group in self.param_groups:
@@ -50,7 +56,6 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         with _without_gradients(moved):
             # torch may have wrapped it to call the hooks, which are ours to call
             inspect.unwrap(self._geoopt.step)(self)
-        return loss
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         raise NotImplementedError

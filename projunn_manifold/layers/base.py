@@ -83,6 +83,8 @@ def on_manifold(
 
 def may_be_factored(weight: Tensor) -> bool:
     """Tell whether a gradient of this weight will be sketched, at less than it costs to form it from its factors."""
+    if torch.compiler.is_compiling():
+        return False  # a compiled graph returns plain tensors only
     manifold = getattr(weight, "manifold", None)
     if not isinstance(manifold, UnitaryLowRank) or manifold.k is None:
         return False

@@ -189,6 +189,8 @@ class FourierConv(KeepsManifolds):
         x = cast(self, x, "input", self._dtype)
         grid = self._grid(x.device)
         waves = self._waves(x, grid)
+        if torch.compiler.is_compiling():
+            waves = waves.contiguous()  # inductor mistakes the layout of what is selected from another (torch 2.13)
         parts = []
         for stack, chosen in ((self.weight, grid.generic), (self.weight_real, grid.alone)):
             if stack is not None:
