@@ -202,6 +202,8 @@ def test_pages_show_the_recorded_experiments(tmp_path):
         ("pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
         ("compare.py", "comparison.md", ["--record", results / "compare.json"]),
         ("distributed.py", "distributed.md", ["--record", results / "distributed.json"]),
+        ("sharded.py", "distributed.md", ["--record", results / "sharded.json"]),
+        ("many_matrices.py", "speed.md", ["--record", results / "many_matrices.json"]),
     ):
         original = ROOT / "docs" / page
         copy = shutil.copy(original, tmp_path)
@@ -349,3 +351,19 @@ def test_distributed_training_counts_what_travels(tmp_path):
     whole, sketches, _ = _read(tmp_path / "distributed.json")["cells"]
     assert whole["bytes"] - sketches["bytes"] == 4 * (48 * 48 - 2 * 48)
     assert whole["accuracy"] == sketches["accuracy"]
+
+
+def test_the_model_of_sharded_steps_is_what_they_cost(tmp_path):
+    result = run("sharded.py", "--small", "--sizes", "256", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    sys.path.insert(0, str(EXAMPLES))
+    from sharded import model
+
+    record = _read(tmp_path / "sharded.json")
+    cells = [*record["measured"], *record["simulated"]]
+    assert {cell["way"] for cell in cells} == {"matrices", "sketches", "rows"}
+    for cell in cells:
+        said = model(cell["way"], cell["n"], cell["processes"])
+        assert cell["held"] == said["held"]
+        assert cell["carried"] == pytest.approx(said["carried"], rel=0.2)
+        assert cell["operations"] == pytest.approx(said["operations"], rel=0.3)
