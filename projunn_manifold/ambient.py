@@ -20,7 +20,7 @@ from torch import Tensor
 
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.graphs import outside_graphs
-from projunn_manifold.sharding import seen, unitary_of
+from projunn_manifold.sharding import check_attached, seen, unitary_of
 
 __all__ = ["Constraint", "constrain", "constraint_of", "has_closure_among", "is_constrained", "parameters_of"]
 
@@ -52,6 +52,7 @@ class Constraint:
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.exchange is not None:
             self.exchange.complete(args, kwargs)
+        check_attached(parameters_of(optimizer))
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
         self._before = {}
         for p in parameters_of(optimizer):

@@ -146,15 +146,18 @@ class UnitaryLowRank(Manifold):
         self._state.forget_faults()
         return faults
 
-    def shared_by(self, x: Tensor, group: Any) -> None:
-        """Know a parameter of which the processes of a group have a piece each, and refuse steps together with them.
+    def know_shard(self, p: Any) -> None:
+        """Know a sharded parameter; all processes of its mesh do so together.
 
         Raises
         ------
         ValueError
-            Seeds or counts of gradients that differ between processes; a second group.
+            Seeds or counts of gradients that differ between processes.
         """
-        self._state.share(x, group)
+        for dim in range(p.device_mesh.ndim):
+            group = p.device_mesh.get_group(dim)
+            rows.agreement(group, torch.device(p.device_mesh.device_type), True, *self._state.stamp)
+        self._state.share(rows.local(p))
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -413,7 +416,7 @@ class UnitaryLowRank(Manifold):
         here = rows.local(move)
         if linalg.readable(x):
             moves = bool(here.any())
-            moves = not self._state.agreed(not moves) if averaging is None else averaging.anywhere(moves)
+            moves = not rows.agreed(x, not moves) if averaging is None else averaging.anywhere(moves)
             if not moves:
                 return x
         idle = None
@@ -432,7 +435,7 @@ class UnitaryLowRank(Manifold):
             kept = ~idle if kept is None else kept & ~idle
         if kept is not None:
             factors = LowRank(*(torch.where(kept[..., None, None], t, 0) for t in factors))
-        step = self._raw_move(x, factors)
+        step = self._agreed_raw_move(x, factors)
         step.apply_(x)
         if residual is not None:
             rest = self._left_out(x, move, factors, averaging)
@@ -601,10 +604,11 @@ class UnitaryLowRank(Manifold):
             return None
         if linalg.readable(x):
             within = _largest(sizes) <= limit
-            if self._state.agreed(within):
+            if rows.agreed(x, within, *self._state.stamp):
                 return None
-            if not torch.isfinite(rows.local(x)).all():
-                raise validation.non_finite(x, "point")
+            healthy = bool(torch.isfinite(rows.local(x)).all())
+            if not rows.agreed(x, healthy):
+                raise validation.non_finite(x, "point" if not healthy else "point of another process")
             if self.non_finite == "raise" and within:
                 raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
@@ -638,6 +642,16 @@ class UnitaryLowRank(Manifold):
             return u
         gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
         return self.sketch(x, gradient if averaging is None else averaging.gradient(gradient))
+
+    def _agreed_raw_move(self, x: Tensor, factors: LowRank) -> Move:
+        """Return the move along any factors; if it fails for one process's matrices, it does for all."""
+        try:
+            step, failure = self._raw_move(x, factors), None
+        except ValueError as error:
+            failure = error
+        if linalg.readable(x) and not rows.agreed(x, failure is None):
+            raise failure or ValueError("the move of another process is singular; no process has moved")
+        return step
 
     def _left_out(self, x: Tensor, move: Tensor, factors: LowRank, averaging: sampling.Averaging | None) -> Tensor:
         """Return what the factors leave out of a move; if they are of the mean of many, what a leaves out of this."""

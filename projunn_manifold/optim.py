@@ -25,7 +25,7 @@ from projunn_manifold.ambient import constrain, parameters_of
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.sharding import is_sharded, seen, unitary_of
+from projunn_manifold.sharding import check_attached, gradient_of, is_sharded, seen, unitary_of
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
 
@@ -44,6 +44,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     @outside_graphs
     def _move_all_(self) -> None:
         moved = []
+        check_attached(parameters_of(self))
         with torch.no_grad():
             for group in self.param_groups:
                 for point in group["params"]:
@@ -90,7 +91,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     _geoopt = geoopt.optim.RiemannianSGD
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
-        momentum, x, grad = group["momentum"], seen(point), seen(point.grad)
+        momentum, x, grad = group["momentum"], seen(point), gradient_of(point)
         state = self.state[point]  # there, if empty: geoopt makes one for every parameter
         if momentum == 0:
             manifold.step_(x, grad, group["lr"])
@@ -136,7 +137,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         x, (beta1, beta2) = seen(point), group["betas"]
-        gradient = manifold.egrad2rgrad(x, seen(point.grad))
+        gradient = manifold.egrad2rgrad(x, gradient_of(point))
         square = manifold.inner(x, gradient, keepdim=True)
         state = self.state[point]
         if not state:
@@ -146,8 +147,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             if group["amsgrad"]:
                 state["max_exp_avg_sq"] = torch.zeros_like(square)
         for name in self._second_moments:
-            if name in state and state[name].shape != square.shape:  # from steps as a Euclidean parameter
-                state[name] = state[name].real.sum((-2, -1), keepdim=True)
+            if name in state and state[name].shape != square.shape:
+                state[name] = _one_for_each(state[name])
         state["step"] += 1
         direction = _add_(seen(state["exp_avg"]).mul_(beta1), gradient, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
@@ -183,6 +184,15 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             for name in self._second_moments:
                 if name in own and unitary_of(point) is not None:
                     own[name] = rows.corner(seen(own[name])).real.clone()
+
+
+def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real
+    """Return one second moment for each matrix: that of all entries, written out, or the sum of a Euclidean step's."""
+    if is_sharded(moments):  # on which no Euclidean steps are made
+        return rows.corner(seen(moments)).real.clone()
+    corner, flat = rows.corner(moments).real, moments.real
+    constant = (flat == corner).all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(constant, corner, flat.sum((-2, -1), keepdim=True))
 
 
 @linalg.in_full_precision

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
@@ -18,7 +19,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from projunn_manifold.ambient import is_constrained, parameters_of
+from projunn_manifold.ambient import has_closure_among, is_constrained, parameters_of
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
 from projunn_manifold.sharding import attach, check_shards, is_sharded, manifold_of, unitary_of
@@ -53,6 +54,7 @@ def manifolds_of(model: torch.nn.Module) -> Plan:
     >>> reattach_manifolds(model, plan)
     >>> check_manifolds(model, plan)
     """
+    _reshard(model)
     found, names = {}, defaultdict(list)
     for name, p in model.named_parameters(remove_duplicate=False):
         manifold = manifold_of(p)
@@ -75,6 +77,7 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
         Names each parameter that is gone, off its manifold, no longer shared or held by none of the optimisers, and
         each optimiser that moves it as a Euclidean one.
     """
+    _reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems, lost = [], False
     held = [{id(p) for p in parameters_of(optimizer)} for optimizer in optimizers]
@@ -123,6 +126,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     NotImplementedError
         A sharded parameter on which no step can be made: columns are sharded, k=None or 2k >= m, ``column`` or ``svd``.
     """
+    _reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in plan if name not in parameters]
     if missing:
@@ -180,10 +184,24 @@ def _keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     return isinstance(optimizer, InPlace if is_sharded(p) else OptimMixin) or is_constrained(optimizer)
 
 
-def _refuse(optimizer: torch.optim.Optimizer, *_: object) -> None:
+def _reshard(model: torch.nn.Module) -> None:
+    """Have FSDP2 put back the shards of parameters that a forward pass has left gathered."""
+    for module in model.modules():
+        reshard = getattr(module, "reshard", None) if hasattr(module, "unshard") else None
+        if callable(reshard):
+            reshard()
+
+
+def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Raise before an optimiser moves sharded unitary parameters as Euclidean ones."""
+    has_closure = has_closure_among(args, kwargs)
     for p in parameters_of(optimizer):
-        if is_sharded(p) and p.grad is not None and unitary_of(p) is not None and not _keeps(optimizer, p):
+        if (
+            is_sharded(p)
+            and (has_closure or p.grad is not None)
+            and unitary_of(p) is not None
+            and not _keeps(optimizer, p)
+        ):
             raise TypeError(
                 f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
                 "Euclidean one: take the optimisers of projunn_manifold.optim, or constrain this one"

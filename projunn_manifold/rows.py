@@ -18,7 +18,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["are_spread", "corner", "gathered", "group_of", "local", "numbers", "own", "start", "summed"]
+__all__ = [
+    "agreed",
+    "agreement",
+    "are_spread",
+    "corner",
+    "gathered",
+    "local",
+    "numbers",
+    "own",
+    "part_of_stack",
+    "peers_of",
+    "start",
+    "summed",
+    "total",
+]
 
 
 def are_spread(x: Tensor) -> bool:
@@ -76,14 +90,51 @@ def corner(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1)
     return first if not are_spread(x) else summed(x, first if start(x) == 0 else first.new_zeros(1, 1))
 
 
-def group_of(x: Any) -> Any:
-    """Return the group of processes that have the pieces of a sharded tensor; None for a tensor that is whole."""
-    return _owners(x)[0] if are_spread(x) else None
+def part_of_stack(x: Any) -> Tensor:
+    """Return the matrices of a sharded stack that are here, which know their peers."""
+    here: Any = local(x)
+    here.peers = _owners(x)[0]
+    assert isinstance(here, Tensor)
+    return here
+
+
+def peers_of(x: Any) -> Any:
+    """Return the group of processes that have other rows, or other matrices of the stack, or None."""
+    return _owners(x)[0] if are_spread(x) else getattr(x, "peers", None)
+
+
+def total(x: Tensor, t: Tensor) -> Tensor:
+    """Return the sum of all processes' t, each made from its matrices of a stack."""
+    if (group := peers_of(x)) is not None:
+        dist.all_reduce(t, group=group)
+    return t
+
+
+def agreed(x: Tensor, ok: bool, *same: int) -> bool:
+    """Tell whether all processes that have a piece of x say so; all ask together, on CPU.
+
+    Raises
+    ------
+    ValueError
+        One of the numbers that must be the same everywhere is not.
+    """
+    return ok if (group := peers_of(x)) is None else agreement(group, torch.device("cpu"), ok, *same)
+
+
+def agreement(group: Any, device: torch.device, ok: bool, *same: int) -> bool:
+    """Tell whether all processes of a group say so; see :func:`agreed`."""
+    own = [*same, *(-number for number in same)]
+    least = torch.tensor([int(ok), *own], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group)
+    everyone, *lowest = least.tolist()
+    if lowest != own:
+        raise ValueError("the processes that share a parameter differ in the seed or count of its manifold")
+    return bool(everyone)
 
 
 def _owners(x: Any) -> tuple[Any, int, int, int]:
     """Return the group of processes that share the rows of x, our rank in it, its size, and how many rows each has."""
-    mesh, dim = x.device_mesh, next(d for d, placement in enumerate(x.placements) if placement.is_shard(0))
+    mesh, dim = x.device_mesh, next(d for d, placement in enumerate(x.placements) if placement.is_shard())
     return mesh.get_group(dim), mesh.get_local_rank(dim), mesh.size(dim), -(-x.shape[0] // mesh.size(dim))
 
 

@@ -165,12 +165,15 @@ def _suspects(g: Tensor, x: Tensor) -> Tensor | bool:  # (*batch, n, m) -> (*bat
     """Tell which matrices may have a part along X: by their own cosine, or, since a decay is common, by the mean."""
     n, m = g.shape[-2:]
     batch = g.numel() // (n * m) if g.numel() else 0
+    if rows.peers_of(x) is not None and not rows.are_spread(x):  # others have matrices of the stack, too
+        batch = int(rows.total(x, torch.tensor(batch)))
     if batch <= 1:
         count = min(n, -(-_SAMPLED // m))
-        return bool(abs(passes.cosine(x, g, count)) > max(_TURNS, 3 / math.sqrt(count * m))) if batch else False
+        return bool(abs(passes.cosine(x, g, count)) > max(_TURNS, 3 / math.sqrt(count * m))) if g.numel() else False
     count = min(n, max(-(-n // 4), _SAMPLED // (batch * m)))
     cosines = passes.cosine(x, g, count)
-    if cosines.mean().abs() > max(_TURNS, 3 / math.sqrt(batch * count * m)):
+    mean = rows.total(x, cosines.sum()) / batch
+    if mean.abs() > max(_TURNS, 3 / math.sqrt(batch * count * m)):
         return torch.ones_like(cosines, dtype=torch.bool)
     return cosines.abs() > max(_TURNS, 4 / math.sqrt(count * m))
 

@@ -1,30 +1,38 @@
 """Parameters in pieces: which manifold a ``DTensor`` is on, and what of it a step sees.
 
 A manifold is an attribute of a parameter; ``fully_shard`` and ``distribute_tensor`` put a ``DTensor`` in its place,
-which has none.  So a registry, filled by :func:`~projunn_manifold.reattach_manifolds` from a plan by the parameters'
-names, holds the manifolds of sharded parameters.  Two ways of sharding are known:
+which has none.  :func:`~projunn_manifold.reattach_manifolds` puts it there, from a plan by the parameters' names.  Two
+ways of sharding are known:
 
 - the rows of one matrix, ``Shard(0)`` of ``(n, m)``: its products with thin matrices are made by all processes together
   (:mod:`~projunn_manifold.rows`);
-- a stack of matrices, ``Shard(0)`` of ``(batch, n, m)``: every process moves its own, and nothing travels.
+- a stack of matrices, ``Shard(d)`` of a dimension d of its batch: every process moves its own, and nothing travels but
+  a few numbers by which all refuse a step together, or none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from geoopt import ManifoldTensor
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from projunn_manifold import rows, validation
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.sampling import Subspace
 
-__all__ = ["attach", "check_shards", "is_sharded", "manifold_of", "seen", "unitary_of"]
-
-_manifolds: Any = WeakIdKeyDictionary()  # of sharded parameters
+__all__ = [
+    "attach",
+    "check_attached",
+    "check_shards",
+    "gradient_of",
+    "is_sharded",
+    "manifold_of",
+    "seen",
+    "unitary_of",
+]
 
 
 def is_sharded(p: object) -> bool:
@@ -34,7 +42,7 @@ def is_sharded(p: object) -> bool:
 
 def manifold_of(p: Tensor) -> Manifold | None:
     """Return the manifold that a parameter is on, sharded or not, or None."""
-    found = p.manifold if isinstance(p, ManifoldTensor) else _manifolds.get(p) if is_sharded(p) else None
+    found = getattr(p, "manifold", None) if isinstance(p, ManifoldTensor) or is_sharded(p) else None
     return found if isinstance(found, Manifold) else None
 
 
@@ -46,7 +54,40 @@ def unitary_of(p: Tensor) -> UnitaryLowRank | None:
 
 def seen(t: Any) -> Any:
     """Return what a manifold sees of a tensor: rows of one matrix as they are, of a sharded stack the matrices here."""
-    return t.to_local() if is_sharded(t) and (t.dim() > 2 or not rows.are_spread(t)) else t
+    if not is_sharded(t):
+        return t
+    if not rows.are_spread(t):
+        return t.to_local()
+    return t if t.dim() == 2 else rows.part_of_stack(t)
+
+
+def gradient_of(p: Any) -> Any:
+    """Return the gradient of a parameter, placed like it: sums and shards that differ are brought there.
+
+    Raises
+    ------
+    TypeError
+        A gradient that is not distributed as its parameter is.
+    """
+    if is_sharded(p):
+        if not is_sharded(p.grad) or p.grad.device_mesh != p.device_mesh:
+            raise TypeError(f"the gradient of a DTensor on {p.device_mesh} must be a DTensor there, got {type(p.grad)}")
+        if p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+    return seen(p.grad)
+
+
+def check_attached(parameters: Iterable[Tensor]) -> None:
+    """Raise if there are sharded parameters and none at all is on a manifold: then their manifolds were lost.
+
+    Raises
+    ------
+    ValueError
+        See above.
+    """
+    parameters = list(parameters)
+    if any(map(is_sharded, parameters)) and not any(unitary_of(p) is not None for p in parameters):
+        raise ValueError("sharded parameters, and none of them on a manifold: call reattach_manifolds with a plan")
 
 
 def check_shards(name: str, p: Any, manifold: Manifold) -> None:
@@ -55,18 +96,22 @@ def check_shards(name: str, p: Any, manifold: Manifold) -> None:
     Raises
     ------
     NotImplementedError
-        Another kind of manifold; shards that are not of the first dimension; full-rank moves (k=None, or 2k >= m) and
+        Another kind of manifold; columns in shards; full-rank moves (k=None, or 2k >= m) and
         samplers that need the whole gradient, for a matrix whose rows are spread.
     ValueError, TypeError
         A shape or dtype that no point has.
     """
     if not isinstance(manifold, UnitaryLowRank):
         raise NotImplementedError(f"{name!r} is a {type(p).__name__}, which cannot carry {manifold}")
+    from torch.distributed.tensor import Shard  # slow to import, and there already if p is
+
     validation.check_point(p, name)
     others = [placement for placement in p.placements if not placement.is_replicate()]
-    if len(others) > 1 or any(not placement.is_shard(0) or "Strided" in repr(placement) for placement in others):
+    whole = range(max(1, p.dim() - 2), p.dim())  # dimensions that cannot be cut
+    if len(others) > 1 or any(type(other) is not Shard or other.dim in whole for other in others):
         raise NotImplementedError(
-            f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be sharded once, by Shard(0)"
+            f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be cut once, in its rows, or if it "
+            "is a stack, between its matrices"
         )
     if p.dim() > 2 or not rows.are_spread(p):
         return
@@ -89,6 +134,6 @@ def attach(p: Any, manifold: UnitaryLowRank) -> None:
     ValueError
         Seeds or counts of gradients that differ between processes.
     """
-    if _manifolds.get(p) is not manifold:
-        manifold.shared_by(p, rows.group_of(p))
-        _manifolds[p] = manifold
+    if manifold_of(p) is not manifold:
+        manifold.know_shard(p)
+        p.manifold = manifold

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from geoopt import ManifoldTensor
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -38,7 +37,6 @@ class State:
         self._sharers: Any = WeakIdKeyDictionary()  # the parameters that had them
         self._known_sharers = 1  # how many there were before this process
         self._start = _mixed(seed & _MASK)
-        self._peers: Any = None  # the process group that shares parameters' pieces
         self._generators: dict[torch.device, torch.Generator] = {}
         self._faults: dict[torch.device, Tensor] = {}
 
@@ -55,28 +53,14 @@ class State:
         if isinstance(x, ManifoldTensor):
             self._sharers[x] = True
 
-    def share(self, x: Tensor, group: Any) -> None:
-        """Know a parameter of which the processes of a group have a piece each; raise unless their states agree."""
-        if self._peers not in (None, group):
-            raise ValueError("one manifold has parameters that are shared by two process groups: take one for each")
-        self._check_agreement(group, x.device, True)
-        self._peers = group
+    def share(self, x: Tensor) -> None:
+        """Know a parameter of which this is the piece that is here."""
         self._sharers[x] = True
 
-    def agreed(self, ok: bool) -> bool:
-        """Tell whether all processes that share parameters' pieces say so; all ask together, on CPU."""
-        return ok if self._peers is None else self._check_agreement(self._peers, torch.device("cpu"), ok)
-
-    def _check_agreement(self, group: Any, device: torch.device, ok: bool) -> bool:
-        if group is None:
-            return ok
-        own = [self._start >> 1, self.gradients]
-        least = torch.tensor([int(ok), *own, *(-number for number in own)], device=device)
-        dist.all_reduce(least, dist.ReduceOp.MIN, group)
-        everyone, *lowest = least.tolist()
-        if lowest != [*own, *(-number for number in own)]:
-            raise ValueError("the processes that share a parameter differ in the seed or count of its manifold")
-        return bool(everyone)
+    @property
+    def stamp(self) -> tuple[int, int]:
+        """What draws follow from, as two numbers of 63 bits."""
+        return self._start >> 1, self.gradients
 
     def turn(self) -> int:
         """Return about how many gradients each of the parameters that share this state has had."""
@@ -124,7 +108,7 @@ class State:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the counts."""
-        self._start, self._generators, self._peers = state["_start"], {}, None
+        self._start, self._generators = state["_start"], {}
         self.unpack(state["packed"])
 
 

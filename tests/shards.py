@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds
@@ -68,6 +68,12 @@ def sharded(model, mesh):
     return plan
 
 
+def evaluated(model):
+    """Look at the model as one does between steps, which leaves parameters gathered."""
+    with torch.no_grad():
+        model(torch.zeros(1, 9, dtype=model[0].weight.dtype))
+
+
 def train(model, optimizer, dtype, first, last):
     """Make these steps, on data that are the same in every process."""
     for step in range(first, last):
@@ -96,6 +102,8 @@ def all_cases(rank, world, port, folder, cases):
         model = network(manifold, dtype, sampler)
         plan = sharded(model, mesh)
         optimizer = OPTIMIZERS[name](model.parameters())
+        evaluated(model)
+        reattach_manifolds(model, plan, optimizer)
         check_manifolds(model, plan, optimizer)
         train(model, optimizer, dtype, 0, STEPS)
         found.append(whole(model))
@@ -103,22 +111,26 @@ def all_cases(rank, world, port, folder, cases):
     leave()
 
 
-def parameter(shape, dtype, **options):
-    """A random point and its manifold, the same in every process."""
-    manifold = UnitaryLowRank(1, **options)
+def parameter(shape, dtype, off=0.0):
+    """A random point and its manifold, the same in every process, with much correction of drift."""
+    manifold = UnitaryLowRank(1, sweep=1, non_finite="raise" if off else "skip")
     generator = torch.Generator().manual_seed(1)
-    return manifold, manifold.random(*shape, dtype=dtype, generator=generator).as_subclass(torch.Tensor)
+    point = manifold.random(*shape, dtype=dtype, generator=generator).as_subclass(torch.Tensor)
+    return manifold, point * (1 + off)
 
 
-def gradient(shape, dtype, step):
-    """A random gradient."""
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(100 + step))
+def gradient(value, step):
+    """A random gradient, with a multiple of the first point, which the sketch takes out."""
+    noise = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(100 + step))
+    return noise + step % 2 * value
 
 
-def stepped(p, optimizer, shape, dtype, steps, mesh=None, placements=None):
-    """Make steps along random gradients."""
+def stepped(p, optimizer, value, steps, mesh=None, placements=None):
+    """Make steps along random gradients; one is zero at the first rows or matrices, another everywhere."""
     for step in range(steps):
-        grad = gradient(shape, dtype, step)
+        grad = gradient(value, step) * (step != 3)
+        if step == 2:
+            grad[: -(-len(grad) // 2)] = 0
         p.grad = grad if mesh is None else distribute_tensor(grad, mesh, placements)
         optimizer.step()
     return p
@@ -129,7 +141,7 @@ def placed(value, manifold, mesh, placements):
     model = nn.Module()
     model.weight = geoopt.ManifoldParameter(value.clone(), manifold=manifold)
     plan = manifolds_of(model)
-    model.weight = nn.Parameter(distribute_tensor(value, mesh, placements))
+    model.weight = nn.Parameter(distribute_tensor(value.clone(), mesh, placements))  # replicas share memory
     reattach_manifolds(model, plan)
     return model.weight, model, plan
 
@@ -138,6 +150,8 @@ PLACED = [
     ((12, 12), 1, (Shard(0),)),
     ((12, 12), 1, (Replicate(),)),
     ((5, 6, 6), 1, (Shard(0),)),  # a stack
+    ((9, 16, 16), 1, (Shard(0),)),
+    ((1, 3, 6, 6), 1, (Shard(1),)),
     ((12, 12), 2, (Replicate(), Shard(0))),  # replicas of shards
 ]
 
@@ -150,7 +164,8 @@ def stacks_and_meshes(rank, world, port, folder, cases):
     for (shape, dims, placements), dtype, name in cases:
         mesh, (manifold, value) = meshes[dims], parameter(shape, dtype)
         p, _, _ = placed(value, manifold, mesh, placements)
-        stepped(p, OPTIMIZERS[name]([p]), shape, dtype, STEPS, mesh, placements)
+        stepped(p, OPTIMIZERS[name]([p]), value, STEPS, mesh, placements)
+        assert manifold.check() == (0, 0)
         found.append(p.detach().full_tensor())
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
@@ -165,8 +180,8 @@ def counted(rank, world, port, folder, n, k):
         manifold = UnitaryLowRank(k, sweep=None)
         p, _, _ = placed(manifold.random(n, n).as_subclass(torch.Tensor), manifold, mesh, (Shard(0),))
         optimizer = OPTIMIZERS[name]([p])
-        stepped(p, optimizer, (n, n), p.dtype, 1, mesh, (Shard(0),))
-        p.grad = distribute_tensor(gradient((n, n), p.dtype, 1), mesh, (Shard(0),))
+        stepped(p, optimizer, torch.zeros(n, n), 1, mesh, (Shard(0),))
+        p.grad = distribute_tensor(gradient(torch.zeros(n, n), 1), mesh, (Shard(0),))
         sent, reduce, gather = [], dist.all_reduce, dist.all_gather
 
         def all_reduce(t, *args, _sent=sent, _reduce=reduce, **kwargs):
@@ -212,12 +227,12 @@ def faults(rank, world, port, folder, shapes):
     mesh = init_device_mesh("cpu", (world,))
     told = []
     for shape, name in itertools.product(shapes, ("SGD", "momentum", "RMSprop")):
-        manifold, value = parameter(shape, torch.float64)
+        manifold, value = parameter(shape, torch.float64, 1e-9)
         p, _, _ = placed(value, manifold, mesh, (Shard(0),))
         optimizer = OPTIMIZERS[name]([p])
-        stepped(p, optimizer, shape, torch.float64, 2, mesh, (Shard(0),))
+        stepped(p, optimizer, value, 2, mesh, (Shard(0),))
         before = p.detach().full_tensor()
-        bad = gradient(shape, torch.float64, 2)
+        bad = gradient(value, 2)
         bad[-1, 0] = torch.nan
         p.grad = distribute_tensor(bad, mesh, (Shard(0),))
         try:
@@ -252,13 +267,54 @@ def refusals(rank, world, port, folder):
     refused(lambda: place(UnitaryLowRank(1, sampler="column")))
     refused(lambda: place(UnitaryLowRank(1, seed=rank)))
     refused(lambda: place(geoopt.Stiefel()))
+    refused(lambda: placed(parameter((12, 12), torch.float32)[1], UnitaryLowRank(1, seed=rank), mesh, (Replicate(),)))
     p, model, plan = place(UnitaryLowRank(1))
-    p.grad = distribute_tensor(gradient((12, 12), torch.float32, 0), mesh, (Shard(0),))
+    grad = gradient(torch.zeros(12, 12), 0)
+
+    def closure():
+        p.grad = distribute_tensor(grad, mesh, (Shard(0),))
+
+    refused(lambda: torch.optim.SGD([p], lr=0.1).step(closure))
+    closure()
     for optimizer in (geoopt.optim.RiemannianSGD([p], lr=0.1), torch.optim.SGD([p], lr=0.1)):
         refused(lambda o=optimizer: check_manifolds(model, plan, o))
         refused(optimizer.step)
     refused(optim.RiemannianSGD([p], lr=0.1, stabilize=2).step)
     model.weight = nn.Parameter(p.detach())
     refused(lambda: check_manifolds(model, plan))
+    for make in (OPTIMIZERS["SGD"], OPTIMIZERS["RMSprop"]):
+        model.weight.grad = p.grad
+        refused(make([model.weight]).step)
     torch.save(told, f"{folder}/{rank}.pt")
+    leave()
+
+
+def gradients_placed_otherwise(rank, world, port, folder):
+    """Gradients that are sums, or cut another way, as DTensor's own products leave them."""
+    join(rank, world, port)
+    mesh, found = init_device_mesh("cpu", (world,)), []
+    for placement, other in itertools.product((Shard(0), Replicate()), (Shard(0), Shard(1), Replicate(), Partial())):
+        manifold, value = parameter((12, 12), torch.float64)
+        p, _, _ = placed(value, manifold, mesh, (placement,))
+        part = gradient(value, 0) / world if isinstance(other, Partial) else gradient(value, 0)
+        if isinstance(other, Partial):
+            p.grad = DTensor.from_local(part, mesh, (other,))
+        else:
+            p.grad = distribute_tensor(part, mesh, (other,))
+        OPTIMIZERS["SGD"]([p]).step()
+        found.append(p.detach().full_tensor())
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
+
+
+def conversions(rank, world, port, folder):
+    """A sharded layer that is converted and moved keeps its manifold."""
+    join(rank, world, port)
+    layer = UnitaryLinear(8, 8)
+    plan = manifolds_of(layer)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
+    reattach_manifolds(layer, plan)
+    layer.to("cpu").to(torch.float64)
+    check_manifolds(layer, plan, OPTIMIZERS["SGD"](layer.parameters()))
+    torch.save(str(layer.weight.dtype), f"{folder}/{rank}.pt")
     leave()

@@ -34,8 +34,8 @@ def test_stacks_replicas_and_replicas_of_shards(tmp_path):
     found = start(shards.stacks_and_meshes, 2, tmp_path, cases)
     for index, ((shape, _, _), dtype, name) in enumerate(cases):
         manifold, value = shards.parameter(shape, dtype)
-        p = geoopt.ManifoldParameter(value, manifold=manifold)
-        shards.stepped(p, shards.OPTIMIZERS[name]([p]), shape, dtype, shards.STEPS)
+        p = geoopt.ManifoldParameter(value.clone(), manifold=manifold)
+        shards.stepped(p, shards.OPTIMIZERS[name]([p]), value, shards.STEPS)
         for weights in found:
             torch.testing.assert_close(weights[index], p.detach().as_subclass(torch.Tensor), atol=1e-9, rtol=0)
 
@@ -80,14 +80,30 @@ def test_what_cannot_be_sharded_or_would_leave_the_manifold_is_refused(tmp_path)
         "NotImplementedError: 'weight' has spread rows, but the sampler Column",
         "ValueError: the processes that share a parameter differ in the seed or count",
         "NotImplementedError: 'weight' is a DTensor, which cannot carry",
+        "ValueError: the processes that share a parameter differ in the seed or count",
+        "TypeError: SGD would move a sharded unitary parameter",
         "ValueError: manifolds lost: RiemannianSGD moves 'weight' as Euclidean",
         "TypeError: RiemannianSGD would move a sharded unitary parameter",
         "ValueError: manifolds lost: SGD moves 'weight' as Euclidean",
         "TypeError: SGD would move a sharded unitary parameter",
         "ValueError: stabilize",
         "ValueError: manifolds lost: 'weight' is a plain DTensor, not on UnitaryLowRank",
+        "ValueError: sharded parameters, and none of them on a manifold",
+        "ValueError: sharded parameters, and none of them on a manifold",
     ]
     for told in start(shards.refusals, 2, tmp_path):
         assert len(told) == len(expected)
         for message, beginning in zip(told, expected, strict=True):
             assert message.startswith(beginning), message
+
+
+def test_gradients_that_are_placed_otherwise_are_brought_there(tmp_path):
+    manifold, value = shards.parameter((12, 12), REAL)
+    expected = manifold.step_(value.clone(), shards.gradient(value, 0), 0.05)
+    for found in start(shards.gradients_placed_otherwise, 2, tmp_path):
+        for weight in found:
+            torch.testing.assert_close(weight, expected, atol=1e-9, rtol=0)
+
+
+def test_a_sharded_layer_that_is_converted_keeps_its_manifold(tmp_path):
+    assert start(shards.conversions, 2, tmp_path) == ["torch.float64"] * 2
