@@ -43,3 +43,7 @@ def test_the_sdist_holds_the_sources_and_nothing_built(built):
     written = {".gitignore", "PKG-INFO", "pyproject.toml"}  # hatchling adds these
     assert set(sizes) == PACKAGE | expected | set(beside.split()) | written
     assert max(sizes.values()) < 600 * 1024
+
+
+def test_the_citation_names_this_version():
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
