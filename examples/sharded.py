@@ -27,7 +27,7 @@ import geoopt
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -253,9 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"Simulated, the first process:\n\n{table(record['simulated'])}\n\n"
         f"{how}; float32, k = 1, on {record['machine']}.\n"
     )
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "sharded", text)
+    tell(options, "sharded", text)
     return 0
 
 
