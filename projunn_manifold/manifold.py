@@ -454,7 +454,8 @@ class UnitaryLowRank(Geometry):
             step, failure = self._raw_move(x, factors), None
         except ValueError as error:
             failure = error
-        if linalg.readable(x) and not rows.agreed(x, failure is None):
+        moves = failure is None
+        if not (rows.agreed(x, moves) if linalg.readable(x) else moves):
             raise failure or ValueError("the move of another process is singular; no process has moved")
         return step
 
