@@ -84,7 +84,7 @@ def run(name: str, n: int, steps: int) -> dict[str, Any]:
     times, sent = [], 0
     for _ in tqdm(range(steps), f"{name}, n = {n}", leave=False, disable=True if rank else None):
         chosen = torch.randint(len(labels), (BATCH,), generator=generator)[rank::world]
-        dist.barrier()
+        dist.barrier()  # gloo aborts a process that leaves while its threads still work
         before = handed_over()
         begin = perf_counter()
         optimizer.zero_grad()
@@ -155,6 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = [run(name, n, options.steps) for n in options.sizes for name in COLOURS]
         record = {"processes": dist.get_world_size(), "steps": options.steps, "cells": cells, **environment()}
         first = dist.get_rank() == 0
+        dist.barrier()  # gloo aborts a process that leaves while its threads still work
         dist.destroy_process_group()
         if not first:
             return 0

@@ -156,7 +156,7 @@ def in_process(rank: int, processes: int, port: int, sizes: list[int], folder: s
     cells = [cost(way, n, mesh, STEPS) for way, n in progress]
     if rank == 0:
         Path(folder, "cells.json").write_text(json.dumps(cells), encoding="utf-8")
-    dist.barrier()
+    dist.barrier()  # gloo aborts a process that leaves while its threads still work
     dist.destroy_process_group()
 
 
