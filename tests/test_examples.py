@@ -75,6 +75,18 @@ def test_every_promise_names_a_test():
     assert all("::test_" in row for row in rows)
 
 
+def test_numbers_that_the_page_of_choices_quotes_are_those_of_the_pages_it_names():
+    docs = ROOT / "docs"
+    rows = [
+        line.split(" | ") for line in (docs / "choosing.md").read_text().splitlines() if "](" in line and "|" in line
+    ]
+    assert len(rows) >= 25
+    for _, _, measured, where in rows:
+        named = "".join((docs / page).read_text() for page in re.findall(r"\((\w+\.md)#", where))
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?:e[-+]\d+)?|(?<![\w.])\d{3,}(?![\w.])", measured):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", named), f"{number}, {measured}: not in {where}"
+
+
 def test_drift_writes_json_and_plot(tmp_path):
     result = run("drift.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
