@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WHEEL_TESTS := README.md docs/start.md $(addprefix tests/test_,init.py layers.py nearest.py optim.py passes.py plan.py projunn.py sampling.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench compare test test-all lint docs clean
+.PHONY: help demo bench compare test test-all lint hooks docs dist clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -15,7 +16,7 @@ $(BIN)/python:
 
 # One stamp per extra, so that each target installs no more than it needs.
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) -e ".[$*]"
+	$(BIN)/python $(INSTALL) -e ".[$*]"
 	@touch $@
 
 demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, draw a plot (under 10 minutes)
@@ -32,6 +33,9 @@ lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+hooks: $(VENV)/.test $(VENV)/.hooks ## check every commit as .pre-commit-config.yaml says
+	$(BIN)/pre-commit install
+
 test: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite (under 10 minutes on two cores)
 	$(BIN)/python -m pytest
 
@@ -41,5 +45,21 @@ test-all: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite w
 docs: $(VENV)/.docs ## build the documentation, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 
+# The tests come from the sdist, without the package beside them, so that only the installed wheel can be imported.
+# mypy finds types in it by py.typed alone.
+dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the wheel in an environment of its own (3 minutes)
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m pytest tests/test_dist.py
+	$(BIN)/python -m twine check --strict dist/*
+	mkdir -p build/source
+	tar -xzf dist/*.tar.gz -C build/source --strip-components 1
+	rm -r build/source/projunn_manifold
+	$(PYTHON) -m venv build/venv
+	build/venv/bin/python $(INSTALL) "$$(ls dist/*.whl)[test]"
+	cd build/source && ../venv/bin/python -c "import projunn_manifold as p; assert 'site-packages' in p.__file__, p.__file__"
+	cd build/source && ../venv/bin/mypy --config-file= --strict -c "from projunn_manifold import UnitaryLowRank"
+	cd build/source && ../venv/bin/python -m pytest $(WHEEL_TESTS) --pyargs projunn_manifold
+
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) docs/_build results
+	rm -rf $(VENV) build dist docs/_build results

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -219,9 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not record["quick"]:
         draw(options.out / "convolution_speed.png", record)
     text = f"On {record['machine']}:\n\n{table(record)}"
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "convolution speed", text)
+    tell(options, "convolution speed", text)
     return 0
 
 

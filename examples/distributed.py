@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from data import digits
 from matplotlib.figure import Figure
-from report import environment, markdown, write_between
+from report import environment, markdown, tell
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.functional import cross_entropy
@@ -167,9 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"all, {record['steps']} steps, medians and quartiles.  With DDP and sketches the two other layers and all "
         f"biases travel whole, with PowerSGD all matrices as rank one.  On {record['machine']}.\n"
     )
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "distributed", text)
+    tell(options, "distributed", text)
     return 0
 
 

@@ -15,7 +15,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from tqdm import tqdm
 
 from projunn_manifold.layers import UnitaryConvRNNCell
@@ -71,9 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     record = recorded(options, "exponential_speed", lambda: measure_all(options.rounds))
     text = f"\n{table(record)}\n\nMedians and quartiles, on {record['machine']}.\n"
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "exponential speed", text)
+    tell(options, "exponential speed", text)
     return 0
 
 

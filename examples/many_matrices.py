@@ -15,7 +15,7 @@ from typing import Any
 
 import geoopt
 import torch
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from tqdm import tqdm
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
@@ -95,9 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = recorded(options, "many_matrices", lambda: measure_all(options.rounds))
     how = f"Medians and quartiles of {record['rounds']} steps, float32, k = 1, on {record['machine']}."
     text = f"\n{table(record)}\n\n{how}\n"
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "many matrices", text)
+    tell(options, "many matrices", text)
     return 0
 
 

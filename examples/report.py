@@ -55,6 +55,13 @@ def recorded(options: argparse.Namespace, name: str, measure: Callable[[], dict[
     return record
 
 
+def tell(options: argparse.Namespace, name: str, text: str) -> None:
+    """Print a report, and write it into the page that was asked for."""
+    print(text)
+    if options.into is not None:
+        write_between(options.into, name, text)
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions and machine, for a record of results."""
     return {

@@ -1,7 +1,7 @@
 """One matrix in many processes: what a step costs each of them, by a model, by measurement and by simulation.
 
 Three ways to step on an n x n matrix, k = 1: the gradient is averaged and every process makes the same step (DDP); only
-sketches travel (``data_parallel``); every process has some rows (``DTensor``).  Run ``python examples/sharded.py`` (two
+sketches travel (``data_parallel``); every process has some rows (``DTensor``).  Run ``python examples/sharded.py`` (six
 minutes): 1, 2 and 4 processes on gloo are measured, and the first of up to 1024, whose peers do not answer, is run
 alone for its own share of work, memory and traffic.  It leaves ``sharded.json`` and ``sharded.png``;
 ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
@@ -27,7 +27,7 @@ import geoopt
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -253,9 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"Simulated, the first process:\n\n{table(record['simulated'])}\n\n"
         f"{how}; float32, k = 1, on {record['machine']}.\n"
     )
-    print(text)
-    if options.into is not None:
-        write_between(options.into, "sharded", text)
+    tell(options, "sharded", text)
     return 0
 
 

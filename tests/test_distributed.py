@@ -28,6 +28,14 @@ def start(function, world, folder, *arguments):
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("*.pt"))]
 
 
+def assert_told(found, expected):
+    """Every process told what was expected, by its beginning."""
+    for told in found:
+        assert len(told) == len(expected)
+        for message, beginning in zip(told, expected, strict=True):
+            assert message.startswith(beginning), message
+
+
 def alone(case, steps):
     """One process, on whole batches."""
     torch.set_num_threads(1)
@@ -96,10 +104,7 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path):
         "ValueError: weight decay",
         "ValueError: a closure",
     ]
-    for told in start(ranks.refusals, 2, tmp_path):
-        assert len(told) == len(expected)
-        for message, beginning in zip(told, expected, strict=True):
-            assert message.startswith(beginning)
+    assert_told(start(ranks.refusals, 2, tmp_path), expected)
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
