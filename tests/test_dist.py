@@ -47,3 +47,4 @@ def test_the_sdist_holds_the_sources_and_nothing_built(built):
 
 def test_the_citation_names_this_version():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{__version__}}}" in (ROOT / "docs" / "citing.md").read_text()

@@ -61,14 +61,30 @@ def test_benchmark_checks_times_and_writes(tmp_path, section):
     assert json.loads((tmp_path / "benchmark.json").read_text())["cells"]
 
 
-def test_every_promise_names_tests_that_exist():
-    page = (ROOT / "docs" / "promises.md").read_text()
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
+@pytest.mark.parametrize("name", ["promises", "traps", "upstream"])
+def test_tests_that_pages_name_exist(name):
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", (ROOT / "docs" / f"{name}.md").read_text())
     assert len(named) >= 20
     for module, test in named:
         assert f"def {test}(" in (ROOT / "tests" / module).read_text(), f"{module}::{test}"
+
+
+def test_every_promise_names_a_test():
+    page = (ROOT / "docs" / "promises.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert all("::test_" in row for row in rows)
+
+
+def test_numbers_that_the_page_of_choices_quotes_are_those_of_the_pages_it_names():
+    docs = ROOT / "docs"
+    rows = [
+        line.split(" | ") for line in (docs / "choosing.md").read_text().splitlines() if "](" in line and "|" in line
+    ]
+    assert len(rows) >= 25
+    for _, _, measured, where in rows:
+        named = "".join((docs / page).read_text() for page in re.findall(r"\((\w+\.md)#", where))
+        for number in re.findall(r"(?<![\w.])\d+\.\d+(?:e[-+]\d+)?|(?<![\w.])\d{3,}(?![\w.])", measured):
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", named), f"{number}, {measured}: not in {where}"
 
 
 def test_drift_writes_json_and_plot(tmp_path):
@@ -76,6 +92,21 @@ def test_drift_writes_json_and_plot(tmp_path):
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "drift.json").read_text())["quick"]
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_explain_draws_the_plane_and_counts_the_passes_of_the_page(tmp_path):
+    result = run("explain.py", "--side", "256", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "explain.json").read_text())
+    theta, angles = torch.tensor(record["angles"]["theta"]), record["angles"]
+    assert torch.allclose(torch.tensor(angles["T"]), theta)
+    assert torch.allclose(torch.tensor(angles["D"]), theta.atan())
+    passes = {name: sum(counts.values()) for name, counts in record["passes"].items()}
+    assert passes["torch SGD"] == 3
+    assert passes["in place, without numba"] == 6
+    assert passes.get("in place", 4) == 4
+    for name in ("rotation.png", "passes.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_path):
