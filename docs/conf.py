@@ -14,6 +14,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # after mathjax: formulas need no network, neither here nor at the reader's
     "sphinx_copybutton",
 ]
 if os.environ.get("DOCS_INTERSPHINX"):  # needs the network
