@@ -63,4 +63,4 @@ dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the
 	cd build/source && ../venv/bin/python -m pytest $(WHEEL_TESTS) --pyargs projunn_manifold
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build results
+	rm -rf $(VENV) build dist docs/_build docs/gallery results
