@@ -71,7 +71,7 @@ for name, curves in runs.items():
         axis.semilogy(curve, label=name)
 axes[0].set(title="loss", xlabel="step")
 axes[1].set(title=r"$\|W^H W - I\|_F / \sqrt{n}$", xlabel="step")
-axes[0].legend()
+axes[1].legend()
 
 for name, (losses, errors) in runs.items():
     print(f"{name:20} loss {losses[-1]:.1e}   largest error {max(errors):.1e}")

@@ -53,7 +53,7 @@ losses = {
 
 # %%
 # The noise reaches every entry of the plain kernel and spreads its singular values.  Those of the orthogonal
-# convolution are one to rounding, before, during and after, so that less of the noise can be learnt.
+# convolution are one to rounding, before, during and after.  How far the losses fall is a matter of the rates.
 
 values = {
     "OrthogonalConv2d": orthogonal.singular_values(),
