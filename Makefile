@@ -42,8 +42,9 @@ test: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite (unde
 test-all: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite with the slow proofs
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-docs: $(VENV)/.docs ## build the documentation, warnings as errors
+docs: $(VENV)/.docs ## build the documentation, warnings as errors, and follow its links
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py docs/_build/html
 
 # The tests come from the sdist, without the package beside them, so that only the installed wheel can be imported.
 # mypy finds types in it by py.typed alone.
@@ -62,4 +63,4 @@ dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the
 	cd build/source && ../venv/bin/python -m pytest $(WHEEL_TESTS) --pyargs projunn_manifold
 
 clean: ## remove the environment and everything built
-	rm -rf $(VENV) build dist docs/_build results
+	rm -rf $(VENV) build dist docs/_build docs/gallery results

@@ -1,4 +1,4 @@
-"""The ``python`` code blocks of the README and of the documentation are tests; those marked ``py`` are not."""
+"""The Python code blocks of the README and of the documentation are tests: they run as they stand."""
 
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
