@@ -10,11 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from statistics import quantiles
-from time import perf_counter
 from typing import Any
 
 import torch
+from in_turn import milliseconds
 from report import add_record_options, environment, markdown, recorded, tell
 from tqdm import tqdm
 
@@ -33,13 +32,7 @@ def measure(size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]
         "parametrisation": cell.conv.blocks,
         "iteration": lambda: cell(None, z, blocks),
     }
-    times: dict[str, list[float]] = {name: [] for name in subjects}
-    for _ in range(rounds + 2):
-        for name, subject in subjects.items():
-            begin = perf_counter()
-            subject()
-            times[name].append(1e3 * (perf_counter() - begin))
-    return {name: quantiles(values[2:], n=4) for name, values in times.items()}
+    return milliseconds(subjects, rounds)
 
 
 def measure_all(rounds: int) -> dict[str, Any]:

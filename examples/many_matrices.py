@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from statistics import quantiles
-from time import perf_counter
 from typing import Any
 
 import geoopt
 import torch
+from in_turn import milliseconds
 from report import add_record_options, environment, markdown, recorded, tell
 from tqdm import tqdm
 
@@ -52,13 +51,7 @@ def measure(shape: tuple[int, ...], separate: bool, rounds: int) -> dict[str, li
     for name, make in OPTIMIZERS.items():
         for variant in ("",) if name == "torch SGD" else (" D", " T"):
             steps[name + variant] = make(parameters(shape, variant == " T", separate)).step
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 2):
-        for name, step in steps.items():
-            begin = perf_counter()
-            step()
-            times[name].append(1e3 * (perf_counter() - begin))
-    return {name: quantiles(values[2:], n=4) for name, values in times.items()}
+    return milliseconds(steps, rounds)
 
 
 def measure_all(rounds: int) -> dict[str, Any]:
