@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from networks import Choices
 from procrustes import Procrustes
 from random_unitary import RandomUnitary
-from report import add_record_options, environment, markdown, recorded, thinned, write_between
+from report import add_record_options, environment, markdown, recorded, tell, thinned
 from tasks import Copying, Pixels
 from tqdm import tqdm
 from training import NonFiniteError, Run, train
@@ -327,9 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = recorded(options, "compare", lambda: measure(options))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "compare.png", record)
-    print(text(record))
-    if options.into:
-        write_between(options.into, "comparison", f"\n{text(record)}\n")
+    tell(options, "comparison", f"\n{text(record)}\n")
     return 0
 
 

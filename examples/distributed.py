@@ -10,7 +10,6 @@ table of a recorded run into a page.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 from data import digits
 from matplotlib.figure import Figure
-from report import environment, markdown, tell
+from report import add_record_options, environment, markdown, recorded, tell
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.functional import cross_entropy
@@ -138,30 +137,29 @@ def draw(path: Path, record: dict[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
+def measure(sizes: list[int], steps: int) -> dict[str, Any]:
+    """Train in this process beside the others; only the first returns, to report for all."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    cells = [run(name, n, steps) for n in sizes for name in COLOURS]
+    record = {"processes": dist.get_world_size(), "steps": steps, "cells": cells, **environment()}
+    first = dist.get_rank() == 0
+    dist.barrier()  # gloo aborts a process that leaves while its threads still work
+    dist.destroy_process_group()
+    if not first:
+        sys.exit()
+    return record
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train in this process, or render, and return the exit status."""
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     command.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096], help="(default: %(default)s)")
     command.add_argument("--steps", type=int, default=20, help="(default: %(default)s)")
-    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead of training")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="write its table into this page")
-    command.add_argument("--out", type=Path, default=Path("results/distributed"), help="default: %(default)s")
+    add_record_options(command, "results/distributed")
     options = command.parse_args(arguments)
-    if options.record is not None:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-        cells = [run(name, n, options.steps) for n in options.sizes for name in COLOURS]
-        record = {"processes": dist.get_world_size(), "steps": options.steps, "cells": cells, **environment()}
-        first = dist.get_rank() == 0
-        dist.barrier()  # gloo aborts a process that leaves while its threads still work
-        dist.destroy_process_group()
-        if not first:
-            return 0
+    record = recorded(options, "distributed", lambda: measure(options.sizes, options.steps))
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.record is None:
-        (options.out / "distributed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draw(options.out / "distributed.png", record)
     text = (
         f"\n{table(record)}\n\n{record['processes']} processes, gloo, the loopback interface; batches of {BATCH} in "

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from data import digits
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -156,10 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "pretrained.png", record)
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
-    text = f"{table(record)}\n\nMedians over seeds; {settings}.  On {record['machine']}."
-    print(text)
-    if options.into:
-        write_between(options.into, "pretrained", f"\n{text}\n")
+    text = f"\n{table(record)}\n\nMedians over seeds; {settings}.  On {record['machine']}.\n"
+    tell(options, "pretrained", text)
     return 0
 
 

@@ -11,19 +11,21 @@ folder; ``--record JSON --into PAGE`` writes the table of a recorded run into a 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from report import environment, write_between
+from report import add_record_options, environment, recorded, tell
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmark"))
+from timing import spread
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.layers import UnitaryRNN, param_groups
@@ -132,22 +134,17 @@ def measure(shape: tuple[int, int, int], rounds: int, progress: Callable[[str], 
             progress(name)
     yard = seconds["torch.nn.RNN(relu), SGD"]
     ratios = {
-        name: _spread(
+        name: spread(
             [time / median(yard) if len(times) < len(yard) else time / yard[i] for i, time in enumerate(times)]
         )
         for name, times in seconds.items()
     }
     return {
         "shape": shape,
-        "seconds": {name: _spread(times) for name, times in seconds.items()},
+        "seconds": {name: spread(times) for name, times in seconds.items()},
         "ratio": ratios,
         "bars": _bars(shape, ratios),
     }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    lower, middle, upper = quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {name: float(f"{value:.4g}") for name, value in (("median", middle), ("lower", lower), ("upper", upper))}
 
 
 def _bars(shape: tuple[int, int, int], ratios: dict[str, Any]) -> list[dict[str, Any]]:
@@ -202,41 +199,34 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_into(page: Path, record: dict[str, Any]) -> None:
-    """Show this record's tables in a page."""
-    write_between(page, "recurrent speed", f"One run on {record['machine']}:\n\n{table(record)}")
+def measure_all(shapes: tuple[tuple[int, int, int], ...], rounds: int) -> dict[str, Any]:
+    """Time every shape."""
+    cells = []
+    with tqdm(unit="step", disable=None) as progress:
+        for shape in shapes:
+
+            def show(name: str, shape: tuple[int, int, int] = shape) -> None:
+                progress.set_description(f"{shape}: {name}")
+                progress.update()
+
+            cells.append(measure(shape, rounds, show))
+    return {"quick": shapes is QUICK, **environment(), "cells": cells}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Time everything, or show a record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for recurrent_speed.json")
-    parser.add_argument("--quick", action="store_true", help="one small shape")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--record", type=Path, help="a recurrent_speed.json to show, instead of a new run")
-    parser.add_argument("--into", type=Path, help="page whose table to replace")
-    options = parser.parse_args(arguments)
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--quick", action="store_true", help="one small shape")
+    command.add_argument("--threads", type=int, default=2, help="(default: %(default)s)")
+    command.add_argument("--rounds", type=int, default=7, help="(default: %(default)s)")
+    add_record_options(command, "results/recurrent_speed")
+    options = command.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    if options.record:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        options.out.mkdir(parents=True, exist_ok=True)
-        record = {"quick": options.quick, **environment(), "cells": []}
-        with tqdm(unit="step", disable=None) as progress:
-            for shape in QUICK if options.quick else SHAPES:
-
-                def tell(name: str, shape: tuple[int, int, int] = shape) -> None:
-                    progress.set_description(f"{shape}: {name}")
-                    progress.update()
-
-                record["cells"].append(measure(shape, options.rounds, tell))
-        (options.out / "recurrent_speed.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(record))
-    if options.into:
-        write_into(options.into, record)
+    shapes = QUICK if options.quick else SHAPES
+    record = recorded(options, "recurrent_speed", lambda: measure_all(shapes, options.rounds))
+    tell(options, "recurrent speed", f"One run on {record['machine']}:\n\n{table(record)}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -31,7 +31,7 @@ from experiment import summary
 from figures import study
 from networks import Choices, Method, Optimizers, Reader, on_manifold
 from random_unitary import RandomUnitary
-from report import environment, markdown, write_between
+from report import add_record_options, environment, markdown, recorded, tell
 from tasks import Copying, Pixels, Task
 from torch import Tensor
 from tqdm import tqdm
@@ -191,37 +191,35 @@ def _lost(train_once: Callable[..., dict[str, Any]], *arguments: Any) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """Train all that is missing, report on what there is, and return the exit status."""
-    options = parse(arguments)
-    if options.record is not None:
-        cells = json.loads(options.record.read_text(encoding="utf-8"))["cells"]
-        study(options.out / "sampler_study.png", cells)
-        if options.into is not None:
-            write_between(options.into, "sampler study", f"\n{table(cells)}\n")
-        return 0
-    torch.set_num_threads(1)
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TASK")
+    add_record_options(command, "results/sampler_study")
+    options = command.parse_args(arguments)
+    cells = recorded(options, "sampler_study", lambda: train_all(options.tasks, options.out))["cells"]
     options.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(task, variant) for task in options.tasks for variant in VARIANTS]
+    study(options.out / "sampler_study.png", cells)
+    tell(options, "sampler study", f"\n{table(cells)}\n")
+    return 0
+
+
+def train_all(tasks: list[str], folder: Path) -> dict[str, Any]:
+    """Train all variants of which the folder has no file yet; return all that it has."""
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(task, variant) for task in tasks for variant in VARIANTS]
     for task, variant in tqdm(wanted, "variants", disable=None):
         stem = f"{task}-{variant.name}".replace(" ", "_").replace(",", "").replace("=", "")
-        file = options.out / f"{stem}.json"
+        file = folder / f"{stem}.json"
         if not file.exists():
             found = {"task": task, **study_one(SETTINGS[task], variant), **environment()}
             file.write_text(json.dumps(found) + "\n", encoding="utf-8")
             print(
                 f"{task}, {variant.name}: {statistics.median(r['final_loss'] for r in found['runs']):.3g}", flush=True
             )
-    report(options.out)
-    return 0
-
-
-def report(folder: Path) -> None:
-    """Write all results to one file, print the table and draw the picture."""
     names = [variant.name for variant in VARIANTS]
     files = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-*.json")]
     found = sorted(files, key=lambda cell: names.index(cell["name"]))
-    (folder / "sampler_study.json").write_text(json.dumps({"cells": compact(found), **environment()}, indent=1) + "\n")
-    study(folder / "sampler_study.png", compact(found))
-    print(f"\n{table(compact(found))}\n\nwritten to {folder}: sampler_study.json, sampler_study.png")
+    return {"cells": compact(found), **environment()}
 
 
 def compact(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -278,16 +276,6 @@ def table(cells: list[dict[str, Any]]) -> str:
 
 def _score_of(cells: list[dict[str, Any]], task: str) -> str:
     return next(cell["measure"] for cell in cells if cell["task"] == task)
-
-
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line."""
-    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    command.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TASK")
-    command.add_argument("--out", type=Path, default=Path("results/sampler_study"), help="default: %(default)s")
-    command.add_argument("--record", type=Path, metavar="JSON", help="report on this record instead")
-    command.add_argument("--into", type=Path, metavar="PAGE", help="write the table of the record into this page")
-    return command.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import linalg
+from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.validation import check_full_rank, check_point
 
 __all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
@@ -52,7 +53,7 @@ def cayley_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tens
 
 
 @torch.no_grad()
-@linalg.in_full_precision
+@in_full_precision
 def nearest_unitary_(tensor: Tensor) -> Tensor:
     """Replace each matrix of ``(*batch, n, m)``, n >= m, by the closest one with orthonormal columns (polar factor).
 

@@ -152,13 +152,13 @@ class UnitaryLowRank(Geometry):
         """
         for dim in range(p.device_mesh.ndim):
             group = p.device_mesh.get_group(dim)
-            rows.agreement(group, torch.device(p.device_mesh.device_type), True, *self._state.stamp)
+            rows.agreement(group, torch.device(p.device_mesh.device_type), True, *self.stamp)
         self._state.share(rows.local(p))
 
     @property
     def stamp(self) -> tuple[int, int]:
-        """Seed and count of gradients, from which all draws follow."""
-        return self._seed, self._state.gradients
+        """Seed and count of gradients, from which all draws follow, as two numbers."""
+        return self._state.stamp
 
     def get_extra_state(self) -> Tensor:  # (32,) uint8
         """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
@@ -409,7 +409,7 @@ class UnitaryLowRank(Geometry):
             return None
         if linalg.readable(x):
             within = _largest(sizes) <= limit
-            if rows.agreed(x, within, *self._state.stamp):
+            if rows.agreed(x, within, *self.stamp):
                 return None
             healthy = bool(torch.isfinite(rows.local(x)).all())
             if not rows.agreed(x, healthy):
@@ -467,7 +467,7 @@ class UnitaryLowRank(Geometry):
             return torch.zeros_like(move)
         return passes.plus_product(move, -factors.a, passes.adjoint_times(move, factors.a))
 
-    @linalg.in_full_precision
+    @in_full_precision
     def sketch(self, x: Tensor, gradient: sampling.Gradient, ahead: int = 0) -> LowRank:
         """Return the factors that a step at x would make of a gradient, which is known by its products.
 

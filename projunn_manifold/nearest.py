@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from projunn_manifold import fourier, linalg
-from projunn_manifold.linalg import high_precision
+from projunn_manifold import fourier
+from projunn_manifold.linalg import high_precision, in_full_precision
 from projunn_manifold.validation import check_full_rank, dtype_problem, sides_of
 
 __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
@@ -39,7 +39,7 @@ class Nearest(NamedTuple):
 
 
 @torch.no_grad()
-@linalg.in_full_precision
+@in_full_precision
 def nearest_unitary(
     weight: Tensor,
     method: str = "polar",

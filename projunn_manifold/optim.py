@@ -24,6 +24,7 @@ from projunn_manifold import linalg, passes, rows
 from projunn_manifold.ambient import constrain, parameters_of
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.graphs import outside_graphs
+from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.sharding import check_attached, gradient_of, is_sharded, seen, unitary_of
 
@@ -195,7 +196,7 @@ def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1
     return torch.where(constant, corner, flat.sum((-2, -1), keepdim=True))
 
 
-@linalg.in_full_precision
+@in_full_precision
 def _add_(t: Tensor, u: Tensor, alpha: float = 1.0) -> Tensor:
     """Add ``alpha`` times u to t, in place; factors of a u that is not formed go to t's rows wherever these are."""
     if isinstance(u, FactoredTensor) and u.factors is not None:
