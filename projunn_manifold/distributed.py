@@ -24,10 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 from projunn_manifold import linalg, rows
 from projunn_manifold.ambient import constraint_of, has_closure_among, is_constrained, parameters_of
 from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.gradients import Gradient, without_normal_part
 from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
-from projunn_manifold.sampling import Gradient, Subspace, without_normal_part
+from projunn_manifold.sampling import Subspace
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 

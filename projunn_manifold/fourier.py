@@ -25,10 +25,13 @@ __all__ = [
     "Spectrum",
     "analyse",
     "blocks_of_kernel",
+    "centre_of",
+    "coarsened",
     "embedded",
     "everywhere",
     "from_origin",
     "kernel_of_blocks",
+    "refined",
     "spectrum",
     "synthesise",
 ]
@@ -147,3 +150,27 @@ def everywhere(free: Tensor, grid: Spectrum) -> Tensor:  # (..., free, r, c) -> 
         return free
     stored = free.index_select(-3, grid.source)
     return torch.where(grid.opposite[:, None, None], stored.conj(), stored)
+
+
+def coarsened(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c, *size) -> (..., c stride^d, *size / stride)
+    """Take the points that a stride skips for channels of their own."""
+    lead = x.dim() - dims
+    for axis in range(dims):
+        x = x.unflatten(lead + 2 * axis, (-1, stride))
+    x = x.permute(*range(lead), *range(lead + 1, lead + 2 * dims, 2), *range(lead, lead + 2 * dims, 2))
+    return x.flatten(lead - 1, lead - 1 + dims)
+
+
+def refined(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c stride^d, *size / stride) -> (..., c, *size)
+    """Undo :func:`coarsened`."""
+    lead = x.dim() - dims
+    x = x.unflatten(lead - 1, (-1, *(stride,) * dims))
+    x = x.permute(*range(lead), *(axis for j in range(dims) for axis in (lead + dims + j, lead + j)))
+    for j in range(dims):
+        x = x.flatten(lead + j, lead + j + 1)
+    return x
+
+
+def centre_of(side: int, stride: int) -> int:
+    """Return how many points torch pads before an image for a kernel of that side to keep the image's size."""
+    return (side - 1) // 2 if stride == 1 else max(0, side - stride + 1) // 2

@@ -8,6 +8,9 @@ Sums may be taken in any order, but NaN and infinity keep their meaning.
 
 The innermost loops are written out for four rows of the matrix and one or two factors (updates: one or four rows and
 two or four factors): so the compiler keeps all sums in registers and a load serves several multiplications.
+
+All loops are in one module, long as it is: numba keeps machine code by the date of a function's file, and would not see
+that a function it calls in another file has changed.
 """
 
 from __future__ import annotations

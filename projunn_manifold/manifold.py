@@ -1,7 +1,7 @@
 r"""The manifold of unitary, orthogonal and orthonormal-column matrices with rank-k moves, for geoopt.
 
-This module translates: geoopt's names and contract on one side, samplers, tangents and moves on the
-other.  A gradient becomes rank-k factors (:mod:`~projunn_manifold.sampling`), the factors a tangent
+This module translates: geoopt's names and contract on one side, sketches, tangents and moves on the
+other.  A gradient becomes rank-k factors (:mod:`~projunn_manifold.sketches`), the factors a tangent
 (:mod:`~projunn_manifold.tangents`), and the tangent a move
 (:mod:`~projunn_manifold.moves`).  Between ``egrad2rgrad`` and ``retr`` the tangent travels through geoopt's
 unmodified optimisers as a :class:`~projunn_manifold.factors.FactoredTensor`.
@@ -9,31 +9,24 @@ unmodified optimisers as a :class:`~projunn_manifold.factors.FactoredTensor`.
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from projunn_manifold import drift, linalg, passes, rows, sampling, validation
-from projunn_manifold.factors import FactoredTensor, LowRank, Scalar
+from projunn_manifold import linalg, passes, rows, validation
+from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.frame import Frame, Step
-from projunn_manifold.geometry import Geometry, plain
+from projunn_manifold.geometry import plain
+from projunn_manifold.gradients import Averaging
 from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.moves import Move
-from projunn_manifold.state import Faults, State
-from projunn_manifold.tangents import Tangent, only_where, tangent_of_gradient
+from projunn_manifold.sketches import Sketches
+from projunn_manifold.tangents import Tangent, tangent_of_gradient
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact"]
 
-# Products with u^H u when a dense tangent is reduced: Adam at small k needs half the steps it needs with none.
-_POWER = 2
 
-_SKETCH, _MOVE = 0, 1  # purposes of random numbers
-
-
-class UnitaryLowRank(Geometry):
+class UnitaryLowRank(Sketches):
     r"""Matrices with orthonormal columns, :math:`\{X : X^H X = I\}`, moved by rank-k updates (projUNN).
 
     Square X is unitary U(n) or orthogonal O(n), tall X a point of the Stiefel manifold, real or complex,
@@ -92,81 +85,7 @@ class UnitaryLowRank(Geometry):
 
     name = "UnitaryLowRank"
     reversible = False  # the polar retraction of a truncated tangent is not
-    __scaling__ = Geometry.__scaling__.copy()
-
-    def __init__(
-        self,
-        k: int | None = 1,
-        *,
-        sampler: str | sampling.Sampler = "lsi",
-        seed: int = 0,
-        sweep: int | None = 256,
-        non_finite: str = "raise",
-    ) -> None:
-        super().__init__()
-        if non_finite not in ("raise", "skip"):
-            raise ValueError(f"non_finite must be 'raise' or 'skip', got {non_finite!r}")
-        self.k = validation.check_count(k, "k", "full rank")
-        self._drift = drift.Schedule(validation.check_count(sweep, "sweep", "no drift correction"))
-        self._seed = validation.check_seed(seed)
-        self.non_finite = non_finite
-        self.sampler = sampling.resolve_sampler(sampler)
-        self._sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
-        self._state = State(self._seed)
-
-    @property
-    def seed(self) -> int:
-        """Seed of the sketches."""
-        return self._seed
-
-    @property
-    def sweep(self) -> int | None:
-        """Steps in which the drift correction visits every column once."""
-        return self._drift.sweep
-
-    def extra_repr(self) -> str:
-        """Return the rank and the path it takes, as geoopt prints it."""
-        if self.k is None:
-            return "k=None, dense"
-        return f"k={self.k}, sampler={self._sampler_name}, dense where 2k >= m"
-
-    # -- state --------------------------------------------------------------------------------------
-
-    def check(self) -> Faults:
-        """Return how many matrices were skipped and how many columns left uncorrected since the last call.
-
-        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or CUDA); left are
-        columns too far off the manifold for the drift correction, which CPU also warns of.  Waits for the device.
-        """
-        faults = self._state.faults()
-        self._state.forget_faults()
-        return faults
-
-    def know_shard(self, p: Any) -> None:
-        """Know a sharded parameter; all processes of its mesh do so together.
-
-        Raises
-        ------
-        ValueError
-            Seeds or counts of gradients that differ between processes.
-        """
-        for dim in range(p.device_mesh.ndim):
-            group = p.device_mesh.get_group(dim)
-            rows.agreement(group, torch.device(p.device_mesh.device_type), True, *self.stamp)
-        self._state.share(rows.local(p))
-
-    @property
-    def stamp(self) -> tuple[int, int]:
-        """Seed and count of gradients, from which all draws follow, as two numbers."""
-        return self._state.stamp
-
-    def get_extra_state(self) -> Tensor:  # (32,) uint8
-        """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
-        return self._state.packed()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over the state from a ``state_dict``."""
-        self._state.unpack(state)
+    __scaling__ = Sketches.__scaling__.copy()
 
     # -- gradients and tangent vectors --------------------------------------------------------------
 
@@ -305,7 +224,7 @@ class UnitaryLowRank(Geometry):
     @in_full_precision
     @torch.no_grad()
     def step_raw_(
-        self, x: Tensor, move: Tensor, residual: Tensor | None = None, averaging: sampling.Averaging | None = None
+        self, x: Tensor, move: Tensor, residual: Tensor | None = None, averaging: Averaging | None = None
     ) -> Tensor:
         r"""Move x in place by the rank-k part of any matrix, not necessarily tangent: the paper's step; return x.
 
@@ -363,90 +282,7 @@ class UnitaryLowRank(Geometry):
         self._correct_(x)
         return x
 
-    # -- drift ----------------------------------------------------------------------------------------
-
-    @outside_graphs
-    @in_full_precision
-    @torch.no_grad()
-    def correct_(self, x: Tensor) -> Tensor:
-        """Make one step's share of the drift correction (``sweep``) on x, in place, and return x.
-
-        Optimisers and :meth:`step_` do it by themselves; this is for points moved by other means, such as
-        :func:`~projunn_manifold.projunn_d_`: call it after each move.
-        """
-        validation.check_point(x)
-        validation.check_writable(x, "x")
-        self._state.count_gradient(x)
-        self._correct_(x)
-        return x
-
     # -- internals --------------------------------------------------------------------------------------
-
-    def is_dense(self, x: Tensor) -> bool:
-        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
-        return self.k is None or 2 * self.k >= x.shape[-1]
-
-    def _gradient(self, x: Tensor, u: Tensor) -> Tangent:
-        """Riemannian gradient of the rank-k part of the Euclidean gradient u."""
-        given = u.factors if isinstance(u, FactoredTensor) else None
-        x, u = validation.broadcast(x, u)
-        tangent = tangent_of_gradient(x, self._sketch(x, given if isinstance(given, LowRank) else plain(u)))
-        return self._finite(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
-
-    def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        tangent = (g - x @ linalg.adjoint_times(g, x)) / 2
-        kept = self._kept(x, linalg.squared_norm(tangent), torch.finfo(x.dtype).max, g, "gradient")
-        return tangent if kept is None else torch.where(kept[..., None, None], tangent, 0)
-
-    def _finite(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
-        """Return the tangent made from u; not, see ``_kept``, where its squared norm is beyond the limit."""
-        kept = self._kept(x, tangent.squared_norm(), limit, u, what)
-        return tangent if kept is None else only_where(kept, tangent)
-
-    def _kept(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
-        """Return None if all sizes are within the limit, or unknown; otherwise raise, or count and tell which are."""
-        if linalg.traced():
-            return None
-        if linalg.readable(x):
-            within = _largest(sizes) <= limit
-            if rows.agreed(x, within, *self.stamp):
-                return None
-            healthy = bool(torch.isfinite(rows.local(x)).all())
-            if not rows.agreed(x, healthy):
-                raise validation.non_finite(x, "point" if not healthy else "point of another process")
-            if self.non_finite == "raise" and within:
-                raise ValueError(f"{what} of another process is not finite; no process has moved")
-            if self.non_finite == "raise":
-                raise validation.non_finite(plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what)
-        kept = torch.as_tensor(sizes, device=x.device) <= limit
-        self._state.count_faults(x.device, skipped=(~kept).sum())
-        return kept
-
-    def _correct_(self, x: Tensor) -> None:
-        """Correct the block of columns that is due, if any."""
-        rate = (self.k or x.shape[-1]) * (2 if x.is_complex() else 1)
-        start = self._drift.first_due_column(self._state.turn(), x.shape[-1], rate)
-        if start is None or not x.numel() or linalg.traced():
-            return
-        left = drift.correct_columns_(x, start)
-        if linalg.readable(x) and not left:
-            return
-        self._state.count_faults(x.device, uncorrected=left)
-        if linalg.readable(x):
-            warnings.warn(
-                f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
-                "far for the drift correction; put it back first, by manifold.projx",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-
-    def _sketch(self, x: Tensor, u: Tensor | LowRank, averaging: sampling.Averaging | None = None) -> LowRank:
-        """Rank-k factors of the gradient, or of its mean over processes."""
-        assert self.k is not None
-        if isinstance(u, LowRank) and u.rank <= self.k:
-            return u
-        gradient = u if isinstance(u, LowRank) else sampling.without_normal_part(u, x, self.k)
-        return self.sketch(x, gradient if averaging is None else averaging.gradient(gradient))
 
     def _agreed_raw_move(self, x: Tensor, factors: LowRank) -> Move:
         """Return the move along any factors; if it fails for one process's matrices, it does for all."""
@@ -459,51 +295,13 @@ class UnitaryLowRank(Geometry):
             raise failure or ValueError("the move of another process is singular; no process has moved")
         return step
 
-    def _left_out(self, x: Tensor, move: Tensor, factors: LowRank, averaging: sampling.Averaging | None) -> Tensor:
+    def _left_out(self, x: Tensor, move: Tensor, factors: LowRank, averaging: Averaging | None) -> Tensor:
         """Return what the factors leave out of a move; if they are of the mean of many, what a leaves out of this."""
         if averaging is None:
             return passes.plus_product(move, -factors.a, factors.b)
         if self.is_dense(x):
             return torch.zeros_like(move)
         return passes.plus_product(move, -factors.a, passes.adjoint_times(move, factors.a))
-
-    @in_full_precision
-    def sketch(self, x: Tensor, gradient: sampling.Gradient, ahead: int = 0) -> LowRank:
-        """Return the factors that a step at x would make of a gradient, which is known by its products.
-
-        It is the step after as many others of this manifold's as ``ahead`` says.
-        """
-        assert self.k is not None
-        try:
-            factors = self.sampler(gradient, self.k, self._state.generator(x.device, _SKETCH, ahead))
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-            dense = gradient.dense()
-            if (linalg.squared_norm(dense) <= torch.finfo(x.dtype).max).all():
-                raise validation.not_converged(dense) from None
-            nothing = (x.new_full((*gradient.shape[:-2], side, 1), torch.nan) for side in gradient.shape[-2:])
-            return LowRank(*nothing)  # to be refused like any gradient that is not finite
-        return validation.check_sample(factors, gradient.shape, x, self.k)
-
-    def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
-        """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
-        self._accept(x, u, "u")
-        factors = self._factors_at(x, u)
-        if factors is not None:
-            return factors
-        x, u = validation.broadcast(x, plain(u))
-        if self.k is None or self.is_dense(x):
-            return Frame.of_dense(x, u, None)
-        size, generator = (x.shape[-1], 2 * self.k), self._state.generator(x.device, _MOVE)
-        test = torch.randn(size, dtype=x.dtype, device=x.device, generator=generator)
-        basis = test.expand(*x.shape[:-2], *size)
-        for _ in range(_POWER):
-            basis = sampling.orthonormal(passes.unit_image(u, basis)[1])
-        return Frame.of_dense(x, u, basis)
-
-    def _bounded(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
-        """Return the tangent (of u), or refuse one that is not finite or beyond all rounding."""
-        limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
-        return self._finite(x, tangent, limit, tangent if u is None else u, "step")
 
     def _along(self, tangent: Tangent) -> Move:
         """Return the move that this manifold's optimisers make."""
@@ -553,9 +351,3 @@ class UnitaryLowRankExact(UnitaryLowRank):
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute
         """Whether moving on and back returns to the start; the geodesic does, unless k truncates it."""
         return self.k is None
-
-
-def _largest(numbers: float | Tensor) -> float:
-    if isinstance(numbers, Tensor):
-        return numbers.max().item() if numbers.numel() else 0.0
-    return numbers

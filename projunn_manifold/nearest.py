@@ -6,14 +6,14 @@ Closest means least :math:`\|U - W\|_F`, or, seen by data, least :math:`\|(U - W
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from projunn_manifold import fourier
+from projunn_manifold.lie import Callback, Problem, descend, squared_distances
 from projunn_manifold.linalg import high_precision, in_full_precision
 from projunn_manifold.validation import check_full_rank, dtype_problem, sides_of
 
@@ -21,11 +21,8 @@ __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
 
 #: Ways to the closest unitary matrix.
 METHODS = ("polar", "procrustes", "lie")
-STEPS, TOLERANCE = 500, 1e-6
 
-Callback = Callable[[int, float], None]
-Stack = tuple[Tensor, Tensor | None, int]  # matrices, what they are applied to, and how often each counts
-Problem = tuple[Tensor, Tensor | None, int]  # the same, with R for the inputs
+Stack = tuple[Tensor, Tensor | None, int]  # as a Problem, with the inputs in the place of R
 
 
 class Nearest(NamedTuple):
@@ -231,29 +228,14 @@ def _solve(
     if method == "lie":
         with torch.inference_mode(False), torch.enable_grad():
             mine = [(weight.clone(), None if r is None else r.clone(), times) for weight, r, times in problems]
-            return _lie(mine, **options)
+            return descend(mine, **options)
     found = []
     for weight, r, _ in problems:
         turned = rotation and not weight.is_complex()
         found.append(_polar(weight if r is None else _seen(weight, r, turned), turned))
     distances = zip(found, problems, strict=True)
-    loss = sum(times * _losses(unitary, weight, r).sum().item() for unitary, (weight, r, times) in distances)
+    loss = sum(times * squared_distances(unitary, weight, r).sum().item() for unitary, (weight, r, times) in distances)
     return found, [loss], [None] * len(found)
-
-
-def _losses(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
-    """Return the squared distances; ‖(U - W)X‖ = ‖R(U - W)^T‖ where R is that of X^T = QR."""
-    moved = unitary - weight
-    return torch.linalg.matrix_norm(moved if r is None else r @ moved.mT) ** 2
-
-
-def _varying_part(unitary: Tensor, target: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
-    """Return what of the squared distance depends on U, over the size of W X X^H: small differences stay exact."""
-    size = torch.linalg.matrix_norm(target)
-    varying = -2 * (unitary.conj() * target).sum((-2, -1)).real
-    if r is not None and unitary.shape[-2] < unitary.shape[-1]:  # ‖UX‖ is the same for all others
-        varying = varying + torch.linalg.matrix_norm(r @ unitary.mT) ** 2
-    return varying / size
 
 
 def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
@@ -279,84 +261,3 @@ def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
     beyond = beyond - beyond @ q @ q.mH
     scale = torch.linalg.matrix_norm(weight)[..., None, None]
     return p @ q.mH + beyond / scale  # of spaces at right angles: polar factors add
-
-
-def _lie(
-    problems: list[Problem],
-    *,
-    steps: int = STEPS,
-    tolerance: float = TOLERANCE,
-    seed: int = 0,
-    callback: Callback | None = None,
-) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
-    """Descend for all matrices at once, each loss in units of its own size, so that none is lost beside a large one."""
-    generator = torch.Generator().manual_seed(seed)
-    thetas, targets = [], []
-    for weight, r, _ in problems:
-        check_full_rank(torch.linalg.svdvals(weight), weight.shape, "a matrix")
-        side = max(weight.shape[-2:])
-        count = side * side if weight.is_complex() else side * (side - 1) // 2
-        start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side
-        thetas.append(start.to(weight.device).requires_grad_())
-        targets.append(weight if r is None else weight @ (r.mT @ r.conj()))
-    moving = [theta for theta in thetas if theta.numel()]
-
-    def unitaries() -> list[Tensor]:
-        found = []
-        for theta, (weight, _, _) in zip(thetas, problems, strict=True):
-            n, m = weight.shape[-2:]
-            element = lie_element(theta, max(n, m), weight.is_complex())
-            found.append(torch.linalg.matrix_exp(element)[..., :n, :m])
-        return found
-
-    def losses_now() -> list[Tensor]:
-        return [_losses(u, weight, r) for u, (weight, r, _) in zip(unitaries(), problems, strict=True)]
-
-    def closure() -> Tensor:
-        for theta in thetas:
-            theta.grad = None
-        found = zip(unitaries(), targets, problems, strict=True)
-        total = sum(_varying_part(u, target, r).sum() for u, target, (_, r, _) in found)
-        assert isinstance(total, Tensor)
-        total.backward()
-        return total
-
-    def slope() -> float:
-        """Return the largest derivative of a matrix's loss, in units of twice its size."""
-        closure()
-        return max((torch.linalg.vector_norm(theta.grad, dim=-1).max().item() / 2 for theta in moving), default=0.0)
-
-    losses: list[float] = []
-    optimizer = moving and torch.optim.LBFGS(  # with one iteration in a step torch's forgets the slope and stands
-        moving, max_iter=5, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
-    )
-    for step in range(1, steps + 1):
-        if optimizer:
-            optimizer.step(closure)
-        found = zip(losses_now(), problems, strict=True)
-        losses.append(sum(times * loss.sum().item() for loss, (_, _, times) in found))
-        if callback is not None:
-            callback(step, losses[-1])
-        left = slope() if moving else 0.0
-        if left <= tolerance:
-            break
-    else:
-        warnings.warn(
-            f"nearest_unitary: after {steps} steps the derivative is {left:.1e}, not yet {tolerance:.1e}",
-            stacklevel=5,
-        )
-    return [u.detach() for u in unitaries()], losses, [theta.detach() for theta in thetas]
-
-
-def lie_element(theta: Tensor, side: int, complex_: bool) -> Tensor:  # (*batch, count) -> (*batch, side, side)
-    """Return Σ θ_i L_i, skew-Hermitian."""
-    pairs = side * (side - 1) // 2
-    i, j = torch.triu_indices(side, side, 1, device=theta.device)
-    upper = theta[..., :pairs]
-    if complex_:
-        upper = torch.complex(upper, theta[..., pairs : 2 * pairs])
-    half = upper.new_zeros(*theta.shape[:-1], side * side).index_copy(-1, i * side + j, upper).unflatten(-1, (side, -1))
-    element = half - half.mH
-    if complex_:
-        element = element + torch.diag_embed(1j * theta[..., 2 * pairs :])
-    return element

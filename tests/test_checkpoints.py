@@ -64,7 +64,9 @@ def test_resumed_from_a_distributed_checkpoint(straight, setting, tmp_path):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), "torch.save"], ids=str)
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t)), "torch.save"], ids=["copy", "pickle", "file"]
+)
 def test_resumed_from_a_copy(straight, setting, how):
     network, optimizer = resume.start(setting)
     resume.train(network, optimizer, 0, 50)

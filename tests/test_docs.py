@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-CHECK = Path(__file__).parent.parent / "docs" / "check_links.py"
+ROOT = Path(__file__).parent.parent
+CHECK = ROOT / "docs" / "check_links.py"
 SOUND = """<h1 id="top">A</h1><a href="#top">up</a> <a href="b%20c.html?v=1#caf%C3%A9">b</a> <a href="#"></a>
 <a href="https://example.org/#x">out</a> <img src="data:image/gif;base64,R0lGODlhAQABAAAAACw="> <script src="b.js">"""
 
@@ -22,6 +23,13 @@ def site(tmp_path):
     (tmp_path / "b c.html").write_text('<p id="café">', encoding="utf-8")
     (tmp_path / "b.js").touch()
     return tmp_path
+
+
+def test_every_module_of_the_package_has_a_page_of_reference():
+    """But the compiled loops and the checks of arguments, which nobody calls from outside."""
+    modules = {file.stem for file in (ROOT / "projunn_manifold").glob("[!_]*.py")} | {"layers"}
+    pages = {file.stem for file in (ROOT / "docs" / "api").glob("*.md")} - {"index"}
+    assert pages == modules - {"kernels", "validation"}
 
 
 def test_a_sound_site_passes(site):

@@ -61,7 +61,9 @@ def test_it_is_torch_nn_rnn_with_a_unitary_weight(draw, nonlinearity, layers, bi
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
-@pytest.mark.parametrize("nonlinearity", ["modrelu", "none", torch.sin, nn.Hardtanh()], ids=str)
+@pytest.mark.parametrize(
+    "nonlinearity", ["modrelu", "none", torch.sin, nn.Hardtanh()], ids=["modrelu", "none", "sin", "Hardtanh"]
+)
 def test_a_network_runs_its_cell_step_by_step(draw, dtype, nonlinearity):
     if dtype.is_complex and isinstance(nonlinearity, nn.Module):
         nonlinearity = torch.tanh

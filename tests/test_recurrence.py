@@ -5,8 +5,9 @@ import pytest
 import torch
 from helpers import NewStorages, bound, error
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim, sampling
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim, sketches
 from projunn_manifold.factors import FactoredTensor
+from projunn_manifold.gradients import Dense
 from projunn_manifold.recurrence import NONLINEARITIES, recurrence, step_by_step
 
 CASES = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in NONLINEARITIES]
@@ -69,7 +70,7 @@ def test_the_gradient_that_is_never_formed_makes_the_step_of_the_dense_one(
     draw, monkeypatch, variant, sampler, dtype, kind
 ):
     """Same draws, hence the same factors to rounding, in every optimiser; no multiple of X is looked for in them."""
-    monkeypatch.setattr(sampling, "without_normal_part", lambda g, x, k: sampling.Dense(g))
+    monkeypatch.setattr(sketches, "without_normal_part", lambda g, x, k: Dense(g))
     given = arguments(draw, dtype, "modrelu", steps=4, batch=3, n=32)
     g = draw.matrix(4, 3, 32, dtype=dtype)
     points = []

@@ -11,7 +11,8 @@ from helpers import DTYPES, bound, double, error, norm2
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.factors import LowRank
-from projunn_manifold.sampling import SAMPLERS, Column, Dense, Subspace, without_normal_part
+from projunn_manifold.gradients import Dense, without_normal_part
+from projunn_manifold.sampling import SAMPLERS, Column, Subspace
 
 SHAPES = [(24, 24), (30, 12), (3, 16, 16)]
 

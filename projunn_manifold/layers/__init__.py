@@ -22,7 +22,8 @@ from projunn_manifold.layers.exponential import (
     squash,
 )
 from projunn_manifold.layers.linear import UnitaryLinear
-from projunn_manifold.layers.rnn import ModReLU, UnitaryRNN, UnitaryRNNCell
+from projunn_manifold.layers.modrelu import ModReLU
+from projunn_manifold.layers.rnn import UnitaryRNN, UnitaryRNNCell
 
 __all__ = [
     "ExpConv1d",

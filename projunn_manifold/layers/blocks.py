@@ -1,0 +1,49 @@
+"""Products of a stack of blocks with the waves of a batch, whose gradient is kept as factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from projunn_manifold import linalg
+from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.layers.base import may_be_factored
+
+__all__ = ["apply_blocks"]
+
+
+def apply_blocks(stack: Tensor, x: Tensor, adjoint: bool) -> Tensor:  # (*batch, n, m), (*batch, m, B) -> (*batch, n, B)
+    """Return the product of every block with x, or, ``adjoint``, of its adjoint; x is complex."""
+    if not stack.is_complex():
+        return (stack.mT if adjoint else stack).to(x.dtype) @ x
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return (stack.mH if adjoint else stack) @ x
+    return _Blocks.apply(stack, x, adjoint, may_be_factored(stack))  # type: ignore[no-untyped-call]
+
+
+class _Blocks(torch.autograd.Function):
+    """One matrix product for each frequency; the gradient of the blocks is a product of rank at most the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor, adjoint: bool, factored: bool) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        ctx.adjoint, ctx.factored = adjoint, factored
+        return linalg.adjoint_times(weight, x) if adjoint else weight @ x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        weight, x = ctx.saved_tensors
+        of_x: Tensor | None = None
+        of_weight: Tensor | None = None
+        if ctx.needs_input_grad[1]:
+            of_x = weight @ grad if ctx.adjoint else linalg.adjoint_times(weight, grad)
+        if ctx.needs_input_grad[0]:
+            a, b = (x, grad) if ctx.adjoint else (grad, x)
+            if ctx.factored and not torch.is_grad_enabled():
+                of_weight = FactoredTensor(LowRank(a.detach(), b.detach()))
+            else:
+                of_weight = a @ b.mH
+        return of_weight, of_x, None, None
