@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A process for each core; what a module prepares is prepared once, and the blocks of a page run in their order.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 WHEEL_TESTS := README.md docs/start.md $(addprefix tests/test_,init.py layers.py nearest.py optim.py passes.py plan.py projunn.py sampling.py)
 
 .DEFAULT_GOAL := help
@@ -37,10 +39,10 @@ hooks: $(VENV)/.test $(VENV)/.hooks ## check every commit as .pre-commit-config.
 	$(BIN)/pre-commit install
 
 test: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite (under 10 minutes on two cores)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: lint $(VENV)/.test $(VENV)/.examples $(VENV)/.docs ## the test suite with the slow proofs
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 docs: $(VENV)/.docs ## build the documentation, warnings as errors, and follow its links
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
