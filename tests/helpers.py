@@ -4,12 +4,19 @@ Points come from a QR in double precision, not from the package; oracles are tho
 ``projunn_manifold.reference``, evaluated in double precision on the very numbers the code was given.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from projunn_manifold.factors import FactoredTensor
 
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SQUARE = [(1, 1), (2, 2), (9, 9), (24, 24), (3, 12, 12), (2, 2, 6, 6)]
 TALL = [(5, 1), (24, 7), (24, 23), (3, 12, 5)]
@@ -87,3 +94,14 @@ class NewStorages(TorchDispatchMode):
             if is_stored and t.untyped_storage().data_ptr() not in known:
                 self.sizes.append(t.untyped_storage().nbytes())
         return result
+
+
+def run_example(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of the examples in a process of its own."""
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def recorded(file: Path):
+    """Return what a script has left in a file."""
+    return json.loads(file.read_text(encoding="utf-8"))
