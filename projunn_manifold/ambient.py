@@ -20,7 +20,7 @@ from torch import Tensor
 
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.graphs import outside_graphs
-from projunn_manifold.sharding import check_attached, seen, unitary_of
+from projunn_manifold.sharding import check_attached, is_sharded, seen, unitary_of
 
 __all__ = ["Constraint", "constrain", "constraint_of", "has_closure_among", "is_constrained", "parameters_of"]
 
@@ -116,8 +116,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
         LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it;
         geoopt's optimisers, which know manifolds themselves.
     ValueError
-        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite; the parameter is
-        back where it was, the optimiser's state is not.
+        No parameter on a manifold of this package; a second call that differs in ``feedback``.  In ``step``, on CPU: a
+        move that is not finite; the parameter is back where it was, the optimiser's state is not.
 
     Examples
     --------
@@ -138,6 +138,10 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
+    if not any(is_sharded(p) or unitary_of(p) is not None for p in parameters_of(optimizer)):
+        raise ValueError(
+            f"{type(optimizer).__name__} has no parameter on a UnitaryLowRank: there is nothing to constrain"
+        )
     handle = constraint_of(optimizer) or Constraint(optimizer, feedback)
     if handle.feedback is not feedback:
         raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")

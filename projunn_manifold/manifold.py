@@ -63,7 +63,10 @@ class UnitaryLowRank(Sketches):
     Raises
     ------
     TypeError, ValueError
-        k or sweep not an int or below 1, unknown sampler or ``non_finite``.
+        k or sweep not an int or below 1, unknown sampler or ``non_finite``.  In every method: a point that is not
+        ``(*batch, n, m)``, n >= m, in float32, float64, complex64 or complex128; a vector of another shape, dtype or
+        device.  In every move, on CPU: a vector that is not finite, or longer than :math:`\sqrt{2m}/\epsilon`, of which
+        rounding would leave nothing.
 
     References
     ----------
@@ -106,10 +109,10 @@ class UnitaryLowRank(Sketches):
         self._accept(x, u, "gradient")
         if self.is_dense(x):
             gradient = self._dense_gradient(x, plain(u))
-            self._state.count_gradient(x)
+            self._count(x)
             return gradient
         tangent = self._gradient(x, u)
-        self._state.count_gradient(x)
+        self._count(x)
         if torch.is_grad_enabled():
             left, right = tangent.outer()
             return left @ right.mH
@@ -164,7 +167,7 @@ class UnitaryLowRank(Sketches):
         else:
             tangent = self._gradient(x, grad)
         move = self._along(self._bounded(x, tangent.scaled(-lr)))
-        self._state.count_gradient(x)
+        self._count(x)
         move.apply_(x)
         self._correct_(x)
         return x
@@ -278,7 +281,7 @@ class UnitaryLowRank(Sketches):
                 here = rows.local(rest)
                 here.copy_(torch.where(kept[..., None, None], here, rows.local(residual)))
             residual.copy_(step.carry_(rest))
-        self._state.count_gradient(x)
+        self._count(x)
         self._correct_(x)
         return x
 

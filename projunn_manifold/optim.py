@@ -27,6 +27,7 @@ from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.sharding import check_attached, gradient_of, is_sharded, seen, unitary_of
+from projunn_manifold.validation import check_same_matrix
 
 __all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
 
@@ -103,7 +104,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
             finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
             state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
             rows.local(state["momentum_buffer"]).masked_fill_(~finite, 0)
-        buffer = _add_(seen(state["momentum_buffer"]).mul_(momentum), gradient, 1 - group["dampening"])
+        buffer = _add_(_moment(state, "momentum_buffer", x).mul_(momentum), gradient, 1 - group["dampening"])
         direction = _add_(buffer * momentum, gradient) if group["nesterov"] else buffer
         manifold.retr_transp_(x, direction, buffer, scale=-group["lr"])
 
@@ -136,6 +137,19 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     _geoopt = geoopt.optim.RiemannianAdam
     _second_moments = ("exp_avg_sq", "max_exp_avg_sq")
 
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        stabilize: int | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, lr=lr, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
+
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         x, (beta1, beta2) = seen(point), group["betas"]
         gradient = manifold.egrad2rgrad(x, gradient_of(point))
@@ -150,8 +164,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         for name in self._second_moments:
             if name in state and state[name].shape != square.shape:
                 state[name] = _one_for_each(state[name])
+        direction = _add_(_moment(state, "exp_avg", x).mul_(beta1), gradient, 1 - beta1)
         state["step"] += 1
-        direction = _add_(seen(state["exp_avg"]).mul_(beta1), gradient, 1 - beta1)
         second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
@@ -185,6 +199,13 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             for name in self._second_moments:
                 if name in own and unitary_of(point) is not None:
                     own[name] = rows.corner(seen(own[name])).real.clone()
+
+
+def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
+    """Return a moment as the manifold sees it; raise if x was converted after it was made."""
+    moment: Tensor = seen(state[name])
+    check_same_matrix(x, moment, name)
+    return moment
 
 
 def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real

@@ -7,22 +7,18 @@ one as Euclidean, without a word.  A plan, made while all is well, tells afterwa
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from geoopt.manifolds.base import Manifold
-from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from projunn_manifold.ambient import has_closure_among, is_constrained, parameters_of
+from projunn_manifold.ambient import parameters_of
 from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.optim import InPlace
-from projunn_manifold.sharding import attach, check_shards, is_sharded, manifold_of, unitary_of
+from projunn_manifold.sharding import attach, check_shards, is_sharded, manifold_of
+from projunn_manifold.watch import ADVICE, keeps, watch_shards
 
 __all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
 
@@ -98,13 +94,14 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
             problems.append(f"{name!r} is on {_name(found)}, not on {_name(manifold)}")
         holders = [optimizer for optimizer, ids in zip(optimizers, held, strict=True) if id(p) in ids]
         for optimizer in holders:
-            if found is None or not _keeps(optimizer, p):
-                problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean")
+            if found is None or not keeps(optimizer, p):
+                advice = "" if found is None else f": {ADVICE}"
+                problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean{advice}")
         if optimizers and not holders and p.requires_grad:
             problems.append(f"no given optimiser holds {name!r}: build it again and load its state_dict")
     if problems:
-        advice = "; call reattach_manifolds" if lost else ""
-        raise ValueError(f"manifolds lost: {'; '.join(problems)}{advice}")
+        remedy = "; call reattach_manifolds" if lost else ""
+        raise ValueError(f"{'manifolds lost: ' if lost else ''}{'; '.join(problems)}{remedy}")
 
 
 def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim.Optimizer) -> None:
@@ -161,7 +158,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         leader = parameters[first.get(name, name)]
         if is_sharded(leader) and isinstance(manifold, UnitaryLowRank):
             attach(leader, manifold)
-            _watch_all_optimisers()
+            watch_shards()
         if id(parameters[name]) in mended:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, mended[id(parameters[name])])
@@ -179,38 +176,12 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
                 optimizer.state.setdefault(mended[id(old)], state)
 
 
-def _keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
-    """Tell whether an optimiser keeps a parameter on its manifold; geoopt's cannot see that of a sharded one."""
-    return isinstance(optimizer, InPlace if is_sharded(p) else OptimMixin) or is_constrained(optimizer)
-
-
 def _reshard(model: torch.nn.Module) -> None:
     """Have FSDP2 put back the shards of parameters that a forward pass has left gathered."""
     for module in model.modules():
         reshard = getattr(module, "reshard", None) if hasattr(module, "unshard") else None
         if callable(reshard):
             reshard()
-
-
-def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise before an optimiser moves sharded unitary parameters as Euclidean ones."""
-    has_closure = has_closure_among(args, kwargs)
-    for p in parameters_of(optimizer):
-        if (
-            is_sharded(p)
-            and (has_closure or p.grad is not None)
-            and unitary_of(p) is not None
-            and not _keeps(optimizer, p)
-        ):
-            raise TypeError(
-                f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
-                "Euclidean one: take the optimisers of projunn_manifold.optim, or constrain this one"
-            )
-
-
-@functools.cache
-def _watch_all_optimisers() -> None:
-    register_optimizer_step_pre_hook(_refuse)
 
 
 def _name(manifold: Manifold) -> str:

@@ -29,6 +29,8 @@ __all__ = ["Sketches"]
 _POWER = 2
 
 _SKETCH, _MOVE = 0, 1  # purposes of random numbers
+_FAR_OFF = 0.1  # a unitarity error that no rounding explains, of bfloat16 neither
+_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
 
 
 class Sketches(Geometry):
@@ -211,9 +213,22 @@ class Sketches(Geometry):
         """
         validation.check_point(x)
         validation.check_writable(x, "x")
-        self._state.count_gradient(x)
+        self._count(x)
         self._correct_(x)
         return x
+
+    def _count(self, x: Tensor) -> None:
+        """Count a gradient at x; a parameter that comes for the first time is looked at, once."""
+        if not (self._state.count_gradient(x) and linalg.readable(x)):
+            return
+        error = linalg.probed_unitarity_error(x.detach())
+        if (error > _FAR_OFF).any():
+            warnings.warn(
+                f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
+                f"{error.max().item():.2g}, where moves and their drift correction mean nothing; {_BACK}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def _correct_(self, x: Tensor) -> None:
         """Correct the block of columns that is due, if any."""
@@ -228,7 +243,7 @@ class Sketches(Geometry):
         if linalg.readable(x):
             warnings.warn(
                 f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
-                "far for the drift correction; put it back first, by manifold.projx",
+                f"far for the drift correction; {_BACK}",
                 RuntimeWarning,
                 stacklevel=3,
             )

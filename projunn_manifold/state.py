@@ -47,11 +47,13 @@ class State:
         mixed = _mixed(self._start + (self.gradients + ahead) * _PURPOSES + purpose)
         return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
-    def count_gradient(self, x: Tensor) -> None:
-        """Count a gradient at x."""
+    def count_gradient(self, x: Tensor) -> bool:
+        """Count a gradient at x; tell whether it is the first of a parameter."""
         self.gradients += 1
-        if isinstance(x, ManifoldTensor):
-            self._sharers[x] = True
+        if not isinstance(x, ManifoldTensor) or x in self._sharers:
+            return False
+        self._sharers[x] = True
+        return True
 
     def share(self, x: Tensor) -> None:
         """Know a parameter of which this is the piece that is here."""

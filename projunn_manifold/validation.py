@@ -180,6 +180,10 @@ def non_finite(u: Tensor, what: str) -> ValueError:
     """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
     bad = int((~torch.isfinite(rows.local(u))).sum())
     problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
+    if what == "step":
+        problem += " (look at the learning rate and the optimiser's moments)"
+    if what == "gradient" and not bad:
+        problem += ", or the sampler made such factors of it"
     if rows.are_spread(u) and not bad:
         problem += ", or non-finite ones in another process"
     return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")

@@ -71,6 +71,7 @@ def test_points_of_every_shape_stay_on_the_manifold(draw, dtype, shape, variant)
     assert (bias < 1).all()
 
 
+@pytest.mark.filterwarnings("ignore:Adam moves")
 def test_groups_schedulers_and_state_dict_are_untouched(draw):
     x = draw.point(8, 8, dtype=torch.float64)
     results = []

@@ -303,6 +303,8 @@ def test_a_start_far_off_the_manifold_is_said(draw, how):
     p = geoopt.ManifoldParameter(draw.matrix(32, 32, dtype=torch.float32), manifold=manifold)
     p.grad = draw.matrix(32, 32, dtype=torch.float32)
     step = STEPS[how](p)
+    with pytest.warns(RuntimeWarning, match=r"parameter of shape \(32, 32\) starts off the manifold.* about .*projx"):
+        step()
     with pytest.warns(RuntimeWarning, match=r"point of shape \(32, 32\) is off the manifold.*projx"):
         repeat(step, 40)
     assert manifold.check().uncorrected > 0

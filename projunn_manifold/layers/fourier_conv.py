@@ -192,6 +192,7 @@ class FourierConv(KeepsManifolds):
 
     @property
     def _device(self) -> torch.device:
+        """Device of the blocks."""
         stack = self.weight if self.weight is not None else self.weight_real
         assert stack is not None
         return stack.device

@@ -1,0 +1,95 @@
+"""An optimiser that knows no manifolds is named once, before its first step, and no other is."""
+
+import warnings
+from collections import OrderedDict
+
+import geoopt
+import pytest
+import torch
+
+from projunn_manifold import UnitaryLowRank, layers, optim
+
+KNOWING = {
+    "geoopt": lambda params: geoopt.optim.RiemannianAdam(params, lr=0.1),
+    "in place": lambda params: optim.RiemannianSGD(params, lr=0.1),
+}
+
+
+def layer(draw):
+    module = layers.UnitaryLinear(8, 8)
+    module(draw.matrix(4, 8, dtype=torch.float32)).square().sum().backward()
+    return module
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_plain_optimiser_is_named_once(draw, kind):
+    module = layer(draw)
+    optimizer = kind(module.parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match=rf"{kind.__name__} moves .* \(8, 8\) on UnitaryLowRank .*constrain"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_a_closure_may_make_the_gradients(draw):
+    module = layer(draw)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer.zero_grad()
+
+    def closure():
+        loss = module(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    with pytest.warns(RuntimeWarning, match="SGD moves"):
+        optimizer.step(closure)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", [*KNOWING, "constrained", "no gradient", "no manifold"])
+def test_others_are_left_in_peace(draw, name):
+    module = layer(draw)
+    parameters = list(torch.nn.Linear(8, 8).parameters()) if name == "no manifold" else list(module.parameters())
+    optimizer = KNOWING.get(name, lambda params: torch.optim.SGD(params, lr=0.1))(parameters)
+    if name == "constrained":
+        optim.constrain(optimizer)
+    if name == "no gradient":
+        module.zero_grad()
+    optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_step_of_plain_parameters_compiles_as_without_the_hook(monkeypatch):
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    counts, steps = [], []
+    for watched in (True, False):
+        if not watched:
+            monkeypatch.setattr(torch.optim.optimizer, "_global_optimizer_pre_hooks", OrderedDict())
+        torch.compiler.reset()
+        graphs.clear()
+        module = torch.nn.Linear(8, 8)
+        module(torch.ones(2, 8)).sum().backward()
+        optimizer, before = torch.optim.SGD(module.parameters(), lr=0.1), module.bias.detach().clone()
+        torch.compile(optimizer.step, backend=backend)()
+        counts.append(len(graphs))
+        steps.append(module.bias.detach() - before)
+    assert counts[0] == counts[1] > 0
+    assert torch.allclose(*steps)
+
+
+def test_a_point_that_starts_far_off_is_named_once(draw):
+    manifold = UnitaryLowRank(k=1)
+    for start, said in ((2 * draw.point(8, 8, dtype=torch.float32), True), (manifold.random(8, 8), False)):
+        p = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
+        p.grad = draw.matrix(8, 8, dtype=torch.float32)
+        for expected in (said, False):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                manifold.step_(p, p.grad, 0.01)
+            assert any("starts off the manifold" in str(warning.message) for warning in caught) is expected
