@@ -54,6 +54,8 @@ class Constraint:
             self.exchange.complete(args, kwargs)
         check_attached(parameters_of(optimizer))
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
+        for p, x in self._before.items():  # left by a step that raised half-way
+            p.copy_(x)
         self._before = {}
         for p in parameters_of(optimizer):
             if unitary_of(p) is not None:
@@ -94,13 +96,13 @@ class Constraint:
 
 
 def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Constraint:
-    """Keep the parameters that an optimiser of torch moves on their :class:`UnitaryLowRank`; return a handle.
+    """Keep the parameters that an optimiser of torch moves on their manifolds; return a handle.
 
     Schedulers and groups are untouched, and so is ``state_dict`` but for ``feedback``.  Calling it twice returns the
-    handle of the first call.  A
-    parameter without a gradient, or (on CPU) whose move is zero, is left alone.  Hooks do not survive
-    ``copy.deepcopy`` and ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds` tells).  A
-    step takes a copy of X and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
+    handle of the first call.  A parameter without a gradient, or (on CPU) whose move is zero, is left alone.  Hooks do
+    not survive ``copy.deepcopy`` and ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds`
+    tells).  If the optimiser's own step raises half-way, its parameters are put back at the next one.  A step takes a
+    copy of X and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
 
     Parameters
     ----------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from geoopt import ManifoldTensor
 
-from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.sharding import is_sharded, manifold_of, unitary_of
 
 __all__ = ["AveragedModel"]
 
@@ -40,12 +38,20 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Average, project every parameter that is on a manifold, and take over the manifolds' state."""
+        """Average, project every parameter that is on a manifold, and take over the manifolds' state.
+
+        Raises
+        ------
+        NotImplementedError
+            Sharded parameters on manifolds: an average of shards cannot be projected.
+        """
+        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        if any(is_sharded(p) and manifold_of(p) is not None for pair in pairs for p in pair):
+            raise NotImplementedError("an average of shards cannot be projected: average the whole matrices")
         super().update_parameters(model)
-        parameters: Any = self.module.parameters()
-        for p in parameters:
-            if isinstance(p, ManifoldTensor):
-                p.proj_()
-        for own, given in zip(self.module.modules(), model.modules(), strict=True):
-            if isinstance(given, UnitaryLowRank):
-                own.set_extra_state(given.get_extra_state())
+        for own, given in pairs:
+            if isinstance(own, ManifoldTensor):
+                own.proj_()
+            mine, theirs = unitary_of(own), unitary_of(given)
+            if mine is not None and theirs is not None and mine is not theirs:
+                mine.set_extra_state(theirs.get_extra_state())

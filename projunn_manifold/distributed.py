@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from geoopt import ManifoldTensor
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,9 +25,9 @@ from projunn_manifold.ambient import constraint_of, has_closure_among, is_constr
 from projunn_manifold.factors import FactoredTensor, LowRank
 from projunn_manifold.gradients import Gradient, without_normal_part
 from projunn_manifold.graphs import outside_graphs
-from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.optim import InPlace
 from projunn_manifold.sampling import Subspace
+from projunn_manifold.sharding import is_sharded, unitary_of
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 
@@ -40,9 +39,9 @@ def data_parallel(
 
     Every process calls it with the same model; parameters become those of the first process.  A unitary parameter
     hands over k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); those that are dense anyhow (``k=None``, or
-    2k >= m) travel whole.  Use ``ddp`` for the forward pass and this very ``optimizer`` as ever; gradients of unitary
-    parameters that are accumulated, or clipped, are each process's own until the step.  Copies of either know nothing
-    of the exchange, and ``ddp.join()`` is not supported.
+    2k >= m) travel whole.  Use ``ddp`` for the forward pass and go on with this very ``optimizer``; gradients of
+    unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of either know
+    nothing of the exchange, and ``ddp.join()`` is not supported.
 
     Parameters
     ----------
@@ -75,7 +74,7 @@ def data_parallel(
     named = {
         name: p
         for name, p in model.named_parameters(remove_duplicate=False)
-        if p.requires_grad and isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank)
+        if p.requires_grad and unitary_of(p) is not None and not is_sharded(p)
     }
     _check(named, optimizer, process_group)
     exchange = Exchange(optimizer, list(named.values()), process_group)

@@ -84,6 +84,12 @@ class LowRank(NamedTuple):
         """Return the factors of ``c`` times the matrix."""
         return LowRank((self.a * each(c)).to(self.a.dtype), self.b)
 
+    def balanced(self) -> LowRank:
+        """Return the same matrix by factors of about one size, so that neither leaves the range of its precision."""
+        sizes = [t.detach().abs().amax((-2, -1), keepdim=True) for t in self]
+        ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1].sqrt() / sizes[0].sqrt(), 1.0)
+        return LowRank(self.a * ratio, self.b / ratio)
+
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``(a, b)``."""
         return self.a, self.b
@@ -172,6 +178,14 @@ class FactoredTensor(Tensor):
     def share_memory_(self) -> Any:
         """Refuse: there is no storage to share."""
         raise TypeError("a FactoredTensor has no storage to share; share its clone()")
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """Refuse: an array would not share memory with this tensor."""
+        raise TypeError("a FactoredTensor has no storage for an array; take its clone()")
+
+    def tolist(self) -> Any:
+        """Return the entries as lists of numbers, as for any tensor."""
+        return self.clone().tolist()
 
     def __dlpack__(self, **_: Any) -> Any:
         raise TypeError("a FactoredTensor has no storage to export; export its clone()")

@@ -52,7 +52,7 @@ class Spectrum:
     generic: Tensor  # (f,) positions of free frequencies with an opposite, among those stored
     alone: Tensor  # (s,) positions of those without; none for complex signals
     source: Tensor  # which free frequency is at every stored position, generic before alone
-    opposite: Tensor  # whether it is there conjugate, as that of -ω
+    opposite: Tensor  # whether the block stored there is the conjugate of its free partner's
 
 
 @constant_in_graphs
@@ -153,7 +153,7 @@ def everywhere(free: Tensor, grid: Spectrum) -> Tensor:  # (..., free, r, c) -> 
 
 
 def coarsened(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c, *size) -> (..., c stride^d, *size / stride)
-    """Take the points that a stride skips for channels of their own."""
+    """Move the points that a stride skips into channels of their own (space to depth)."""
     lead = x.dim() - dims
     for axis in range(dims):
         x = x.unflatten(lead + 2 * axis, (-1, stride))

@@ -141,7 +141,8 @@ class Geometry(Manifold):
             Tall X.
         """
         w = self._quotient(x, y)
-        if (math.pi - linalg.rotation_angles(w).abs() < 1e-10).any():
+        rounding = 2 * linalg.tolerance(x.dtype, x.shape[-1])
+        if (math.pi - linalg.rotation_angles(w).abs() < rounding).any():
             raise ValueError("x and y are a rotation by π apart: the shortest geodesic between them is not unique")
         return x @ linalg.log_unitary(w).to(x.dtype)
 

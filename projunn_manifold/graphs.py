@@ -1,9 +1,9 @@
 """What stays out of the graphs of torch.compile: the steps of optimisers on manifolds.
 
 torch.compile takes an optimiser's parameters for plain ones: their class, by which geoopt knows a manifold, is gone
-(torch 2.13).  A step that is traced is Euclidean, without a word.  So geoopt's optimisers are on the list of
-what it leaves alone, and so are this package's functions that make steps: they draw numbers by a count, look at values
-and run compiled loops of their own, which no graph can.
+(torch 2.13).  A step that is traced is Euclidean, without a word.  So geoopt's optimisers are added to the list of
+what is not traced, and this package's functions that make steps are kept out as well: they draw numbers by a count,
+look at values and run compiled loops of their own, which no graph can.
 """
 
 from __future__ import annotations

@@ -66,8 +66,9 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
     check_point(tensor, "tensor")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
-    check_full_rank(torch.linalg.svdvals(tensor), tensor.shape, "`tensor`")
-    return tensor.copy_(linalg.polar(tensor))
+    u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
+    check_full_rank(s, tensor.shape, "`tensor`")
+    return tensor.copy_(linalg.newton_schulz(u @ vh))
 
 
 def _block_rotations_(tensor: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:

@@ -24,6 +24,7 @@ import numpy as np
 _FLAGS = {"nsz", "arcp", "contract", "reassoc"}
 _CACHE = 2**15  # bytes of the first-level cache
 _BAND = 2**18  # bytes of a matrix that stay in the second-level cache
+_LOW, _HIGH = 1e-30, 1e30  # between them sums of squares are exact enough in single precision
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -494,5 +495,19 @@ def cosines(x: Any, g: Any, entries: int, values: Any) -> None:  # pragma: no co
             uv += u[j] * v[j]
             uu += u[j] * u[j]
             vv += v[j] * v[j]
-        size = np.sqrt(uu) * np.sqrt(vv)
-        values[t] = uv / size if size != 0 else zero
+        if min(uu, vv) > _LOW and max(uu, vv) < _HIGH:
+            values[t] = uv / (np.sqrt(uu) * np.sqrt(vv))
+        else:
+            values[t] = _wide_cosine(u, v)
+
+
+@_compiled
+def _wide_cosine(u: Any, v: Any) -> float:  # pragma: no cover
+    """Return the cosine of two rows, in double precision."""
+    uv, uu, vv = 0.0, 0.0, 0.0
+    for j in range(u.shape[0]):
+        uv += float(u[j]) * float(v[j])
+        uu += float(u[j]) * float(u[j])
+        vv += float(v[j]) * float(v[j])
+    size = np.sqrt(uu) * np.sqrt(vv)
+    return float(uv / size) if size != 0 else 0.0

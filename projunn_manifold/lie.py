@@ -19,7 +19,7 @@ __all__ = ["STEPS", "TOLERANCE", "Callback", "Problem", "descend", "lie_element"
 STEPS, TOLERANCE = 500, 1e-6
 
 Callback = Callable[[int, float], None]
-Problem = tuple[Tensor, Tensor | None, int]  # matrices, R of what they are applied to, and how often each counts
+Problem = tuple[Tensor, Tensor | None, int]  # matrices, the R factor of their inputs, multiplicity
 
 
 def squared_distances(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
@@ -47,13 +47,13 @@ def descend(
 ) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
     """Descend for all matrices at once, each loss in units of its own size, so that none is lost beside a large one."""
     check_positive("steps", steps)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     thetas, targets = [], []
     for weight, r, _ in problems:
         check_full_rank(torch.linalg.svdvals(weight), weight.shape, "a matrix")
         side = max(weight.shape[-2:])
         count = side * side if weight.is_complex() else side * (side - 1) // 2
-        start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, generator=generator) / side
+        start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, device="cpu", generator=generator) / side
         thetas.append(start.to(weight.device).requires_grad_())
         targets.append(weight if r is None else weight @ (r.mT @ r.conj()))
     moving = [theta for theta in thetas if theta.numel()]
@@ -67,7 +67,7 @@ def descend(
         return found
 
     def evaluated() -> tuple[Tensor, list[Tensor]]:
-        """Return what is to be least, its derivatives left with the θ, and the unitary matrices of these."""
+        """Return the objective and the current unitary matrices, and leave its gradient in θ."""
         for theta in thetas:
             theta.grad = None
         found = unitaries()

@@ -1,4 +1,4 @@
-r"""Dense linear algebra shared by every other module: products with thin matrices, polar, Haar, skew exponential.
+r"""Dense linear algebra shared by most other modules: products with thin matrices, polar, Haar, skew exponential.
 
 Nothing here knows about ranks, manifolds or optimisers.  ``^H`` is the conjugate transpose, so every
 function covers the real case; leading dimensions are batch dimensions.
@@ -97,6 +97,9 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add ``left @ right^H`` to ``x`` in place and return ``x``; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
     if x.dim() == 2:
         return x.addmm_(left, right.mH)
+    if x.dim() > 3 and left.dim() == right.dim() == x.dim() and x.is_contiguous():
+        add_product_(x.view(-1, *x.shape[-2:]), left.flatten(0, -3), right.flatten(0, -3))
+        return x
     if x.dim() == 3 and left.dim() == 3 and right.dim() == 3:
         return x.baddbmm_(left, right.mH)
     return x.add_(left @ right.mH)
@@ -117,7 +120,7 @@ def middle_eigenvalue(h: Tensor) -> Tensor:  # (*batch, r, r) Hermitian, r odd -
 
 
 def finite(h: Tensor) -> Tensor:
-    """H with zeros for entries that are not finite, where LAPACK would stop; what they came from shows them, too."""
+    """Zero for entries that are not finite, on which LAPACK would fail; other results of the caller still show them."""
     return torch.where(torch.isfinite(h), h, 0.0)
 
 

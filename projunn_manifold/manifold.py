@@ -31,7 +31,7 @@ class UnitaryLowRank(Sketches):
 
     Square X is unitary U(n) or orthogonal O(n), tall X a point of the Stiefel manifold, real or complex,
     with any leading batch dimensions.  ``retr`` is projUNN-D, the closest unitary to X + u; ``expmap`` is
-    projUNN-T, the geodesic.  Both use the rank-k part of what an optimiser hands them and cost
+    projUNN-T, the geodesic.  Both use a part of rank at most 2k of what an optimiser hands them and cost
     :math:`O(k n^2)`; nothing of side n is factorised.
 
     The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
@@ -51,10 +51,9 @@ class UnitaryLowRank(Sketches):
         never touched; replicas with equal seeds draw equal sketches.
     sweep : int or None
         Steps in which the drift correction visits every column once, on average; never more than one column per
-        step.  Both times k, and times two if complex, as rounding has that times the variance.  It puts back what
-        rounding takes off the manifold (:mod:`projunn_manifold.drift`), up to 32 columns at a time in an optimiser's
-        move, at the cost of at most :math:`4 k n^2` operations per step.
-        None: no correction.
+        step.  Visits are k times as frequent (2k times if complex), because rounding has that times the variance.  The
+        correction puts back what rounding takes off the manifold (:mod:`projunn_manifold.drift`), up to 32 columns at a
+        time in an optimiser's move, at the cost of at most :math:`4 k n^2` operations per step.  None: no correction.
     non_finite : {"raise", "skip"}
         What becomes of a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
         of its dtype).  ``"raise"``: ValueError, with point and state as they were; on CUDA, where that would wait for
@@ -88,7 +87,6 @@ class UnitaryLowRank(Sketches):
 
     name = "UnitaryLowRank"
     reversible = False  # the polar retraction of a truncated tangent is not
-    __scaling__ = Sketches.__scaling__.copy()
 
     # -- gradients and tangent vectors --------------------------------------------------------------
 
@@ -259,8 +257,9 @@ class UnitaryLowRank(Sketches):
                 return x
         idle = None
         if residual is not None:
-            if x.dim() > 2 or not linalg.readable(x):  # matrices of a batch whose move is zero
-                idle = rows.summed(x, (here != 0).flatten(-2).any(-1).int()) == 0
+            if x.dim() > 2 or not linalg.readable(x):  # matrices of a batch whose move is zero, in all processes
+                moving = (here != 0).flatten(-2).any(-1).to(x.real.dtype)
+                idle = (rows.summed(x, moving) if averaging is None else averaging.mean(moving)) == 0
             move = move + residual
         if self.is_dense(x):
             q = linalg.columns_of_identity(*x.shape[:-2], x.shape[-1], x.shape[-1], dtype=x.dtype, device=x.device)

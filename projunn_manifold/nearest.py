@@ -14,7 +14,7 @@ from torch import Tensor
 
 from projunn_manifold import fourier
 from projunn_manifold.lie import Callback, Problem, descend, squared_distances
-from projunn_manifold.linalg import high_precision, in_full_precision
+from projunn_manifold.linalg import high_precision, in_full_precision, newton_schulz
 from projunn_manifold.validation import check_full_rank, dtype_problem, sides_of
 
 __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
@@ -244,11 +244,11 @@ def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*bat
     check_full_rank(s, weight.shape, "a matrix")
     if rotation and p.shape[-2] == qh.shape[-1]:
         p[..., -1] *= torch.linalg.det(p @ qh).sign()[..., None]
-    return p @ qh
+    return newton_schulz(p @ qh)
 
 
 def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
-    """Return a matrix whose polar factor minimises ‖(U - W)X‖: W X X^H, and W itself where X does not reach."""
+    """Return a matrix whose polar factor minimises ‖(U - W)X‖: W X X^H on the directions X spans, W on the rest."""
     cross = weight @ (r.mT @ r.conj())
     p, s, qh = torch.linalg.svd(cross, full_matrices=False)
     reached = s > torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]

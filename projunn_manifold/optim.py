@@ -1,4 +1,4 @@
-"""geoopt's optimisers with the step made in place: for those who want the last factor.
+"""geoopt's optimisers with the step made in place, for the fastest steps.
 
 :class:`RiemannianSGD` and :class:`RiemannianAdam` take the arguments, keep the state and make the steps of geoopt's
 classes of the same names, of which they are subclasses; a state_dict of one can be loaded by the other.
@@ -47,13 +47,13 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def _move_all_(self) -> None:
         moved = []
         check_attached(parameters_of(self))
+        if any(group["stabilize"] is not None and any(map(is_sharded, group["params"])) for group in self.param_groups):
+            raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
         with torch.no_grad():
             for group in self.param_groups:
                 for point in group["params"]:
                     manifold = unitary_of(point)
                     if manifold is not None and point.grad is not None and not point.grad.is_sparse:
-                        if is_sharded(point) and group["stabilize"] is not None:
-                            raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
                         self._move_(point, manifold, group)
                         moved.append(point)
         with _without_gradients(moved):
@@ -198,7 +198,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
                 own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, and so of its powers
             for name in self._second_moments:
                 if name in own and unitary_of(point) is not None:
-                    own[name] = rows.corner(seen(own[name])).real.clone()
+                    own[name] = _one_for_each(own[name])
 
 
 def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:

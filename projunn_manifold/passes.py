@@ -1,7 +1,7 @@
 r"""Products of a large matrix with thin ones, in as few reads of the large matrix as possible.
 
-Every update of this package is made of these few operations, and a large matrix is read or written nowhere
-else.  :func:`both` computes :math:`Y = X R` and :math:`X^H [Y, L]` in one read of X;
+Every update of this package is made of these few operations: but for a few columns (drift, samples) a large matrix is
+read and written nowhere else in a step.  :func:`both` computes :math:`Y = X R` and :math:`X^H [Y, L]` in one read of X;
 :func:`add_product_` adds :math:`L R^H` in one read and one write.
 
 On CPU the loops of :mod:`~projunn_manifold.kernels` do this, if numba is installed (the extra ``fast``), the
@@ -11,9 +11,11 @@ products do, at one read for each.  Both give the same result to rounding.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -41,8 +43,10 @@ __all__ = [
 compiled: Any
 try:
     from projunn_manifold import kernels as compiled
-except ImportError:  # not installed, or not for the NumPy that is
+except ImportError as error:
     compiled = None
+    if importlib.util.find_spec("numba") is not None:
+        warnings.warn(f"numba is installed, but cannot be used, and steps will be slower: {error}", stacklevel=2)
 
 _LITTLE = 1 / 64  # of a squared norm
 _WIDEST = 32  # from here on a matrix product pays for its own blocking
@@ -193,8 +197,8 @@ def cosine(x: Tensor, g: Tensor, count: int) -> Any:  # (*batch, n, m) twice -> 
         return values.item() if x.dim() == 2 else torch.from_numpy(values).view(x.shape[:-2])
     first = max(0, count - rows.start(x))
     x_rows, g_rows = (rows.local(t)[..., :first, :] for t in (x, g))
-    pairs = ((x_rows, x_rows), (g_rows, g_rows), (x_rows, g_rows))
-    xx, gg, xg = rows.summed(x, torch.stack([linalg.frobenius_inner(*pair) for pair in pairs]))
+    products = (*map(linalg.squared_norm, (x_rows, g_rows)), linalg.frobenius_inner(x_rows, g_rows).double())
+    xx, gg, xg = rows.summed(x, torch.stack(products))
     size = (xx * gg).sqrt()
     return xg / torch.where(size == 0, 1.0, size)
 
@@ -226,7 +230,7 @@ def _is_differentiated(t: Tensor) -> bool:
 
 
 def _is_single(number: Tensor) -> bool:
-    """Tell whether a number per matrix is one number that Python can have without waiting or losing a derivative."""
+    """Tell whether this tensor of one element can become Python's number without a wait or a derivative lost."""
     return number.numel() == 1 and number.is_cpu and linalg.readable(number) and not _is_differentiated(number)
 
 

@@ -156,7 +156,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     olds = {id(parameters[name]): parameters[name] for name in plan if id(parameters[name]) in mended}
     for name, manifold in plan.items():
         leader = parameters[first.get(name, name)]
-        if is_sharded(leader) and isinstance(manifold, UnitaryLowRank):
+        if is_sharded(leader) and isinstance(manifold, UnitaryLowRank) and manifold_of(leader) is not manifold:
             attach(leader, manifold)
             watch_shards()
         if id(parameters[name]) in mended:

@@ -27,7 +27,7 @@ def _move_d(x: Tensor, a: Tensor, b: Tensor) -> Move:
 
 def _move_t(x: Tensor, a: Tensor, b: Tensor) -> Move:
     check_factors(x, a, b)
-    return tangent_of_gradient(x, LowRank(a, b)).geodesic()
+    return tangent_of_gradient(x, LowRank(a, b).balanced()).geodesic()
 
 
 @in_full_precision

@@ -111,7 +111,7 @@ def total(x: Tensor, t: Tensor) -> Tensor:
 
 
 def agreed(x: Tensor, ok: bool, *same: int) -> bool:
-    """Tell whether all processes that have a piece of x say so; all ask together, on CPU.
+    """Tell whether every process that holds a piece of x says ``ok``; a collective call, on CPU.
 
     Raises
     ------

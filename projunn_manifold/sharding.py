@@ -91,7 +91,7 @@ def check_attached(parameters: Iterable[Tensor]) -> None:
 
 
 def check_shards(name: str, p: Any, manifold: Manifold) -> None:
-    """Raise unless steps can be made on a sharded parameter.
+    """Raise unless steps can be made on a sharded parameter; all processes that share it ask together.
 
     Raises
     ------
@@ -99,8 +99,10 @@ def check_shards(name: str, p: Any, manifold: Manifold) -> None:
         Another kind of manifold; columns in shards; full-rank moves (k=None, or 2k >= m) and
         samplers that need the whole gradient, for a matrix whose rows are spread.
     ValueError, TypeError
-        A shape or dtype that no point has.
+        A shape or dtype that no point has; seeds or counts of gradients that differ between processes.
     """
+    if manifold_of(p) is manifold:
+        return
     if not isinstance(manifold, UnitaryLowRank):
         raise NotImplementedError(f"{name!r} is a {type(p).__name__}, which cannot carry {manifold}")
     from torch.distributed.tensor import Shard  # slow to import, and there already if p is
@@ -113,27 +115,20 @@ def check_shards(name: str, p: Any, manifold: Manifold) -> None:
             f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be cut once, in its rows, or if it "
             "is a stack, between its matrices"
         )
-    if p.dim() > 2 or not rows.are_spread(p):
-        return
-    if manifold.is_dense(p):
-        raise NotImplementedError(
-            f"{name!r} has spread rows, but {manifold} moves it by its whole gradient: take 2k < m"
-        )
-    if not isinstance(manifold.sampler, Subspace):
-        raise NotImplementedError(
-            f"{name!r} has spread rows, but the sampler {manifold.sampler!r} needs the whole gradient: take 'lsi' or "
-            "'subspace'"
-        )
+    if p.dim() == 2 and rows.are_spread(p):
+        if manifold.is_dense(p):
+            raise NotImplementedError(
+                f"{name!r} has spread rows, but {manifold} moves it by its whole gradient: take 2k < m"
+            )
+        if not isinstance(manifold.sampler, Subspace):
+            raise NotImplementedError(
+                f"{name!r} has spread rows, but the sampler {manifold.sampler!r} needs the whole gradient: take 'lsi' "
+                "or 'subspace'"
+            )
+    manifold.check_same_draws(p)
 
 
 def attach(p: Any, manifold: UnitaryLowRank) -> None:
-    """Register a sharded parameter that has been checked; all processes that share it do so together.
-
-    Raises
-    ------
-    ValueError
-        Seeds or counts of gradients that differ between processes.
-    """
-    if manifold_of(p) is not manifold:
-        manifold.know_shard(p)
-        p.manifold = manifold
+    """Put a sharded parameter that has been checked on its manifold."""
+    manifold.share(p)
+    p.manifold = manifold

@@ -84,8 +84,8 @@ class Sketches(Geometry):
         self._state.forget_faults()
         return faults
 
-    def know_shard(self, p: Any) -> None:
-        """Know a sharded parameter; all processes of its mesh do so together.
+    def check_same_draws(self, p: Any) -> None:
+        """Raise unless this manifold is as far in all processes of a sharded parameter's mesh; a collective call.
 
         Raises
         ------
@@ -95,6 +95,9 @@ class Sketches(Geometry):
         for dim in range(p.device_mesh.ndim):
             group = p.device_mesh.get_group(dim)
             rows.agreement(group, torch.device(p.device_mesh.device_type), True, *self.stamp)
+
+    def share(self, p: Any) -> None:
+        """Register a parameter by its local piece."""
         self._state.share(rows.local(p))
 
     @property
@@ -120,7 +123,7 @@ class Sketches(Geometry):
         """Rank-k factors of the gradient, or of its mean over processes."""
         assert self.k is not None
         if isinstance(u, LowRank) and u.rank <= self.k:
-            return u
+            return u.balanced()
         gradient = u if isinstance(u, LowRank) else without_normal_part(u, x, self.k)
         return self.sketch(x, gradient if averaging is None else averaging.gradient(gradient))
 
@@ -128,7 +131,7 @@ class Sketches(Geometry):
     def sketch(self, x: Tensor, gradient: Gradient, ahead: int = 0) -> LowRank:
         """Return the factors that a step at x would make of a gradient, which is known by its products.
 
-        It is the step after as many others of this manifold's as ``ahead`` says.
+        ``ahead`` counts the steps of this manifold's that come before that one.
         """
         assert self.k is not None
         try:

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["Faults", "State"]
 
 _MASK = 2**64 - 1
-_PURPOSES = 4  # more than there are
+_PURPOSES = 4  # at least as many as there are; another number changes all draws
 
 
 class Faults(NamedTuple):
@@ -56,7 +56,7 @@ class State:
         return True
 
     def share(self, x: Tensor) -> None:
-        """Know a parameter of which this is the piece that is here."""
+        """Register a parameter by its local piece."""
         self._sharers[x] = True
 
     @property
@@ -89,7 +89,9 @@ class State:
 
     def packed(self) -> Tensor:  # (32,) uint8
         """Return the state as bytes."""
-        return torch.tensor([self.gradients, self._sharing(), *self.faults()], dtype=torch.int64).view(torch.uint8)
+        return torch.tensor([self.gradients, self._sharing(), *self.faults()], dtype=torch.int64, device="cpu").view(
+            torch.uint8
+        )
 
     def unpack(self, packed: object) -> None:
         """Take over a packed state."""

@@ -14,8 +14,11 @@ from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import manifolds_of, reattach_manifolds
 from projunn_manifold.sampling import Subspace
+from projunn_manifold.sharding import unitary_of
 
-__all__ = ["INITS", "KeepsManifolds", "cast", "may_be_factored", "on_manifold"]
+__all__ = ["INITS", "KeepsManifolds", "StaysComplex", "cast", "may_be_factored", "on_manifold"]
+
+_THIN = 16  # times as long takes an entry in a product with thin factors as in the product that forms a gradient
 
 #: First values of a weight, by name.
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -26,16 +29,11 @@ INITS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class KeepsManifolds(nn.Module):
-    """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
-
-    def remember_manifolds(self) -> None:
-        """Take note of the manifolds of all parameters; to be called when these are there."""
-        self._plan = manifolds_of(self)
-        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
+class StaysComplex(nn.Module):
+    """A module whose complex parameters follow conversions of precision and stay complex."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Convert parameters: complex ones stay complex and follow the precision, stacks of matrices are no images."""
+        """Convert parameters; memory formats of images do not apply to stacks of matrices."""
 
         def whole(t: Tensor) -> Tensor:
             if not t.is_complex() and t.dim() < 4:
@@ -49,11 +47,24 @@ class KeepsManifolds(nn.Module):
                 return torch.empty_like(t, device=probe.device, dtype=dtype)
             return t.to(probe.device, dtype)
 
+        return super()._apply(whole, recurse)  # type: ignore[no-untyped-call]
+
+
+class KeepsManifolds(StaysComplex):
+    """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
+
+    def remember_manifolds(self) -> None:
+        """Take note of the manifolds of all parameters; to be called when these are there."""
+        self._plan = manifolds_of(self)
+        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert parameters, and put them back on their manifolds."""
         for p in self.parameters(recurse=False):
             if isinstance(p.grad, FactoredTensor):
                 p.grad = p.grad.clone()  # PyTorch would convert what it stands for, and not its factors
         plan = manifolds_of(self)
-        super()._apply(whole, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         reattach_manifolds(self, plan)
         return self
 
@@ -85,11 +96,11 @@ def may_be_factored(weight: Tensor) -> bool:
     """Tell whether a gradient of this weight will be sketched, at less than it costs to form it from its factors."""
     if torch.compiler.is_compiling():
         return False  # a compiled graph returns plain tensors only
-    manifold = getattr(weight, "manifold", None)
-    if not isinstance(manifold, UnitaryLowRank) or manifold.k is None:
+    manifold = unitary_of(weight)
+    if manifold is None or manifold.k is None:
         return False
     sampler = manifold.sampler
     if not isinstance(sampler, Subspace):
         return False  # it would be formed in any case
     passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
-    return 16 * passes <= weight.shape[-1]
+    return _THIN * passes <= weight.shape[-1]

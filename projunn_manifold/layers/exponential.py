@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold import fourier, linalg
-from projunn_manifold.layers.base import cast
+from projunn_manifold.layers.base import StaysComplex, cast
 from projunn_manifold.linalg import in_full_precision
-from projunn_manifold.validation import sides_of
+from projunn_manifold.validation import check_positive, dtype_problem, sides_of
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
 
@@ -94,7 +94,7 @@ class _Phases(torch.autograd.Function):
         return fourier.kernel_of_blocks(1j * turned.imag, ctx.grid), None
 
 
-class _ExpConv(nn.Module):
+class _ExpConv(StaysComplex):
     """What both share; see :class:`ExpConv2d`."""
 
     dims: ClassVar[int]
@@ -110,9 +110,13 @@ class _ExpConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive("channels", channels)
+        problem = dtype_problem(torch.get_default_dtype() if dtype is None else dtype, "dtype")
+        if problem:
+            raise TypeError(problem)
         self.size = sides_of(size, self.dims)
         self.channels = channels
-        sides = self.size if kernel_size is None else (kernel_size,) * self.dims
+        sides = self.size if kernel_size is None else sides_of(kernel_size, self.dims)
         self.generator = nn.Parameter(torch.empty(channels, channels, *sides, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         _grid_of(self.generator, self.size)

@@ -91,7 +91,7 @@ class FourierConv(KeepsManifolds):
 
     def get_extra_state(self) -> Tensor:
         """Return what the blocks belong to, for ``state_dict``: other grids have stacks of the same shape."""
-        return torch.tensor([self.in_channels, self.out_channels, self.stride, self.groups, *self.size])
+        return torch.tensor([self.in_channels, self.out_channels, self.stride, self.groups, *self.size], device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the blocks of another layer."""

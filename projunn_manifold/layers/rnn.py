@@ -308,7 +308,7 @@ class UnitaryRNN(_Recurrent):
             hx = hx[:, packed.sorted_indices]
         ends, rows = (lengths - 1).to(x.device), torch.arange(x.shape[1], device=x.device)
         states, last = self._run(x, hx, lambda states: states[ends, rows])
-        valid = torch.arange(x.shape[0])[:, None] < lengths
+        valid = torch.arange(x.shape[0], device=lengths.device)[:, None] < lengths
         output = PackedSequence(
             states[valid.to(x.device)], packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
         )
