@@ -506,8 +506,8 @@ def _wide_cosine(u: Any, v: Any) -> float:  # pragma: no cover
     """Return the cosine of two rows, in double precision."""
     uv, uu, vv = 0.0, 0.0, 0.0
     for j in range(u.shape[0]):
-        uv += float(u[j]) * float(v[j])
-        uu += float(u[j]) * float(u[j])
-        vv += float(v[j]) * float(v[j])
+        uv += (1.0 * u[j]) * v[j]
+        uu += (1.0 * u[j]) * u[j]
+        vv += (1.0 * v[j]) * v[j]
     size = np.sqrt(uu) * np.sqrt(vv)
     return float(uv / size) if size != 0 else 0.0

@@ -19,6 +19,7 @@ from torch import Tensor
 from projunn_manifold import linalg
 from projunn_manifold.factors import LowRank
 from projunn_manifold.gradients import Gradient
+from projunn_manifold.validation import check_positive
 
 __all__ = [
     "SAMPLERS",
@@ -72,8 +73,7 @@ class Subspace:
 
     def __post_init__(self) -> None:
         for name, value in (("power", self.power), ("oversample", self.oversample)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"Subspace: {name} must be an integer >= 0, got {value!r}")
+            check_positive(f"Subspace: {name}", value, 0)
 
     def __call__(self, gradient: Gradient, k: int, generator: torch.Generator) -> LowRank:
         """Return the factors of the projection of G on its sketched range."""
@@ -106,9 +106,7 @@ class Column:
     columns_per_rank: int = 4
 
     def __post_init__(self) -> None:
-        value = self.columns_per_rank
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"Column: columns_per_rank must be an integer >= 1, got {value!r}")
+        check_positive("Column: columns_per_rank", self.columns_per_rank)
 
     def __call__(self, gradient: Gradient, k: int, generator: torch.Generator) -> LowRank:
         """Return the factors of the projection of G on the sampled columns' leading directions."""

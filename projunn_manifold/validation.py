@@ -42,6 +42,8 @@ def shape_problem(shape: Sequence[int], name: str) -> str | None:
     if shape[-2] < shape[-1]:
         advice = "for a wide weight keep its adjoint and use w.mH"
         return f"`{name}` must be square or tall, shape[-2] >= shape[-1], got shape {tuple(shape)}; {advice}"
+    if shape[-1] < 1:
+        return f"the matrices of `{name}` must not be empty, got shape {tuple(shape)}"
     return None
 
 
@@ -89,20 +91,27 @@ def check_count(value: object, name: str, none: str) -> int | None:
     expected = f"{name} must be an int >= 1, or None for {none}"
     if value is None:
         return None
-    if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex):
+    number = _whole(value)
+    if number is None:
         raise TypeError(f"{expected}, got {value!r} of type {type(value).__name__}")
-    if operator.index(value) < 1:
+    if number < 1:
         raise ValueError(f"{expected}, got {value}")
-    return operator.index(value)
+    return number
 
 
 def check_seed(seed: object) -> int:
     """Return the seed; raise unless it is an int that torch.Generator takes."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = _whole(seed)
+    if number is None:
         raise TypeError(f"seed must be an int, got {seed!r} of type {type(seed).__name__}")
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed must fit in 64 bits, got {seed}")
-    return seed
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed must fit in 64 bits, got {number}")
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """Return an int for what is one, of NumPy's too, and None for anything else."""
+    return None if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex) else operator.index(value)
 
 
 def check_writable(x: Tensor, name: str = "x") -> None:
@@ -203,10 +212,11 @@ def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:
         )
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise ValueError unless a size or number is an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an int >= 1, got {value!r}")
+def check_positive(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless a size or number is an int of at least so much."""
+    number = _whole(value)
+    if number is None or number < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
 
 
 def sides_of(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

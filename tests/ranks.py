@@ -193,6 +193,29 @@ def unused(rank, world, port, folder):
     leave()
 
 
+def idle_matrices(rank, world, port, folder):
+    """A stack of which a matrix has no gradient in one process, with feedback."""
+    if world > 1:
+        join(rank, world, port)
+    torch.manual_seed(0)
+    manifold = UnitaryLowRank(1)
+    model = nn.Module()
+    model.weight = geoopt.ManifoldParameter(manifold.random(3, 6, 6, dtype=torch.float64), manifold=manifold)
+    optimizer = constrained(torch.optim.SGD(model.parameters(), lr=0.1), True)
+    if world > 1:
+        data_parallel(model, optimizer)
+    for _ in range(4):
+        gradients = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+        gradients[0, 0] = gradients[:, 2] = 0
+        model.weight.grad = gradients[rank] if world > 1 else gradients.mean(0)
+        optimizer.step()
+    weight = model.weight.detach().as_subclass(torch.Tensor).clone()
+    if world == 1:
+        return weight
+    torch.save(weight, f"{folder}/{rank}.pt")
+    leave()
+
+
 def refusals(rank, world, port, folder):
     """What data_parallel and its steps refuse."""
     join(rank, world, port)

@@ -71,6 +71,27 @@ def test_points_of_every_shape_stay_on_the_manifold(draw, dtype, shape, variant)
     assert (bias < 1).all()
 
 
+def test_a_step_that_raises_half_way_is_taken_back_by_the_next(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    other = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": [p]}, {"params": [other]}], lr=0.1)
+    constrain(optimizer)
+    p.grad, other.grad = draw.matrix(8, 8, dtype=torch.float64), torch.eye(8, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert linalg.unitarity_error(p) > 0.01
+    other.grad = None
+    optimizer.step()
+    assert linalg.unitarity_error(p) < 1e-14
+
+
+@pytest.mark.parametrize("params", [[], [torch.nn.Parameter(torch.zeros(3, 3))]])
+def test_there_must_be_something_to_constrain(params):
+    optimizer = torch.optim.SGD(params or [geoopt.ManifoldParameter(torch.eye(3), manifold=geoopt.Stiefel())], lr=0.1)
+    with pytest.raises(ValueError, match="nothing to constrain"):
+        constrain(optimizer)
+
+
 @pytest.mark.filterwarnings("ignore:Adam moves")
 def test_groups_schedulers_and_state_dict_are_untouched(draw):
     x = draw.point(8, 8, dtype=torch.float64)

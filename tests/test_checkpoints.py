@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import bound, error
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from projunn_manifold import UnitaryLowRank
+from projunn_manifold import UnitaryLowRank, optim
 from projunn_manifold.state import Faults
 
 SETTINGS = list(resume.SETTINGS)
@@ -61,6 +61,20 @@ def test_resumed_from_a_distributed_checkpoint(straight, setting, tmp_path):
     set_state_dict(network, optimizer, model_state_dict=model, optim_state_dict=state)
     resume.train(network, optimizer, 50, 100)
     same(network.state_dict(), straight[setting][1])
+
+
+def test_a_euclidean_adams_second_moment_becomes_that_of_the_whole_matrix(draw):
+    manifold = UnitaryLowRank(1)
+    p = geoopt.ManifoldParameter(manifold.random(8, 8), manifold=manifold)
+    plain = torch.nn.Parameter(p.detach().as_subclass(torch.Tensor).clone())
+    plain.grad = draw.matrix(8, 8, dtype=torch.float32)
+    before = torch.optim.Adam([plain])
+    before.step()
+    after = optim.RiemannianAdam([p])
+    after.load_state_dict(before.state_dict())
+    moment = after.state[p]["exp_avg_sq"]
+    assert moment.shape == (1, 1)
+    assert moment.item() == pytest.approx(before.state[plain]["exp_avg_sq"].sum().item())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -94,6 +94,12 @@ def test_parameters_without_a_gradient_stay(tmp_path):
     assert all(torch.equal(w, v) for w, v in zip(here, there, strict=True))
 
 
+def test_a_matrix_of_a_stack_that_is_idle_in_one_process_moves_in_all(tmp_path):
+    first, second = start(ranks.idle_matrices, 2, tmp_path)
+    assert torch.equal(first, second)
+    assert (first - ranks.idle_matrices(0, 1, None, None)).abs().max() < 1e-9
+
+
 def test_what_cannot_be_exchanged_is_refused(tmp_path):
     expected = [
         "TypeError: 0.weight: the sampler Column",

@@ -119,3 +119,24 @@ def test_squash_keeps_phases():
 def test_what_does_not_fit_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("build", [lambda: ExpConv2d(2, 4, 3, dtype=torch.complex64), lambda: UnitaryConvRNN(1, 4)])
+@pytest.mark.parametrize("convert", [lambda layer: layer.double(), lambda layer: layer.to(torch.float64)])
+def test_conversions_keep_complex_numbers(build, convert):
+    layer = build()
+    values = [p.detach().clone() for p in layer.parameters()]
+    for p, value in zip(convert(layer).parameters(), values, strict=True):
+        assert torch.equal(p, value.to(torch.complex128))
+        assert p.dtype is torch.complex128
+
+
+@pytest.mark.parametrize(("arguments", "kind"), [((0, 4), ValueError), ((1, 4, 0), ValueError), ((1, 0), ValueError)])
+def test_sizes_that_are_none_are_refused(arguments, kind):
+    with pytest.raises(kind, match="int >= 1"):
+        ExpConv2d(*arguments)
+
+
+def test_a_dtype_that_has_no_transform_is_refused():
+    with pytest.raises(TypeError, match="float16"):
+        ExpConv2d(1, 4, dtype=torch.float16)

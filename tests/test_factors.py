@@ -339,3 +339,11 @@ def test_two_optimizers_share_one_gradient(draw):
             opt.step()
         weights.append(w.detach())
     assert error(*weights) <= bound(torch.float64)
+
+
+def test_entries_are_read_as_numbers_and_arrays_are_refused(draw):
+    a, b = draw.factors((5, 4), 2, torch.float64)
+    tensor = FactoredTensor(LowRank(a, b))
+    assert tensor.tolist() == (a @ b.mH).tolist()
+    with pytest.raises(TypeError, match="clone"):
+        tensor.numpy()

@@ -184,6 +184,14 @@ def test_logmap_with_repeated_and_opposite_angles():
     assert error(manifold.logmap(torch.eye(7, dtype=y.dtype), y), omega) <= bound(y.dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_points_half_a_turn_apart_have_no_logarithm(draw, dtype):
+    manifold, (x, basis) = UnitaryLowRank(None), (draw.point(6, 6, dtype=dtype) for _ in range(2))
+    turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0, 1.0], dtype=dtype))
+    with pytest.raises(ValueError, match="not unique"):
+        manifold.logmap(x, x @ basis @ turn @ basis.mH)
+
+
 def test_dist_at_an_angle_of_pi_and_errors(draw):
     manifold = UnitaryLowRank(None)
     eye = torch.eye(4, dtype=torch.float64)

@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from projunn_manifold import nearest_unitary
+from projunn_manifold import linalg, nearest_unitary
 from projunn_manifold.layers import OrthogonalConv2d, UnitaryConv1d
 
 SHAPES = [(7, 7), (9, 4), (4, 9), (3, 5, 5), (2, 2, 6, 3)]
@@ -300,3 +300,14 @@ def test_deficient_weights_and_complex_rotations_are_refused_by_every_method():
             nearest_unitary(of((5, 2)) @ of((2, 5)), method)
     with pytest.raises(ValueError, match="real kernels"):
         nearest_unitary(of((3, 3, 3), torch.complex128), size=4, rotation=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_the_closest_is_a_point_to_the_last_digit(draw, dtype):
+    found = nearest_unitary(draw.matrix(256, 256, dtype=dtype)).unitary
+    assert linalg.unitarity_error(found) < linalg.tolerance(dtype, 256) / 2
+
+
+def test_no_steps_are_refused(draw):
+    with pytest.raises(ValueError, match="steps must be an int >= 1"):
+        nearest_unitary(draw.matrix(4, 4, dtype=torch.float64), "lie", steps=0)

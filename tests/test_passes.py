@@ -263,3 +263,13 @@ def test_rows_are_what_the_loops_expect():
     t = torch.arange(6.0).view(3, 2)
     assert np.array_equal(passes._rows(t), [[[0, 2, 4], [1, 3, 5]]])
     assert passes._rows(t).flags.c_contiguous
+
+
+def test_stacks_of_any_dimension_are_updated_in_place(draw, monkeypatch):
+    monkeypatch.setattr(passes, "compiled", None)
+    x, (left, right) = draw.point(2, 3, 64, 64, dtype=torch.float64), draw.factors((2, 3, 64, 64), 1, torch.float64)
+    expected = x + left @ right.mH
+    with NewStorages() as storages:
+        passes.add_product_(x, left, right)
+    assert error(x, expected) <= bound(x.dtype)
+    assert max(storages.sizes, default=0) < x.numel() * x.itemsize / 8

@@ -140,6 +140,16 @@ def test_what_cannot_be_mended_is_refused_and_nothing_changed():
         check_manifolds(network, Plan({"other": UnitaryLowRank()}))
 
 
+def test_a_model_that_is_wrapped_is_averaged_too(draw):
+    network = Network()
+    averaged = AveragedModel(network)
+    network.manifold.step_(network.inner.weight, draw.matrix(8, 8, dtype=torch.float32), 0.3)
+    for _ in range(2):
+        averaged.update_parameters(torch.nn.Sequential(network))
+    assert torch.dist(averaged.module.inner.weight, network.inner.weight) < 1e-5
+    assert averaged.module.inner.weight.manifold.stamp == network.manifold.stamp
+
+
 @pytest.mark.parametrize("kind", ["ema", "swa"])
 def test_averages_stay_on_the_manifold(draw, kind):
     network = Network()
