@@ -43,6 +43,7 @@ autodoc_typehints_format = "short"
 add_module_names = False
 napoleon_google_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # "beta, gamma : float" stays one line, with one text
 napoleon_use_rtype = False
 
 sphinx_gallery_conf = {

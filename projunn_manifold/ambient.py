@@ -5,8 +5,8 @@ This is the training loop of the projUNN paper, with RMSprop: the optimiser sees
 :class:`~projunn_manifold.UnitaryLowRank` and projUNN-T on :class:`~projunn_manifold.UnitaryLowRankExact`.
 
 X' - X carries the rounding of X', which counts for steps near the precision of X: 0.6 % of a step of norm 1e-4 in
-float32 at n = 512.  Coupled weight decay enters the second moments of RMSprop and Adam: it does not move X, but slows
-it; use none.
+float32 at n = 512.  Give the weights no decay: in SGD it does nothing, but RMSprop and Adam divide λX entry by entry,
+and what comes of that does move X.
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        Y, in fresh memory.  Cost: 6 reads or writes of X (4 in place) and :math:`O(k^2 n)`.
+        Y, in fresh memory.  Cost: :math:`O(k^2 n)`, and 4 reads or writes of square X, 6 of tall X, with compiled
+        loops; without them 2 more where it is not in place.
 
     Raises
     ------
@@ -81,7 +82,7 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     .. math:: Y = \exp(A)\,X,\qquad A = \tfrac12\,(a b^H X^H - X b a^H)
 
     Parameters and errors are those of :func:`projunn_d`, without the singular case: the exponential
-    always exists.  Cost: 6 reads or writes of X (4 in place) and :math:`O(k^2 n)`; at k = 1 the cores are scalars.
+    always exists.  Cost: as there, with one read of square X less in compiled loops; at k = 1 the cores are scalars.
 
     Notes
     -----

@@ -127,6 +127,19 @@ def test_rounding_does_not_add_up(draw, variant, how):
     assert errors[None] >= 3 * errors[64]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (200, 8, 8), (50, 16, 16)], ids=str)
+def test_small_matrices_and_large_stacks_stay_near(draw, shape, dtype):
+    """Their error is a mean of few columns, or the worst of many matrices: more than that of one large matrix."""
+    manifold, worst = UnitaryLowRank(1), 0.0
+    p = geoopt.ManifoldParameter(draw.point(*shape, dtype=dtype), manifold=manifold)
+    for step in range(2000):
+        manifold.step_(p, draw.matrix(*shape, dtype=dtype), 0.05)
+        if step % 50 == 49:
+            worst = max(worst, linalg.unitarity_error(p).max().item())
+    assert worst < 3e-6
+
+
 @pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @pytest.mark.parametrize("m", [32, 31, 12])

@@ -27,6 +27,17 @@ def test_amsgrad_takes_complex_weights_in_place_only(draw):
     assert error(q.mH @ q, torch.eye(6, dtype=q.dtype)) <= bound(q.dtype)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_decay_moves_a_point_only_where_it_is_divided_entry_by_entry(draw, kind):
+    p = parameter(draw, torch.float64, 32)
+    p.grad.zero_()
+    start, optimizer = p.detach().clone(), kind([p], lr=0.01, weight_decay=0.1)
+    optim.constrain(optimizer)
+    for _ in range(50):
+        optimizer.step()
+    assert (error(p, start) < 1e-12) is (kind is torch.optim.SGD)
+
+
 def test_gradients_are_clipped_by_norm_complex_or_factored(draw):
     with pytest.raises(NotImplementedError, match="complex"):
         torch.nn.utils.clip_grad_value_([parameter(draw, torch.complex128)], 1.0)

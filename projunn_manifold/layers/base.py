@@ -83,7 +83,11 @@ def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
 
 
 def on_manifold(
-    shape: tuple[int, int], manifold: UnitaryLowRank, init: str, device: Any, dtype: torch.dtype | None
+    shape: tuple[int, ...],
+    manifold: UnitaryLowRank,
+    init: str,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> ManifoldParameter:
     """Return a parameter with the first values of that name (INITS), unless on the meta device."""
     if init not in INITS:

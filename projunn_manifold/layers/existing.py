@@ -113,7 +113,9 @@ class _Guard:
 def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
     """Return two groups for an optimiser: those on :class:`UnitaryLowRank` at ``unitary_lr``, all others at ``lr``.
 
-    The default, lr/32, is the paper's (Kiani et al. 2022, section 5).  A group without parameters is left out.
+    The default, lr/32, is the paper's (Kiani et al. 2022, section 5), for torch's RMSprop and Adam, constrained.  With
+    geoopt's optimisers, or those of :mod:`projunn_manifold.optim`, give ``unitary_lr``: their rates are of another
+    kind, and lr/32 would hardly move anything.  A group without parameters is left out.
     """
     unitary: list[Any] = []
     others: list[Any] = []

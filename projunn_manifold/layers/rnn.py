@@ -229,7 +229,7 @@ class UnitaryRNN(_Recurrent):
     >>> from projunn_manifold.layers import UnitaryRNN, param_groups
     >>> from projunn_manifold.optim import RiemannianSGD
     >>> network = UnitaryRNN(3, 64, nonlinearity="relu", k=1)
-    >>> optimizer = RiemannianSGD(param_groups(network, lr=0.1), lr=0.1)
+    >>> optimizer = RiemannianSGD(param_groups(network, lr=0.1, unitary_lr=0.1), lr=0.1)
     >>> output, last = network(torch.randn(50, 8, 3))
     >>> output.shape, last.shape
     (torch.Size([50, 8, 64]), torch.Size([1, 8, 64]))
