@@ -68,7 +68,7 @@ def verdict(runs: list[Run]) -> tuple[bool, str]:
     failed = [f"{run.method} ({run.final_loss:.5f})" for run in judged if not run.solved]
     if failed:
         return False, f"Copying NOT solved by {', '.join(failed)}: the loss is not under {threshold}."
-    return True, f"Copying solved by {', '.join(run.method for run in judged)}: the loss is under {threshold}."
+    return True, f"Every low-rank run solved copying ({', '.join(r.method for r in judged)}): loss under {threshold}."
 
 
 def write_json(path: Path, runs: list[Run], settings: dict[str, Any], total_seconds: float) -> None:

@@ -27,6 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from report import add_record_options, environment, markdown, recorded, tell
+from resnet import aoc
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -60,17 +61,10 @@ class Cayley(nn.Module):
         return torch.fft.irfft2(turned.permute(3, 2, 0, 1), s=x.shape[-2:])
 
 
-def aoc(channels: int, size: int) -> nn.Module:
-    """Return orthogonium's layer."""
-    from orthogonium.layers.conv.AOC import AdaptiveOrthoConv2d
-
-    return AdaptiveOrthoConv2d(channels, channels, 3, padding=1, padding_mode="circular", bias=False)
-
-
 MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
     OURS: lambda channels, size: OrthogonalConv2d(channels, channels, size, bias=False),
     CAYLEY: Cayley,
-    AOC: aoc,
+    AOC: lambda channels, size: aoc(channels, channels, size),
     PLAIN: lambda channels, size: nn.Conv2d(
         channels, channels, size, padding="same", padding_mode="circular", bias=False
     ),

@@ -11,7 +11,6 @@ folder, and fails if an error of this package exceeds its promise: 1e-6 in singl
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ import geoopt
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from report import environment, write_between
+from report import add_record_options, environment, recorded, tell
 from torch import Tensor
 from tqdm import tqdm
 
@@ -297,12 +296,6 @@ def table(curves: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_into(page: Path, record: dict[str, Any]) -> None:
-    """Show this record's table in a page."""
-    machine = f"One run on {record['machine']}; *sweep* is the default, 256, if not said otherwise.\n\n"
-    write_between(page, "drift table", machine + table(record["curves"]))
-
-
 def measure(share: int, jobs: int) -> dict[str, Any]:
     """Follow every curve over one part in ``share`` of its steps, so many at a time."""
     planned = courses(WALKS // share, RIVALS // share, TRAINING // share)
@@ -315,27 +308,20 @@ def measure(share: int, jobs: int) -> dict[str, Any]:
     return {"quick": share > 1, **environment(), "curves": [curves[index] for index in range(len(planned))]}
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Follow every curve; return 0 if all promises were kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for drift.json and drift.png")
-    parser.add_argument("--quick", action="store_true", help="a thousandth of the steps")
-    parser.add_argument("--record", type=Path, help="a drift.json to show, instead of a new run")
-    parser.add_argument("--into", type=Path, help="page whose table to replace")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="curves at a time (default: all cores)")
-    options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--quick", action="store_true", help="a thousandth of the steps")
+    command.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="curves at a time (default: all cores)")
+    add_record_options(command, "results/drift")
+    options = command.parse_args(arguments)
     torch.set_num_threads(1)
-    if options.record:
-        record = json.loads(options.record.read_text(encoding="utf-8"))
-    else:
-        record = measure(1000 if options.quick else 1, options.jobs)
-        (options.out / "drift.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    record = recorded(options, "drift", lambda: measure(1000 if options.quick else 1, options.jobs))
+    options.out.mkdir(parents=True, exist_ok=True)
     curves = record["curves"]
     draw(options.out / "drift.png", curves)
-    print(table(curves))
-    if options.into:
-        write_into(options.into, record)
+    machine = f"One run on {record['machine']}; *sweep* is the default, 256, if not said otherwise.\n\n"
+    tell(options, "drift table", machine + table(curves))
     broken = [curve for curve in curves if curve["promised"] and not curve["largest"] <= curve["promised"]]
     for curve in broken:
         print(f"promise broken: {curve['panel']}, {curve['name']}: {curve['largest']:.1e}", file=sys.stderr)
@@ -343,4 +329,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -81,8 +81,13 @@ def thinned(length: int, kept: int = 200) -> list[int]:
     return list(range((length - 1) % stride, length, stride))
 
 
+def _threads() -> str:
+    count = torch.get_num_threads()
+    return f"{count} thread{'s' * (count > 1)} used"
+
+
 def _machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     models = [line for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
     model = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
-    return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used, {platform.system()}"
+    return f"{model}, {os.cpu_count()} cores, {_threads()}, {platform.system()}"

@@ -131,7 +131,9 @@ class Varied:
             n = task.width
             network = Matrix(UnitaryLinear(n, n, bias=False, manifold=manifold, dtype=torch.complex64))
             return network, [Steps(network.linear.weight, self.variant, choices.unitary_lr, self.rms)]
-        return Method(self.name, on_manifold(lambda _: manifold), self._optimizers, self.colour).build(task, choices)
+        return Method(self.name, on_manifold(lambda _: manifold), self._optimizers, self.colour).build(
+            task, choices, device
+        )
 
     def _optimizers(self, network: Reader, choices: Choices) -> Optimizers:
         others = [p for p in network.parameters() if p is not network.transition]

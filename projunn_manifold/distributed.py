@@ -229,9 +229,8 @@ class MeanGradient:
         return self.exchange.mean(self.local.adjoint_times(q).contiguous())
 
     def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y, the product with the gradient at unit norm, and its adjoint's product with y."""
-        y = linalg.of_unit_norm(self.times(q))
-        return y, self.adjoint_times(y)
+        """Return y, the product at unit norm, and the adjoint's product with y."""
+        return linalg.unit_image(self, q)
 
     def dense(self) -> Tensor:
         """Return G itself: never asked for by samplers that are linear."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from projunn_manifold.graphs import outside_graphs
-from projunn_manifold.linalg import adjoint_times, each, of_unit_norm
+from projunn_manifold.linalg import adjoint_times, each, unit_image
 from projunn_manifold.passes import add_product_
 
 __all__ = ["FactoredTensor", "Factors", "LowRank", "Scalar"]
@@ -103,9 +103,8 @@ class LowRank(NamedTuple):
         return self.b @ adjoint_times(self.a, q)
 
     def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y, the product with the matrix at unit norm, and its adjoint's product with y."""
-        y = of_unit_norm(self.times(q))
-        return y, self.adjoint_times(y)
+        """Return y, the product at unit norm, and the adjoint's product with y."""
+        return unit_image(self, q)
 
     def dense(self) -> Tensor:
         """Return the matrix itself, in fresh memory."""

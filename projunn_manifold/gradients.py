@@ -106,9 +106,8 @@ class Shifted(Dense):
         return passes.adjoint_times(self.g, q) - self.c * passes.adjoint_times(self.x, q)
 
     def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y, the product with the gradient at unit norm, and its adjoint's product with y."""
-        y = linalg.of_unit_norm(self.times(q))
-        return y, self.adjoint_times(y)
+        """Return y, the product at unit norm, and the adjoint's product with y."""
+        return linalg.unit_image(self, q)
 
     def dense(self) -> Tensor:
         """Return ``G - c X`` as a new matrix."""

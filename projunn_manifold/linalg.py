@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "DTYPES",
     "add_product_",
     "adjoint_times",
     "columns_of_identity",
@@ -37,8 +38,13 @@ __all__ = [
     "thin_qr",
     "tolerance",
     "traced",
+    "unit_image",
     "unitarity_error",
 ]
+
+
+#: Dtypes of points.
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def high_precision(dtype: torch.dtype) -> torch.dtype:
@@ -150,6 +156,12 @@ def of_unit_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     x = x / torch.where(largest == 0, 1.0, largest)
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
     return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+
+
+def unit_image(matrix: Any, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y = M q at unit norm, and ``M^H y``, of a matrix M known by its products."""
+    y = of_unit_norm(matrix.times(q))
+    return y, matrix.adjoint_times(y)
 
 
 def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)

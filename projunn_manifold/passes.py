@@ -51,7 +51,6 @@ except ImportError as error:
 _LITTLE = 1 / 64  # of a squared norm
 _WIDEST = 32  # from here on a matrix product pays for its own blocking
 _GRAIN = 2**18  # elements that are worth a thread of their own
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 _MAPPED = 2**22  # bytes; from here on NumPy asks for large pages
 _LINE = 64  # bytes of the cache
 _DISPATCH = Tensor.__torch_dispatch__
@@ -205,7 +204,7 @@ def cosine(x: Tensor, g: Tensor, count: int) -> Any:  # (*batch, n, m) twice -> 
 
 def _by_loops(x: Tensor, *thin: Tensor) -> bool:
     """Tell whether the compiled loops can take x and these thin matrices."""
-    if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in _DTYPES or not x.numel():
+    if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in linalg.DTYPES or not x.numel():
         return False
     if linalg.traced() or not _is_plain(x):
         return False

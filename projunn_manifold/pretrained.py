@@ -18,6 +18,7 @@ from projunn_manifold.layers.plain_conv import centred_kernel
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.nearest import nearest_unitary
 from projunn_manifold.observed import observed
+from projunn_manifold.sharding import unitary_of
 from projunn_manifold.validation import dtype_problem
 
 __all__ = ["Converted", "Report", "fold", "unitarize"]
@@ -158,7 +159,7 @@ def fold(model: nn.Module) -> nn.Module:
         for module in model.modules()
         if module not in replaced
         for own, p in module.named_parameters(recurse=False)
-        if isinstance(p, ManifoldTensor) and isinstance(p.manifold, UnitaryLowRank)
+        if unitary_of(p) is not None
     ]
     for _, own, p in freed:
         _check_alone(model, own, p)

@@ -32,8 +32,6 @@ __all__ = [
     "sides_of",
 ]
 
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
-
 
 def shape_problem(shape: Sequence[int], name: str) -> str | None:
     """Return why ``shape`` is no batch of square or tall matrices, or None."""
@@ -49,7 +47,7 @@ def shape_problem(shape: Sequence[int], name: str) -> str | None:
 
 def dtype_problem(dtype: torch.dtype, name: str) -> str | None:
     """Return why ``dtype`` cannot hold a point, or None."""
-    if dtype in DTYPES:
+    if dtype in linalg.DTYPES:
         return None
     advice = ""
     if dtype in (torch.float16, torch.bfloat16, torch.complex32):

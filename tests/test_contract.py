@@ -12,7 +12,7 @@ from helpers import bound, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, layers, nearest_unitary
 from projunn_manifold.factors import FactoredTensor
-from projunn_manifold.sampling import Subspace
+from projunn_manifold.sampling import SAMPLERS, Subspace
 
 VARIANTS = [UnitaryLowRank, UnitaryLowRankExact]
 
@@ -175,7 +175,7 @@ def test_steps_beyond_all_rounding_are_refused(draw, variant, k, scale):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("k", [1, 2, None])
-@pytest.mark.parametrize("sampler", ["lsi", "column", "subspace", "svd"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_non_finite_gradients_and_steps_are_refused(draw, value, k, sampler):
     manifold = UnitaryLowRank(k, sampler=sampler)
     x, g = draw.point(12, 12, dtype=torch.float32), draw.matrix(12, 12, dtype=torch.float32)

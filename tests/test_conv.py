@@ -318,17 +318,15 @@ def test_a_convolution_that_goes_to_a_coarser_grid_is_taken_over(kernel_size, pa
     local = OrthogonalConv2d.from_kernel(whole.kernel(), stride=stride)
     x = signals(local)
     assert torch.allclose(local(x), whole(x) - whole.bias.view(-1, 1, 1), atol=1e-10)
-    grid, d = whole._grid("cpu"), 2
     assert (whole.singular_values() - 1).abs().max() < 1e-12
     placed = torch.zeros(*conv.weight.shape[:2], side, side, dtype=torch.float64)
     placed[..., :kernel_size, :kernel_size] = conv.weight.detach()
-    placed = placed.roll([whole._centre[0] - padding] * d, (-2, -1))  # the same operator with a kernel of full size
+    placed = placed.roll([whole._centre[0] - padding] * 2, (-2, -1))  # the same operator with a kernel of full size
     full = whole.to_plain()
     with torch.no_grad():
         full.weight.copy_(placed)
         full.bias.copy_(conv.bias)
     assert torch.allclose(full(x), conv(x), atol=1e-10)
-    assert len(grid.source) > 0
 
 
 @pytest.mark.parametrize("build", [OrthogonalConv2d, UnitaryConv2d])

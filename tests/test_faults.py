@@ -8,10 +8,10 @@ import torch
 from helpers import DTYPES, bound, double, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, optim, passes, projunn_d, projunn_t
+from projunn_manifold.sampling import SAMPLERS
 from projunn_manifold.state import Faults
 
 VARIANTS = [UnitaryLowRank, UnitaryLowRankExact]
-SAMPLERS = ["lsi", "column", "subspace", "svd"]
 STEPS = {
     "step_": lambda p: lambda: p.manifold.step_(p, p.grad, 0.1),
     "geoopt": lambda p: geoopt.optim.RiemannianSGD([p], lr=0.1).step,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_t, reference
 from projunn_manifold.factors import FactoredTensor
+from projunn_manifold.sampling import SAMPLERS
 
 
 @st.composite
@@ -21,7 +22,7 @@ def cases(draw):
     dtype = draw(st.sampled_from(DTYPES))
     k = draw(st.sampled_from([1, 2, 3, 12, None]))
     variant = draw(st.sampled_from([UnitaryLowRank, UnitaryLowRankExact]))
-    manifold = variant(k, sampler=draw(st.sampled_from(["lsi", "column", "subspace", "svd"])))
+    manifold = variant(k, sampler=draw(st.sampled_from(sorted(SAMPLERS))))
     x = numbers.point(*batch, n, m, dtype=dtype)
     rank = draw(st.integers(0, m))
     g = numbers.matrix(*batch, n, rank, dtype=dtype) @ numbers.matrix(*batch, m, rank, dtype=dtype).mH

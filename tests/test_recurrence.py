@@ -9,6 +9,7 @@ from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim, sketche
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.gradients import Dense
 from projunn_manifold.recurrence import NONLINEARITIES, recurrence, step_by_step
+from projunn_manifold.sampling import SAMPLERS
 
 CASES = [(dtype, name) for dtype in (torch.float32, torch.float64) for name in NONLINEARITIES]
 CASES += [(dtype, name) for dtype in (torch.complex64, torch.complex128) for name in ("modrelu", "tanh", "none")]
@@ -63,7 +64,7 @@ def test_derivatives_of_derivatives(draw, name):
 
 
 @pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
-@pytest.mark.parametrize("sampler", ["lsi", "column", "subspace", "svd"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("kind", ["geoopt sgd", "geoopt momentum", "sgd", "momentum", "adam"])
 def test_the_gradient_that_is_never_formed_makes_the_step_of_the_dense_one(

@@ -12,6 +12,7 @@ from torch import nn
 from projunn_manifold import init as initialise
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.plan import Plan, reattach_manifolds
+from projunn_manifold.sharding import unitary_of
 
 __all__ = ["param_groups", "plain_", "unitary_"]
 
@@ -111,7 +112,7 @@ class _Guard:
 
 
 def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
-    """Return two groups for an optimiser: those on :class:`UnitaryLowRank` at ``unitary_lr``, all others at ``lr``.
+    """Return two groups for an optimiser: parameters on unitary manifolds at ``unitary_lr``, all others at ``lr``.
 
     The default, lr/32, is the paper's (Kiani et al. 2022, section 5), for torch's RMSprop and Adam, constrained.  With
     geoopt's optimisers, or those of :mod:`projunn_manifold.optim`, give ``unitary_lr``: their rates are of another
@@ -120,6 +121,6 @@ def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -
     unitary: list[Any] = []
     others: list[Any] = []
     for p in model.parameters():
-        (unitary if isinstance(getattr(p, "manifold", None), UnitaryLowRank) else others).append(p)
+        (others if unitary_of(p) is None else unitary).append(p)
     groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
     return [{"params": params, "lr": rate} for params, rate in groups if params]

@@ -115,12 +115,16 @@ class FourierConv(KeepsManifolds):
         empty = torch.empty(self.groups, count, max(block), min(block), device=device, dtype=dtype)
         return ManifoldParameter(empty, manifold=self.manifold)
 
+    def _stacks(self) -> list[ManifoldParameter]:
+        """Return the blocks that there are."""
+        return [stack for stack in (self.weight, self.weight_real) if stack is not None]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw new weights, as after ``to_empty``."""
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        stacks = self._stacks()
         if stacks[0].is_meta:
             return
         if self.support is not None:
@@ -184,7 +188,7 @@ class FourierConv(KeepsManifolds):
     def kernel(self) -> Tensor:  # (out, in / groups, *size)
         """Return the kernel, as torch's circular convolution of this size has it; differentiable."""
         grid = self._grid(self._device)
-        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        stacks = self._stacks()
         free = torch.cat([stack.to(torch.promote_types(stack.dtype, torch.complex64)) for stack in stacks], 1)
         blocks = fourier.everywhere(free.mH.resolve_conj() if self._block[0] < self._block[1] else free, grid)
         fine = fourier.refined(fourier.kernel_of_blocks(blocks, grid), self.stride, self.dims)
@@ -293,7 +297,7 @@ class FourierConv(KeepsManifolds):
             plain.weight.copy_(self.kernel())
             if self.bias is not None and plain.bias is not None:
                 plain.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
-        stacks = [stack for stack in (self.weight, self.weight_real) if stack is not None]
+        stacks = self._stacks()
         plain.weight.requires_grad_(any(stack.requires_grad for stack in stacks))
         plain.train(self.training)
         assert isinstance(plain, nn.Module)
