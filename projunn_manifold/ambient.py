@@ -18,6 +18,7 @@ import torch
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 
+from projunn_manifold import linalg
 from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.graphs import outside_graphs
 from projunn_manifold.sharding import check_attached, is_sharded, seen, unitary_of
@@ -55,7 +56,8 @@ class Constraint:
         check_attached(parameters_of(optimizer))
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
         for p, x in self._before.items():  # left by a step that raised half-way
-            p.copy_(x)
+            if not is_sharded(p) and (linalg.probed_unitarity_error(p) > linalg.tolerance(p.dtype, len(p))).any():
+                p.copy_(x)
         self._before = {}
         for p in parameters_of(optimizer):
             if unitary_of(p) is not None:
@@ -98,11 +100,12 @@ class Constraint:
 def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Constraint:
     """Keep the parameters that an optimiser of torch moves on their manifolds; return a handle.
 
-    Schedulers and groups are untouched, and so is ``state_dict`` but for ``feedback``.  Calling it twice returns the
-    handle of the first call.  A parameter without a gradient, or (on CPU) whose move is zero, is left alone.  Hooks do
-    not survive ``copy.deepcopy`` and ``pickle``: constrain the copy again (:func:`~projunn_manifold.check_manifolds`
-    tells).  If the optimiser's own step raises half-way, its parameters are put back at the next one.  A step takes a
-    copy of X and one of its move, and the passes of :func:`~projunn_manifold.projunn_d_`.
+    Parameters on no such manifold move as ever.  Schedulers and groups are untouched, and so is ``state_dict`` but for
+    ``feedback``.  Calling it twice returns the handle of the first call.  A parameter without a gradient, or (on CPU)
+    whose move is zero, is left alone.  Hooks do not survive ``copy.deepcopy`` and ``pickle``: constrain the copy again
+    (:func:`~projunn_manifold.check_manifolds` tells).  If the optimiser's own step raises half-way, parameters that it
+    left off their manifold are put back at the next one.  A step takes a copy of X and one of its move, and the passes
+    of :func:`~projunn_manifold.projunn_d_`.
 
     Parameters
     ----------
@@ -118,8 +121,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
         LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it;
         geoopt's optimisers, which know manifolds themselves.
     ValueError
-        No parameter on a manifold of this package; a second call that differs in ``feedback``.  In ``step``, on CPU: a
-        move that is not finite; the parameter is back where it was, the optimiser's state is not.
+        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite; the parameter is
+        back where it was, the optimiser's state is not.
 
     Examples
     --------
@@ -140,10 +143,6 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
-    if not any(is_sharded(p) or unitary_of(p) is not None for p in parameters_of(optimizer)):
-        raise ValueError(
-            f"{type(optimizer).__name__} has no parameter on a UnitaryLowRank: there is nothing to constrain"
-        )
     handle = constraint_of(optimizer) or Constraint(optimizer, feedback)
     if handle.feedback is not feedback:
         raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")

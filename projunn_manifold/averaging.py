@@ -46,12 +46,13 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
             Sharded parameters on manifolds: an average of shards cannot be projected.
         """
         pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        manifolds = {id(unitary_of(own)): (unitary_of(own), unitary_of(given)) for own, given in pairs}
         if any(is_sharded(p) and manifold_of(p) is not None for pair in pairs for p in pair):
             raise NotImplementedError("an average of shards cannot be projected: average the whole matrices")
         super().update_parameters(model)
-        for own, given in pairs:
+        for own, _ in pairs:
             if isinstance(own, ManifoldTensor):
                 own.proj_()
-            mine, theirs = unitary_of(own), unitary_of(given)
+        for mine, theirs in manifolds.values():
             if mine is not None and theirs is not None and mine is not theirs:
                 mine.set_extra_state(theirs.get_extra_state())

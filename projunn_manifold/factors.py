@@ -86,6 +86,8 @@ class LowRank(NamedTuple):
 
     def balanced(self) -> LowRank:
         """Return the same matrix by factors of about one size, so that neither leaves the range of its precision."""
+        if not self.rank:
+            return self
         sizes = [t.detach().abs().amax((-2, -1), keepdim=True) for t in self]
         ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1].sqrt() / sizes[0].sqrt(), 1.0)
         return LowRank(self.a * ratio, self.b / ratio)
@@ -179,8 +181,10 @@ class FactoredTensor(Tensor):
         raise TypeError("a FactoredTensor has no storage to share; share its clone()")
 
     def numpy(self, *, force: bool = False) -> Any:
-        """Refuse: an array would not share memory with this tensor."""
-        raise TypeError("a FactoredTensor has no storage for an array; take its clone()")
+        """Refuse an array that would share memory with this tensor; ``force`` gives a copy."""
+        if not force:
+            raise TypeError("a FactoredTensor has no storage for an array; take its clone()")
+        return self.clone().numpy(force=True)
 
     def tolist(self) -> Any:
         """Return the entries as lists of numbers, as for any tensor."""

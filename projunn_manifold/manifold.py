@@ -63,9 +63,9 @@ class UnitaryLowRank(Sketches):
     ------
     TypeError, ValueError
         k or sweep not an int or below 1, unknown sampler or ``non_finite``.  In every method: a point that is not
-        ``(*batch, n, m)``, n >= m, in float32, float64, complex64 or complex128; a vector of another shape, dtype or
-        device.  In every move, on CPU: a vector that is not finite, or longer than :math:`\sqrt{2m}/\epsilon`, of which
-        rounding would leave nothing.
+        ``(*batch, n, m)``, n >= m, in float32, float64, complex64 or complex128; a vector of another matrix shape,
+        dtype or device.  In every move, on CPU: a vector that is not finite, or longer than
+        :math:`\sqrt{2m}/\epsilon`, of which rounding would leave nothing.
 
     References
     ----------
@@ -105,12 +105,13 @@ class UnitaryLowRank(Sketches):
             A gradient of another shape or device; on CPU, a gradient with non-finite entries.
         """
         self._accept(x, u, "gradient")
+        self._look(x)
         if self.is_dense(x):
             gradient = self._dense_gradient(x, plain(u))
-            self._count(x)
+            self._state.count_gradient(x)
             return gradient
         tangent = self._gradient(x, u)
-        self._count(x)
+        self._state.count_gradient(x)
         if torch.is_grad_enabled():
             left, right = tangent.outer()
             return left @ right.mH
@@ -162,12 +163,13 @@ class UnitaryLowRank(Sketches):
         """
         self._accept_in_place(x, grad, "gradient")
         validation.check_rate(lr, "lr", x)
+        self._look(x)
         if self.is_dense(x):
             tangent: Tangent = Frame.of_dense(x, self._dense_gradient(x, plain(grad)), None)
         else:
             tangent = self._gradient(x, grad)
         move = self._along(self._bounded(x, tangent.scaled(-lr)))
-        self._count(x)
+        self._state.count_gradient(x)
         move.apply_(x)
         self._correct_(x)
         return x
@@ -251,6 +253,7 @@ class UnitaryLowRank(Sketches):
         if residual is not None:
             self._accept_in_place(x, residual, "residual")
             validation.check_writable(residual, "residual")
+        self._look(x)
         here = rows.local(move)
         if linalg.readable(x):
             moves = bool(here.any())
@@ -282,7 +285,7 @@ class UnitaryLowRank(Sketches):
                 here = rows.local(rest)
                 here.copy_(torch.where(kept[..., None, None], here, rows.local(residual)))
             residual.copy_(step.carry_(rest))
-        self._count(x)
+        self._state.count_gradient(x)
         self._correct_(x)
         return x
 

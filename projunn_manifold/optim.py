@@ -47,7 +47,8 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def _move_all_(self) -> None:
         moved = []
         check_attached(parameters_of(self))
-        if any(group["stabilize"] is not None and any(map(is_sharded, group["params"])) for group in self.param_groups):
+        stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
+        if any(is_sharded(p) and unitary_of(p) is not None for p in stabilized):
             raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
         with torch.no_grad():
             for group in self.param_groups:
@@ -209,11 +210,11 @@ def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
 
 
 def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real
-    """Return one second moment for each matrix: that of all entries, written out, or the sum of a Euclidean step's."""
+    """Return one second moment for each matrix: that of all entries, equal to rounding, or a Euclidean step's sum."""
     if is_sharded(moments):  # on which no Euclidean steps are made
         return rows.corner(seen(moments)).real.clone()
     corner, flat = rows.corner(moments).real, moments.real
-    constant = (flat == corner).all(-1, keepdim=True).all(-2, keepdim=True)
+    constant = ((flat - corner).abs() <= 1e-3 * corner.abs()).all(-1, keepdim=True).all(-2, keepdim=True)
     return torch.where(constant, corner, flat.sum((-2, -1), keepdim=True))
 
 

@@ -156,9 +156,10 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     olds = {id(parameters[name]): parameters[name] for name in plan if id(parameters[name]) in mended}
     for name, manifold in plan.items():
         leader = parameters[first.get(name, name)]
-        if is_sharded(leader) and isinstance(manifold, UnitaryLowRank) and manifold_of(leader) is not manifold:
-            attach(leader, manifold)
+        if is_sharded(leader) and isinstance(manifold, UnitaryLowRank):
             watch_shards()
+            if manifold_of(leader) is not manifold:
+                attach(leader, manifold)
         if id(parameters[name]) in mended:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, mended[id(parameters[name])])

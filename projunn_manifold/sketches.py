@@ -7,7 +7,6 @@ refused or counted, by all processes that share a parameter together.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -216,21 +215,19 @@ class Sketches(Geometry):
         """
         validation.check_point(x)
         validation.check_writable(x, "x")
-        self._count(x)
+        self._state.count_gradient(x)
         self._correct_(x)
         return x
 
-    def _count(self, x: Tensor) -> None:
-        """Count a gradient at x; a parameter that comes for the first time is looked at, once."""
-        if not (self._state.count_gradient(x) and linalg.readable(x)):
+    def _look(self, x: Tensor) -> None:
+        """Warn of a parameter that comes for the first time and is far off the manifold; only CPU looks."""
+        if not (self._state.is_new(x) and linalg.readable(x)):
             return
         error = linalg.probed_unitarity_error(x.detach())
-        if (error > _FAR_OFF).any():
-            warnings.warn(
+        if ((error > _FAR_OFF) & error.isfinite()).any():  # what is not finite will be refused
+            validation.warn(
                 f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
-                f"{error.max().item():.2g}, where moves and their drift correction mean nothing; {_BACK}",
-                RuntimeWarning,
-                stacklevel=3,
+                f"{error.max().item():.2g}, where its moves are wrong; {_BACK}"
             )
 
     def _correct_(self, x: Tensor) -> None:
@@ -244,11 +241,9 @@ class Sketches(Geometry):
             return
         self._state.count_faults(x.device, uncorrected=left)
         if linalg.readable(x):
-            warnings.warn(
+            validation.warn(
                 f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
-                f"far for the drift correction; {_BACK}",
-                RuntimeWarning,
-                stacklevel=3,
+                f"far for the drift correction; {_BACK}"
             )
 
 

@@ -47,13 +47,15 @@ class State:
         mixed = _mixed(self._start + (self.gradients + ahead) * _PURPOSES + purpose)
         return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
-    def count_gradient(self, x: Tensor) -> bool:
-        """Count a gradient at x; tell whether it is the first of a parameter."""
+    def is_new(self, x: Tensor) -> bool:
+        """Tell whether x is a parameter that had no gradient yet."""
+        return isinstance(x, ManifoldTensor) and x not in self._sharers
+
+    def count_gradient(self, x: Tensor) -> None:
+        """Count a gradient at x."""
         self.gradients += 1
-        if not isinstance(x, ManifoldTensor) or x in self._sharers:
-            return False
-        self._sharers[x] = True
-        return True
+        if isinstance(x, ManifoldTensor):
+            self._sharers[x] = True
 
     def share(self, x: Tensor) -> None:
         """Register a parameter by its local piece."""

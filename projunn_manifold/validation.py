@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import operator
+import sys
+import warnings
 from collections.abc import Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -30,7 +32,10 @@ __all__ = [
     "not_converged",
     "shape_problem",
     "sides_of",
+    "warn",
 ]
+
+_INNER = ("torch", "geoopt", "projunn_manifold", "contextlib")
 
 
 def shape_problem(shape: Sequence[int], name: str) -> str | None:
@@ -183,6 +188,14 @@ def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
         )
 
 
+def warn(message: str) -> None:
+    """Warn, at the line of whoever called PyTorch, geoopt or this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, RuntimeWarning, stacklevel=level)
+
+
 def non_finite(u: Tensor, what: str) -> ValueError:
     """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
     bad = int((~torch.isfinite(rows.local(u))).sum())
@@ -217,11 +230,11 @@ def check_positive(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
 
 
-def sides_of(size: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+def sides_of(size: int | tuple[int, ...], dims: int, name: str = "size") -> tuple[int, ...]:
     """Return the sides of an image, given as one for all or one for each dimension."""
-    sides = (size,) * dims if isinstance(size, int) else size
+    sides: Any = size if _whole(size) is None else (size,) * dims
     if not isinstance(sides, tuple | list) or len(sides) != dims:
-        raise ValueError(f"size must be an int or {dims} of them, got {size!r}")
+        raise ValueError(f"{name} must be an int or {dims} of them, got {size!r}")
     for side in sides:
-        check_positive("size", side)
-    return tuple(sides)
+        check_positive(name, side)
+    return tuple(operator.index(side) for side in sides)

@@ -1,21 +1,21 @@
 """Optimisers that take a parameter on a manifold for a Euclidean one, and so move it off: they are seen and named.
 
-A hook before the steps of all optimisers of the process warns of one such step of each; on sharded parameters, of which
-geoopt's optimisers know nothing either, it refuses them.
+A hook before the steps of all optimisers of the process warns of torch's own, once of each; on sharded parameters, of
+which geoopt's optimisers know nothing either, it refuses all that do not.
 """
 
 from __future__ import annotations
 
 import functools
-import warnings
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
+from projunn_manifold import validation
 from projunn_manifold.ambient import has_closure_among, is_constrained, parameters_of
 from projunn_manifold.optim import InPlace
 from projunn_manifold.sharding import is_sharded, unitary_of
@@ -24,7 +24,8 @@ __all__ = ["ADVICE", "keeps", "watch_shards"]
 
 #: What to do about such an optimiser.
 ADVICE = "take an optimiser of geoopt or of projunn_manifold.optim, or constrain this one"
-_seen: WeakSet[torch.optim.Optimizer] = WeakSet()  # optimisers that have made a step
+_plain: Any = WeakIdKeyDictionary()  # optimisers that have no unitary parameters, and how many others
+_named: Any = WeakIdKeyDictionary()  # optimisers that were warned of
 
 
 def keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
@@ -54,19 +55,22 @@ def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn before the first step of an optimiser that moves unitary parameters as Euclidean ones."""
-    if torch.compiler.is_compiling() or optimizer in _seen:
+    """Warn, once, before torch's own optimiser moves unitary parameters as Euclidean ones; others may know them."""
+    if torch.compiler.is_compiling() or not type(optimizer).__module__.startswith("torch.optim"):
         return
-    _seen.add(optimizer)
-    for p in parameters_of(optimizer):
-        if not is_sharded(p) and _moves_off(optimizer, p, args, kwargs):
-            warnings.warn(
-                f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on "
-                f"{type(unitary_of(p)).__name__} as a Euclidean one, and so off it: {ADVICE}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if optimizer in _named or _plain.get(optimizer) == count:
+        return
+    unitary = [p for p in parameters_of(optimizer) if unitary_of(p) is not None and not is_sharded(p)]
+    if not unitary:
+        _plain[optimizer] = count
+    moved = [p for p in unitary if _moves_off(optimizer, p, args, kwargs)]
+    if moved:
+        _named[optimizer] = True
+        validation.warn(
+            f"{type(optimizer).__name__} moves a parameter of shape {tuple(moved[0].shape)} on "
+            f"{type(unitary_of(moved[0])).__name__} as a Euclidean one, and so off it: {ADVICE}"
+        )
 
 
 register_optimizer_step_pre_hook(_warn)

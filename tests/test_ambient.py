@@ -84,11 +84,21 @@ def test_a_step_that_raises_half_way_is_taken_back_by_the_next(draw):
     assert linalg.unitarity_error(p) < 1e-14
 
 
-@pytest.mark.parametrize("params", [[], [torch.nn.Parameter(torch.zeros(3, 3))]])
-def test_there_must_be_something_to_constrain(params):
-    optimizer = torch.optim.SGD(params or [geoopt.ManifoldParameter(torch.eye(3), manifold=geoopt.Stiefel())], lr=0.1)
-    with pytest.raises(ValueError, match="nothing to constrain"):
-        constrain(optimizer)
+def test_what_is_loaded_after_a_step_that_raised_is_kept(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    optimizer, loaded = torch.optim.SGD([p], lr=1e-6), draw.point(8, 8, dtype=torch.float64)
+    constrain(optimizer)
+
+    def closure():
+        raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure)
+    with torch.no_grad():
+        p.copy_(loaded)
+    p.grad = draw.matrix(8, 8, dtype=torch.float64)
+    optimizer.step()
+    assert error(p, loaded) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:Adam moves")

@@ -63,6 +63,24 @@ def test_resumed_from_a_distributed_checkpoint(straight, setting, tmp_path):
     same(network.state_dict(), straight[setting][1])
 
 
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize(("shape", "dtype"), [((17, 5), torch.float64), ((3, 7, 6), torch.float32)], ids=str)
+def test_geoopts_moments_are_taken_over_although_they_are_equal_to_rounding_only(shape, dtype, amsgrad):
+    for seed in range(5):
+        torch.manual_seed(seed)
+        manifold = UnitaryLowRank(1)
+        p = geoopt.ManifoldParameter(manifold.random(*shape, dtype=dtype), manifold=manifold)
+        before = geoopt.optim.RiemannianAdam([p], lr=0.01, amsgrad=amsgrad)
+        for _ in range(12):
+            p.grad = torch.randn(*shape, dtype=dtype)
+            before.step()
+        after = optim.RiemannianAdam([p], lr=0.01, amsgrad=amsgrad)
+        after.load_state_dict(before.state_dict())
+        moments = after.state[p]["exp_avg_sq"]
+        assert moments.shape == (*shape[:-2], 1, 1)
+        assert torch.allclose(moments, before.state[p]["exp_avg_sq"][..., :1, :1], rtol=1e-5)
+
+
 def test_a_euclidean_adams_second_moment_becomes_that_of_the_whole_matrix(draw):
     manifold = UnitaryLowRank(1)
     p = geoopt.ManifoldParameter(manifold.random(8, 8), manifold=manifold)

@@ -237,6 +237,7 @@ def test_whole_numbers_of_numpy_are_sizes_and_seeds():
     manifold = UnitaryLowRank(np.int64(2), seed=np.int64(3), sweep=np.int32(8), sampler=Subspace(power=np.int64(1)))
     assert (manifold.k, manifold.seed, manifold.sweep) == (2, 3, 8)
     assert layers.UnitaryRNN(np.int64(3), np.int64(4))(torch.zeros(2, 1, 3))[0].shape == (2, 1, 4)
+    assert layers.OrthogonalConv2d(2, 2, size=np.int64(4)).size == (4, 4)
 
 
 def test_a_default_device_does_not_reach_into_a_step(draw):

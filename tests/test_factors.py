@@ -347,3 +347,11 @@ def test_entries_are_read_as_numbers_and_arrays_are_refused(draw):
     assert tensor.tolist() == (a @ b.mH).tolist()
     with pytest.raises(TypeError, match="clone"):
         tensor.numpy()
+    assert (tensor.numpy(force=True) == (a @ b.mH).numpy()).all()
+
+
+def test_factors_of_no_columns_are_a_zero_gradient(draw):
+    x, manifold = draw.point(6, 6, dtype=torch.float64), UnitaryLowRank(1)
+    with torch.no_grad():
+        nothing = manifold.egrad2rgrad(x, FactoredTensor(LowRank(*torch.zeros(2, 6, 0, dtype=x.dtype))))
+    assert not nothing.clone().any()

@@ -60,6 +60,42 @@ def test_others_are_left_in_peace(draw, name):
     optimizer.step()
 
 
+@pytest.mark.parametrize("held_back", ["no gradient", "constrained"])
+def test_a_parameter_that_was_held_back_is_named_later(draw, held_back):
+    module = layer(draw)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    gradient = module.weight.grad
+    if held_back == "constrained":
+        handle = optim.constrain(optimizer)
+        optimizer.step()
+        handle.remove()
+    else:
+        module.zero_grad()
+        optimizer.step()
+        module.weight.grad = gradient
+    with pytest.warns(RuntimeWarning, match="SGD moves"):
+        optimizer.step()
+
+
+def test_the_line_that_is_named_is_the_callers(draw):
+    optimizer = torch.optim.SGD(layer(draw).parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    with pytest.warns(RuntimeWarning, match="SGD moves") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_optimisers_of_ones_own_are_left_in_peace(draw):
+    class Own(torch.optim.SGD):
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+    Own(layer(draw).parameters(), lr=0.1).step()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_a_step_of_plain_parameters_compiles_as_without_the_hook(monkeypatch):
     graphs = []

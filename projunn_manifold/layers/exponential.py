@@ -103,7 +103,7 @@ class _ExpConv(StaysComplex):
         self,
         channels: int,
         size: int | tuple[int, ...],
-        kernel_size: int | None = None,
+        kernel_size: int | tuple[int, ...] | None = None,
         *,
         bias: bool = True,
         device: Any = None,
@@ -116,7 +116,7 @@ class _ExpConv(StaysComplex):
             raise TypeError(problem)
         self.size = sides_of(size, self.dims)
         self.channels = channels
-        sides = self.size if kernel_size is None else sides_of(kernel_size, self.dims)
+        sides = self.size if kernel_size is None else sides_of(kernel_size, self.dims, "kernel_size")
         self.generator = nn.Parameter(torch.empty(channels, channels, *sides, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
         _grid_of(self.generator, self.size)
@@ -176,8 +176,8 @@ class ExpConv2d(_ExpConv):
         C, in and out.
     size : int or tuple of int
         Of the images, for which alone the layer is made.
-    kernel_size : int, optional
-        Side of the generator; the kernel itself is as large as the image.
+    kernel_size : int or tuple of int, optional
+        Sides of the generator; the kernel itself is as large as the image.
     bias : bool
         Whether to add a bias, which starts at zero.
     device, dtype
@@ -229,7 +229,7 @@ class UnitaryConvRNNCell(nn.Module):
         self,
         channels: int,
         size: int | tuple[int, ...],
-        kernel_size: int | None = None,
+        kernel_size: int | tuple[int, ...] | None = None,
         *,
         device: Any = None,
         dtype: torch.dtype = torch.complex64,
