@@ -220,9 +220,7 @@ class Geometry(Manifold):
         problem = validation.shape_problem(shape, "size")
         if problem:
             raise ValueError(problem)
-        problem = validation.dtype_problem(dtype or torch.get_default_dtype(), "dtype")
-        if problem:
-            raise TypeError(problem)
+        validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         return shape
 
     def _factors_at(self, x: Tensor, u: Tensor) -> Tangent | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from projunn_manifold import fourier
 from projunn_manifold.lie import Callback, Problem, descend, squared_distances
 from projunn_manifold.linalg import high_precision, in_full_precision, newton_schulz
-from projunn_manifold.validation import check_full_rank, dtype_problem, sides_of
+from projunn_manifold.validation import check_dtype, check_full_rank, sides_of
 
 __all__ = ["METHODS", "Nearest", "nearest_blocks", "nearest_unitary"]
 
@@ -177,9 +177,7 @@ def check_images(images: Tensor, size: tuple[int, ...]) -> None:
 
 
 def _check_shapes(weight: Tensor, inputs: Tensor | None, size: int | tuple[int, ...] | None) -> None:
-    problem = dtype_problem(weight.dtype, "weight")
-    if problem:
-        raise TypeError(problem)
+    check_dtype(weight.dtype, "weight")
     if weight.dim() < (2 if size is None else 3) or not weight.numel():
         what = "(*batch, n, m)" if size is None else "(out, in, *kernel_size)"
         raise ValueError(f"weight must be {what}, and not empty, got shape {tuple(weight.shape)}")

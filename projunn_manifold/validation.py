@@ -17,6 +17,7 @@ from projunn_manifold.factors import LowRank
 __all__ = [
     "broadcast",
     "check_count",
+    "check_dtype",
     "check_factors",
     "check_full_rank",
     "check_point",
@@ -66,7 +67,12 @@ def check_point(x: Tensor, name: str = "x") -> None:
     problem = shape_problem(x.shape, name)
     if problem:
         raise ValueError(problem)
-    problem = dtype_problem(x.dtype, name)
+    check_dtype(x.dtype, name)
+
+
+def check_dtype(dtype: torch.dtype, name: str) -> None:
+    """Raise TypeError unless the dtype can hold a point."""
+    problem = dtype_problem(dtype, name)
     if problem:
         raise TypeError(problem)
 

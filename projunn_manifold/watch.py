@@ -7,6 +7,7 @@ which geoopt's optimisers know nothing either, it refuses all that do not.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ __all__ = ["ADVICE", "keeps", "watch_shards"]
 
 #: What to do about such an optimiser.
 ADVICE = "take an optimiser of geoopt or of projunn_manifold.optim, or constrain this one"
-_plain: Any = WeakIdKeyDictionary()  # optimisers that have no unitary parameters, and how many others
-_named: Any = WeakIdKeyDictionary()  # optimisers that were warned of
+_WARNED = -1
+_settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
 
 
 def keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
@@ -39,15 +40,16 @@ def watch_shards() -> None:
     register_optimizer_step_pre_hook(_refuse)
 
 
-def _moves_off(optimizer: torch.optim.Optimizer, p: Tensor, args: Any, kwargs: Any) -> bool:
-    has_gradient = p.grad is not None or has_closure_among(args, kwargs)
-    return has_gradient and unitary_of(p) is not None and not keeps(optimizer, p)
+def _about_to_move(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """Walk through the parameters on manifolds of this package that a step will move, if only by its closure."""
+    has_closure = has_closure_among(args, kwargs)
+    return (p for p in parameters_of(optimizer) if (has_closure or p.grad is not None) and unitary_of(p) is not None)
 
 
 def _refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Raise before an optimiser moves sharded unitary parameters as Euclidean ones."""
-    for p in parameters_of(optimizer):
-        if is_sharded(p) and _moves_off(optimizer, p, args, kwargs):
+    for p in _about_to_move(optimizer, args, kwargs):
+        if is_sharded(p) and not keeps(optimizer, p):
             raise TypeError(
                 f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
                 "Euclidean one: take the optimisers of projunn_manifold.optim, or constrain this one"
@@ -59,18 +61,18 @@ def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not type(optimizer).__module__.startswith("torch.optim"):
         return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if optimizer in _named or _plain.get(optimizer) == count:
+    if _settled.get(optimizer) in (count, _WARNED) or is_constrained(optimizer):
         return
-    unitary = [p for p in parameters_of(optimizer) if unitary_of(p) is not None and not is_sharded(p)]
-    if not unitary:
-        _plain[optimizer] = count
-    moved = [p for p in unitary if _moves_off(optimizer, p, args, kwargs)]
-    if moved:
-        _named[optimizer] = True
-        validation.warn(
-            f"{type(optimizer).__name__} moves a parameter of shape {tuple(moved[0].shape)} on "
-            f"{type(unitary_of(moved[0])).__name__} as a Euclidean one, and so off it: {ADVICE}"
-        )
+    for p in _about_to_move(optimizer, args, kwargs):
+        if not is_sharded(p):
+            _settled[optimizer] = _WARNED
+            validation.warn(
+                f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on "
+                f"{type(unitary_of(p)).__name__} as a Euclidean one, and so off it: {ADVICE}"
+            )
+            return
+    if all(unitary_of(p) is None for p in parameters_of(optimizer)):
+        _settled[optimizer] = count
 
 
 register_optimizer_step_pre_hook(_warn)

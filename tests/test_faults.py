@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import DTYPES, bound, double, error
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, optim, passes, projunn_d, projunn_t
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, optim, projunn_d, projunn_t
 from projunn_manifold.sampling import SAMPLERS
 from projunn_manifold.state import Faults
 
@@ -123,11 +123,8 @@ def test_a_refused_step_leaves_the_count(draw):
 @pytest.mark.parametrize("scale", [1e-25, 1e20, 1e25])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(12, 12), (14, 9)], ids=str)
-@pytest.mark.parametrize("loops", [True, False], ids=["loops", "torch"])
 @pytest.mark.parametrize("k", [1, 3])
-def test_factors_at_the_ends_of_the_range(draw, scale, dtype, shape, loops, k, monkeypatch):
-    if not loops:
-        monkeypatch.setattr(passes, "compiled", None)
+def test_factors_at_the_ends_of_the_range(draw, path, scale, dtype, shape, k):
     x, (a, b) = draw.point(*shape, dtype=dtype), draw.factors(shape, k, dtype, 0.3)
     for move in (projunn_d, projunn_t):
         assert error(move(x, a * scale, b / scale), move(double(x), double(a), double(b))) <= bound(dtype)

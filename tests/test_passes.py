@@ -14,14 +14,6 @@ from helpers import DTYPES, NewStorages, bound, double, error
 from projunn_manifold import UnitaryLowRank, linalg, optim, passes
 
 MATRICES = [(1, 1), (3, 2), (7, 7), (64, 64), (70, 33), (5, 16, 16), (2, 3, 9, 6), (130, 40)]
-LOOPS = pytest.param(True, marks=pytest.mark.skipif(passes.compiled is None, reason="numba is not installed"))
-
-
-@pytest.fixture(params=[LOOPS, False], ids=["loops", "torch"])
-def path(request, monkeypatch):
-    if not request.param:
-        monkeypatch.setattr(passes, "compiled", None)
-    return request.param
 
 
 def close(actual, expected, *factors):

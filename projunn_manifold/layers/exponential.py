@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from projunn_manifold import fourier, linalg
 from projunn_manifold.layers.base import StaysComplex, cast
 from projunn_manifold.linalg import in_full_precision
-from projunn_manifold.validation import check_positive, dtype_problem, sides_of
+from projunn_manifold.validation import check_dtype, check_positive, sides_of
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
 
@@ -111,9 +111,7 @@ class _ExpConv(StaysComplex):
     ) -> None:
         super().__init__()
         check_positive("channels", channels)
-        problem = dtype_problem(torch.get_default_dtype() if dtype is None else dtype, "dtype")
-        if problem:
-            raise TypeError(problem)
+        check_dtype(dtype or torch.get_default_dtype(), "dtype")
         self.size = sides_of(size, self.dims)
         self.channels = channels
         sides = self.size if kernel_size is None else sides_of(kernel_size, self.dims, "kernel_size")

@@ -24,7 +24,7 @@ from projunn_manifold.layers.plain_conv import PLAIN, centred_kernel
 from projunn_manifold.linalg import in_full_precision
 from projunn_manifold.manifold import UnitaryLowRank
 from projunn_manifold.nearest import check_images, nearest_blocks
-from projunn_manifold.validation import check_positive, dtype_problem, sides_of
+from projunn_manifold.validation import check_dtype, check_positive, sides_of
 
 __all__ = ["FourierConv"]
 
@@ -75,9 +75,7 @@ class FourierConv(KeepsManifolds):
         dtype = torch.get_default_dtype() if dtype is None else dtype
         if self.real and dtype.is_complex:
             raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
-        problem = dtype_problem(dtype, "dtype")
-        if problem:
-            raise TypeError(problem)
+        check_dtype(dtype, "dtype")
         precision = torch.empty((), dtype=dtype).real.dtype
         wide = torch.promote_types(precision, torch.complex64)
         grid = self._grid("cpu")
