@@ -62,7 +62,7 @@ class Cayley(nn.Module):
 
 
 MAKERS: dict[str, Callable[[int, int], nn.Module]] = {
-    OURS: lambda channels, size: OrthogonalConv2d(channels, channels, size, bias=False),
+    OURS: lambda channels, size: OrthogonalConv2d(channels, channels, image_size=size, bias=False),
     CAYLEY: Cayley,
     AOC: lambda channels, size: aoc(channels, channels, size),
     PLAIN: lambda channels, size: nn.Conv2d(

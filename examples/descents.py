@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
-from projunn_manifold.linalg import haar, unitarity_error
+from projunn_manifold.linalg.dense import haar, unitarity_error
 from projunn_manifold.optim import RiemannianSGD
 
 

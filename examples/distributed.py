@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from projunn_manifold.distributed import data_parallel
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.linalg import unitarity_error
+from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import RiemannianSGD
 
 BATCH = 64

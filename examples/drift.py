@@ -31,8 +31,10 @@ from report import add_record_options, environment, recorded, tell
 from torch import Tensor
 from tqdm import tqdm
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, projunn_d_
-from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_d_
+from projunn_manifold.linalg import dense
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
 
 Step = Callable[[], Tensor]  # makes one step and returns the point
 PROMISED = {torch.float32: 1e-6, torch.complex64: 1e-6, torch.float64: 5e-15}
@@ -74,7 +76,7 @@ def directions(course: Course) -> Callable[[], tuple[Tensor, Tensor]]:
     def draw() -> tuple[Tensor, Tensor]:
         shapes = ((*batch, side, course.rank) for side in (n, m))
         a, b = (torch.randn(shape, dtype=course.dtype, generator=generator) for shape in shapes)
-        return linalg.of_unit_norm(a) * course.size, linalg.of_unit_norm(b)
+        return dense.of_unit_norm(a) * course.size, dense.of_unit_norm(b)
 
     return draw
 
@@ -82,7 +84,7 @@ def directions(course: Course) -> Callable[[], tuple[Tensor, Tensor]]:
 def first_point(course: Course) -> Tensor:
     """Return a random point on the manifold."""
     generator = torch.Generator().manual_seed(0)
-    return linalg.haar(*course.shape, dtype=course.dtype, generator=generator).contiguous()
+    return dense.haar(*course.shape, dtype=course.dtype, generator=generator).contiguous()
 
 
 def along_tangents(manifold: UnitaryLowRank, course: Course) -> Step:
@@ -133,7 +135,7 @@ def training(build: Callable[[list[Any]], torch.optim.Optimizer], manifold: Unit
     """Fit an orthogonal matrix to noisy data by one of geoopt's optimisers."""
     w = geoopt.ManifoldParameter(first_point(course), manifold=manifold)
     generator = torch.Generator().manual_seed(2)
-    target = linalg.haar(*course.shape, dtype=course.dtype, generator=generator)
+    target = dense.haar(*course.shape, dtype=course.dtype, generator=generator)
     optimizer = build([w])
 
     def step() -> Tensor:
@@ -238,7 +240,7 @@ def follow(course: Course) -> dict[str, Any]:
 
 def _error(x: Tensor) -> float:
     """Return ‖X^H X - I‖_F/√m, the largest of a batch, and 1e300 for what is not finite."""
-    error = linalg.unitarity_error(x.to(linalg.high_precision(x.dtype))).max().item()
+    error = dense.unitarity_error(x.to(dense.high_precision(x.dtype))).max().item()
     return error if math.isfinite(error) else 1e300
 
 

@@ -5,7 +5,7 @@ unitary (D), and the angles of both against the length of the step; all points a
 counts how often a step reads or writes a matrix of full size: a step is made with each optimiser, and every operator of
 PyTorch and every compiled loop is seen.
 
-Run ``python examples/explain.py``: a few seconds.  It leaves ``rotation.png``, ``passes.png`` and ``explain.json``.
+Run ``python examples/explain.py``: a few seconds.  It leaves ``rotation.png``, ``products.png`` and ``explain.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from projunn_manifold import UnitaryLowRank, linalg, optim, passes, projunn_t
+from projunn_manifold import UnitaryLowRank, optim, projunn_t
+from projunn_manifold.linalg import dense, products
 
 T, D, TANGENT = "tab:blue", "tab:orange", "tab:green"
 
@@ -42,11 +43,11 @@ class Plane:
 
     def __init__(self, n: int = 6) -> None:
         draw = torch.Generator().manual_seed(0)
-        self.x = linalg.haar(n, n, dtype=torch.float64, generator=draw)
-        self.b = linalg.of_unit_norm(torch.randn(n, 1, dtype=torch.float64, generator=draw))
+        self.x = dense.haar(n, n, dtype=torch.float64, generator=draw)
+        self.b = dense.of_unit_norm(torch.randn(n, 1, dtype=torch.float64, generator=draw))
         start = self.x @ self.b
         a = torch.randn(n, 1, dtype=torch.float64, generator=draw)
-        self.up = linalg.of_unit_norm(a - start * (start.mT @ a))
+        self.up = dense.of_unit_norm(a - start * (start.mT @ a))
         self.axes = torch.cat((start, self.up), -1)
 
     def seen(self, y: Tensor) -> tuple[float, float]:
@@ -223,22 +224,22 @@ class DenseTangents(UnitaryLowRank):
 def count(optimizer: Callable[[Any], Any], manifold: UnitaryLowRank | None, with_loops: bool, n: int) -> dict[str, int]:
     """Return the counts of the third step of an optimiser; the first ones make its state."""
     draw = torch.Generator().manual_seed(0)
-    p: Any = linalg.haar(n, n, generator=draw).contiguous()
+    p: Any = dense.haar(n, n, generator=draw).contiguous()
     p = torch.nn.Parameter(p) if manifold is None else geoopt.ManifoldParameter(p, manifold=manifold)
     p.grad = torch.randn(n, n, generator=draw)
-    loops = passes.compiled
-    passes.compiled = loops if with_loops else None
+    loops = products.compiled
+    products.compiled = loops if with_loops else None
     try:
         step = optimizer(p)
         for _ in range(2):
             step()
         traffic = Traffic(p, p.grad)
         if with_loops:
-            passes.compiled = Loops(loops, traffic)
+            products.compiled = Loops(loops, traffic)
         with traffic:
             step()
     finally:
-        passes.compiled = loops
+        products.compiled = loops
     return {kind: traffic.counts[kind] for kind in KINDS}
 
 
@@ -256,7 +257,7 @@ def count_all(n: int) -> dict[str, dict[str, int]]:
         ("in-place RiemannianAdam", lambda p: optim.RiemannianAdam([p], lr=0.1).step, own, True),
         ("geoopt's RiemannianAdam", lambda p: geoopt.optim.RiemannianAdam([p], lr=0.1).step, own, True),
     ]
-    usable = [way for way in ways if passes.compiled is not None or not way[3]]
+    usable = [way for way in ways if products.compiled is not None or not way[3]]
     return {name: count(optimizer, manifold, loops, n) for name, optimizer, manifold, loops in usable}
 
 

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import cached
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.layers import UnitaryRNN
-from projunn_manifold.linalg import unitarity_error
+from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import constrain
 
 Optimizers = list[torch.optim.Optimizer]

@@ -24,7 +24,7 @@ from tasks import Copying, Pixels, Task
 from torch import Tensor
 from training import train
 
-from projunn_manifold.recurrence import modrelu
+from projunn_manifold.layers.recurrence import modrelu
 
 RANKS = (1, 2, 4, 8, 16)
 NETWORKS = {  # name -> method

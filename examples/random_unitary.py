@@ -23,7 +23,7 @@ from experiment import parser, run
 from tasks import Batch
 from torch import Tensor, nn
 
-from projunn_manifold.linalg import haar
+from projunn_manifold.linalg.dense import haar
 
 SAMPLES = 4096
 

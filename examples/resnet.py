@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.layers import OrthogonalConv2d
-from projunn_manifold.linalg import unitarity_error
+from projunn_manifold.linalg.dense import unitarity_error
 
 Convolution = Callable[[int, int, int], nn.Module]  # of channels in, channels out, and the side of the images
 
@@ -23,7 +23,7 @@ def orthogonal(manifold: Callable[[], UnitaryLowRank], *, identity: bool = False
 
     def build(inward: int, outward: int, side: int) -> nn.Module:
         start: dict[str, Any] = {"init": "identity"} if identity and inward == outward else {"support": min(3, side)}
-        return OrthogonalConv2d(inward, outward, side, bias=False, manifold=manifold(), **start)
+        return OrthogonalConv2d(inward, outward, image_size=side, bias=False, manifold=manifold(), **start)
 
     return build
 

@@ -39,8 +39,8 @@ from training import NonFiniteError, train
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.sampling import Column, Sampler, Subspace, svd
-from projunn_manifold.tangents import tangent_of_gradient
+from projunn_manifold.moves.tangent import tangent_of_gradient
+from projunn_manifold.sketching.samplers import Column, Sampler, Subspace, svd
 
 SAMPLERS: dict[str, Sampler] = {
     "lsi": Subspace(),

@@ -35,8 +35,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from projunn_manifold import UnitaryLowRank, manifolds_of, passes, reattach_manifolds
+from projunn_manifold import UnitaryLowRank, manifolds_of, reattach_manifolds
 from projunn_manifold.distributed import data_parallel
+from projunn_manifold.linalg import products
 from projunn_manifold.optim import RiemannianSGD
 
 WAYS = ("matrices", "sketches", "rows")
@@ -127,13 +128,13 @@ def cost(way: str, n: int, mesh: DeviceMesh, steps: int) -> dict[str, Any]:
             step()
             times.append(1e3 * (perf_counter() - begin))
     own = weight.detach().to_local() if isinstance(weight, DTensor) else weight
-    loops, passes.compiled = passes.compiled, None  # torch counts its own products only
+    loops, products.compiled = products.compiled, None  # torch counts its own products only
     try:
         with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added}) as operations:
             for _ in range(steps):
                 step()
     finally:
-        passes.compiled = loops
+        products.compiled = loops
     return {
         "way": way,
         "n": n,

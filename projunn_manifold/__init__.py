@@ -1,11 +1,12 @@
 """projUNN as a geoopt manifold: unitary and orthogonal weights with exact rank-k updates in O(k n^2)."""
 
 from projunn_manifold import averaging, init, layers, optim
-from projunn_manifold.manifold import UnitaryLowRank, UnitaryLowRankExact
-from projunn_manifold.nearest import nearest_unitary
-from projunn_manifold.plan import check_manifolds, manifolds_of, reattach_manifolds
-from projunn_manifold.pretrained import fold, unitarize
-from projunn_manifold.projunn import projunn_d, projunn_d_, projunn_t, projunn_t_
+from projunn_manifold.manifold.unitary import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold.moves.projunn import projunn_d, projunn_d_, projunn_t, projunn_t_
+from projunn_manifold.optim.plan import check_manifolds, manifolds_of, reattach_manifolds
+from projunn_manifold.pretrained.convolutions import nearest_convolution
+from projunn_manifold.pretrained.nearest import nearest_unitary
+from projunn_manifold.pretrained.unitarize import fold, unitarize
 
 __all__ = [
     "UnitaryLowRank",
@@ -16,6 +17,7 @@ __all__ = [
     "init",
     "layers",
     "manifolds_of",
+    "nearest_convolution",
     "nearest_unitary",
     "optim",
     "projunn_d",

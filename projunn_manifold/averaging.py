@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from geoopt import ManifoldTensor
 
-from projunn_manifold.sharding import is_sharded, manifold_of, unitary_of
+from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
+from projunn_manifold.manifold.unitary import unitary_of
 
 __all__ = ["AveragedModel"]
 
@@ -47,7 +48,7 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
         """
         pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
         manifolds = {id(unitary_of(own)): (unitary_of(own), unitary_of(given)) for own, given in pairs}
-        if any(is_sharded(p) and manifold_of(p) is not None for pair in pairs for p in pair):
+        if any(is_dtensor(p) and manifold_of(p) is not None for pair in pairs for p in pair):
             raise NotImplementedError("an average of shards cannot be projected: average the whole matrices")
         super().update_parameters(model)
         for own, _ in pairs:

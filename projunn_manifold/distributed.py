@@ -20,14 +20,16 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from projunn_manifold import linalg, rows
-from projunn_manifold.ambient import constraint_of, has_closure_among, is_constrained, parameters_of
-from projunn_manifold.factors import FactoredTensor, LowRank
-from projunn_manifold.gradients import Gradient, without_normal_part
-from projunn_manifold.graphs import outside_graphs
-from projunn_manifold.optim import InPlace
-from projunn_manifold.sampling import Subspace
-from projunn_manifold.sharding import is_sharded, unitary_of
+from projunn_manifold.context import outside_graphs
+from projunn_manifold.linalg import sharded
+from projunn_manifold.linalg.products import LinearOperator, matrix, normalized_image
+from projunn_manifold.manifold.parameters import has_closure_among, is_dtensor, parameters_of
+from projunn_manifold.manifold.unitary import unitary_of
+from projunn_manifold.optim.constrained import constraint_of, is_constrained
+from projunn_manifold.optim.in_place import InPlace
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
+from projunn_manifold.sketching.samplers import Subspace
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 
@@ -74,13 +76,13 @@ def data_parallel(
     named = {
         name: p
         for name, p in model.named_parameters(remove_duplicate=False)
-        if p.requires_grad and unitary_of(p) is not None and not is_sharded(p)
+        if p.requires_grad and unitary_of(p) is not None and not is_dtensor(p)
     }
     _check(named, optimizer, process_group)
     exchange = Exchange(optimizer, list(named.values()), process_group)
     first = dist.get_process_group_ranks(process_group or dist.group.WORLD)[0]
     for p in exchange.points:
-        dist.broadcast(rows.numbers(p.detach()), first, process_group)
+        dist.broadcast(sharded.as_real(p.detach()), first, process_group)
     others = {id(p) for p in model.parameters() if p.requires_grad} - {id(p) for p in named.values()}
     return _averaged(model, list(named), process_group, options) if others else model, exchange
 
@@ -117,7 +119,7 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
                 f"{name}: the sampler {p.manifold.sampler!r} needs the whole gradient; take 'lsi' or 'subspace', or "
                 "torch's DistributedDataParallel as it is"
             )
-    own = {name: (tuple(p.shape), str(p.dtype), str(p.manifold), p.manifold.stamp) for name, p in named.items()}
+    own = {name: (tuple(p.shape), str(p.dtype), str(p.manifold), p.manifold.draws()) for name, p in named.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, own, group)
     for rank, theirs in enumerate(everyone):
@@ -131,8 +133,7 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
 class Exchange:
     """Puts the factors of the mean gradient into ``p.grad`` before each step of an optimiser.
 
-    To torch's SGD, constrained, every process shows its own gradient; the mean is that of the moves.  A multiple of X
-    in a gradient, which moves nothing, is taken out of each process's own.
+    torch's SGD, constrained, sees each process's own gradient; the mean is then that of the moves.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, points: list[Any], group: Any) -> None:
@@ -178,14 +179,14 @@ class Exchange:
         grad = p.grad
         if p.manifold.is_dense(p):
             return self.mean(grad.clone())
-        local: Gradient
+        local: LinearOperator
         if isinstance(grad, FactoredTensor) and isinstance(grad.factors, LowRank):
             local = grad.factors
         else:
-            local = without_normal_part(grad.detach(), p.detach(), p.manifold.k)
-        return FactoredTensor(p.manifold.sketch(p, self.gradient(local), ahead))
+            local = matrix(grad.detach())
+        return FactoredTensor(p.manifold.sketcher.sketch(self.gradient(local), ahead))
 
-    def gradient(self, local: Gradient) -> MeanGradient:
+    def gradient(self, local: LinearOperator) -> MeanGradient:
         """Return the mean of all processes' gradients."""
         return MeanGradient(local, self)
 
@@ -197,7 +198,7 @@ class Exchange:
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean over all processes, in place."""
-        numbers = rows.numbers(t)
+        numbers = sharded.as_real(t)
         self.bytes += numbers.numel() * numbers.element_size()
         dist.all_reduce(numbers, group=self._group)
         return t.div_(dist.get_world_size(self._group))
@@ -207,7 +208,7 @@ class Exchange:
 class MeanGradient:
     """The mean of the gradients of all processes, known by its products: one here, then the mean of them."""
 
-    local: Gradient
+    local: LinearOperator
     exchange: Exchange
 
     @property
@@ -228,9 +229,9 @@ class MeanGradient:
         """Return ``G^H q``."""
         return self.exchange.mean(self.local.adjoint_times(q).contiguous())
 
-    def unit_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
+    def normalized_image(self, q: Tensor) -> tuple[Tensor, Tensor]:
         """Return y, the product at unit norm, and the adjoint's product with y."""
-        return linalg.unit_image(self, q)
+        return normalized_image(self, q)
 
     def dense(self) -> Tensor:
         """Return G itself: never asked for by samplers that are linear."""

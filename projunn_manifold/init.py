@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
-from projunn_manifold.linalg import in_full_precision
+from projunn_manifold.context import in_full_precision
+from projunn_manifold.linalg import dense
 from projunn_manifold.validation import check_full_rank, check_point
 
 __all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
@@ -23,14 +23,14 @@ __all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
 def haar_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """Fill ``(*batch, n, m)``, n >= m, with Haar-distributed matrices (uniform on the manifold)."""
     check_point(tensor, "tensor")
-    return tensor.copy_(linalg.haar(*tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator))
+    return tensor.copy_(dense.haar(*tensor.shape, dtype=tensor.dtype, device=tensor.device, generator=generator))
 
 
 @torch.no_grad()
 def identity_(tensor: Tensor) -> Tensor:
     """Fill ``(*batch, n, m)``, n >= m, with the first m columns of the identity."""
     check_point(tensor, "tensor")
-    return tensor.copy_(linalg.columns_of_identity(*tensor.shape, dtype=tensor.dtype, device=tensor.device))
+    return tensor.copy_(dense.columns_of_identity(*tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
         raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
     u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
     check_full_rank(s, tensor.shape, "`tensor`")
-    return tensor.copy_(linalg.newton_schulz(u @ vh))
+    return tensor.copy_(dense.newton_schulz(u @ vh))
 
 
 def _block_rotations_(tensor: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:

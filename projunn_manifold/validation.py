@@ -11,26 +11,21 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg, rows
-from projunn_manifold.factors import LowRank
+from projunn_manifold.linalg.dense import DTYPES
 
 __all__ = [
     "broadcast",
     "check_count",
     "check_dtype",
-    "check_factors",
     "check_full_rank",
     "check_point",
     "check_positive",
     "check_rate",
     "check_same_matrix",
-    "check_sample",
     "check_seed",
     "check_tensor",
     "check_writable",
     "dtype_problem",
-    "non_finite",
-    "not_converged",
     "shape_problem",
     "sides_of",
     "warn",
@@ -53,7 +48,7 @@ def shape_problem(shape: Sequence[int], name: str) -> str | None:
 
 def dtype_problem(dtype: torch.dtype, name: str) -> str | None:
     """Return why ``dtype`` cannot hold a point, or None."""
-    if dtype in linalg.DTYPES:
+    if dtype in DTYPES:
         return None
     advice = ""
     if dtype in (torch.float16, torch.bfloat16, torch.complex32):
@@ -129,21 +124,6 @@ def check_writable(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"`{name}` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
 
 
-def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> LowRank:
-    """Return what a sampler gave; raise unless it is a LowRank of the gradient's shape and rank at most k."""
-    if not isinstance(factors, LowRank):
-        raise TypeError(f"a sampler must return a LowRank(a, b), got {type(factors).__name__}")
-    if factors.shape != shape or factors.rank > k or factors.b.shape[-1] != factors.rank:
-        raise ValueError(
-            f"a sampler must return factors of a {tuple(shape)} matrix with at most k={k} columns, "
-            f"got a {tuple(factors.a.shape)} and b {tuple(factors.b.shape)}"
-        )
-    for t in factors:
-        if t.dtype != like.dtype or t.device != like.device:
-            raise TypeError(f"a sampler must return {like.dtype} on {like.device}, got {t.dtype} on {t.device}")
-    return factors
-
-
 def check_same_matrix(x: Tensor, u: Tensor, name: str) -> None:
     """Raise unless u has x's dtype, device and matrix shape, and a batch shape that broadcasts with x's."""
     check_tensor(u, name, "; call backward() first" if name == "gradient" else "")
@@ -171,53 +151,12 @@ def broadcast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.broadcast_tensors(x, *others))
 
 
-def check_factors(x: Tensor, a: Tensor, b: Tensor) -> None:
-    """Raise unless x is a point's shape and ``a b^H`` a step of that shape."""
-    check_point(x)
-    check_tensor(a, "a")
-    check_tensor(b, "b")
-    *batch, n, m = x.shape
-    for name, t, side in (("a", a, n), ("b", b, m)):
-        if t.dtype != x.dtype:
-            raise TypeError(f"`{name}` must have the dtype of `x`, {x.dtype}, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"`{name}` must be on the device of `x`, {x.device}, got {t.device}")
-        if t.dim() != x.dim() or list(t.shape[:-2]) != batch or t.shape[-2] != side or t.shape[-1] < 1:
-            expected = ", ".join(map(str, [*batch, side, "k"]))
-            raise ValueError(f"`{name}` must have shape ({expected}) with k >= 1, got {tuple(t.shape)}")
-    if a.shape[-1] != b.shape[-1]:
-        raise ValueError(f"`a` and `b` must have the same number of columns k, got {a.shape[-1]} and {b.shape[-1]}")
-    if linalg.readable(x) and not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        bad = sum(int((~torch.isfinite(t)).sum()) for t in (a, b))
-        raise ValueError(
-            f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"
-        )
-
-
 def warn(message: str) -> None:
     """Warn, at the line of whoever called PyTorch, geoopt or this package."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INNER:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, RuntimeWarning, stacklevel=level)
-
-
-def non_finite(u: Tensor, what: str) -> ValueError:
-    """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
-    bad = int((~torch.isfinite(rows.local(u))).sum())
-    problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
-    if what == "step":
-        problem += " (look at the learning rate and the optimiser's moments)"
-    if what == "gradient" and not bad:
-        problem += ", or the sampler made such factors of it"
-    if rows.are_spread(u) and not bad:
-        problem += ", or non-finite ones in another process"
-    return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
-
-
-def not_converged(u: Tensor) -> RuntimeError:
-    """Return the error for a factorisation that failed on a finite gradient."""
-    return RuntimeError(f"the sampler's factorisation of a finite gradient of shape {tuple(u.shape)} did not converge")
 
 
 def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import Draw
 
-from projunn_manifold import passes
+from projunn_manifold.linalg import products
 
 torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it saves
 
@@ -15,12 +15,12 @@ def draw(request: pytest.FixtureRequest) -> Draw:
     return Draw(sum(ord(c) * (i + 1) for i, c in enumerate(request.node.name)) % 2**31)
 
 
-LOOPS = pytest.param(True, marks=pytest.mark.skipif(passes.compiled is None, reason="numba is not installed"))
+LOOPS = pytest.param(True, marks=pytest.mark.skipif(products.compiled is None, reason="numba is not installed"))
 
 
 @pytest.fixture(params=[LOOPS, False], ids=["loops", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Run a test by the compiled loops, and by PyTorch's own products; tell which."""
     if not request.param:
-        monkeypatch.setattr(passes, "compiled", None)
+        monkeypatch.setattr(products, "compiled", None)
     return bool(request.param)

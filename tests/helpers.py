@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from projunn_manifold.factors import FactoredTensor
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

@@ -124,7 +124,7 @@ def of_one_layer(kind):
     if kind == "recurrent":
         return UnitaryRNN(2, 64, k=1, dtype=torch.float64), lambda b: (5, b, 2)
     if kind == "convolution":
-        return OrthogonalConv2d(6, 6, 4, k=1, dtype=torch.float64), lambda b: (b, 6, 4, 4)
+        return OrthogonalConv2d(6, 6, image_size=4, k=1, dtype=torch.float64), lambda b: (b, 6, 4, 4)
     if kind == "two on one manifold":
         shared = UnitaryLowRank(1, sampler="subspace")
         pair = [UnitaryLinear(24, 24, manifold=shared, dtype=torch.float64) for _ in range(2)]

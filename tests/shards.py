@@ -165,7 +165,7 @@ def stacks_and_meshes(rank, world, port, folder, cases):
         mesh, (manifold, value) = meshes[dims], parameter(shape, dtype)
         p, _, _ = placed(value, manifold, mesh, placements)
         stepped(p, OPTIMIZERS[name]([p]), value, STEPS, mesh, placements)
-        assert manifold.check() == (0, 0)
+        assert manifold.pop_faults() == (0, 0)
         found.append(p.detach().full_tensor())
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
@@ -241,7 +241,7 @@ def faults(rank, world, port, folder, shapes):
         except ValueError as error:
             message = str(error)
         kept = torch.equal(before, p.detach().full_tensor())
-        told.append((message, kept, manifold.stamp))
+        told.append((message, kept, manifold.draws()))
     torch.save(told, f"{folder}/{rank}.pt")
     leave()
 

@@ -16,7 +16,7 @@ from helpers import bound, error
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from projunn_manifold import UnitaryLowRank, optim
-from projunn_manifold.state import Faults
+from projunn_manifold.manifold.state import Faults
 
 SETTINGS = list(resume.SETTINGS)
 
@@ -141,7 +141,7 @@ def test_what_is_saved_and_what_is_refused():
     other = UnitaryLowRank()
     other.load_state_dict(manifold.state_dict())
     assert other._state.gradients == 2
-    assert other.check() == Faults(1, 0)
+    assert other.pop_faults() == Faults(1, 0)
     negative = (-state.view(torch.int64)).view(torch.uint8)
     for wrong, message in (
         (None, "uint8 tensor of 32 bytes"),

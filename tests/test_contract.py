@@ -11,8 +11,8 @@ import torch
 from helpers import bound, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, layers, nearest_unitary
-from projunn_manifold.factors import FactoredTensor
-from projunn_manifold.sampling import SAMPLERS, Subspace
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.samplers import SAMPLERS, Subspace
 
 VARIANTS = [UnitaryLowRank, UnitaryLowRankExact]
 
@@ -224,7 +224,7 @@ def test_steps_in_place_refuse_other_shapes_before_anything_moves(draw):
 def test_a_default_device_reaches_into_nothing_that_has_one(draw):
     network = layers.UnitaryRNN(3, 8)
     packed = torch.nn.utils.rnn.pack_sequence([torch.randn(4, 3), torch.randn(2, 3)])
-    conv, weight = layers.OrthogonalConv2d(2, 2, size=4), draw.matrix(4, 4, dtype=torch.float64)
+    conv, weight = layers.OrthogonalConv2d(2, 2, image_size=4), draw.matrix(4, 4, dtype=torch.float64)
     state = conv.state_dict()
     with torch.device("meta"):
         assert network(packed)[0].data.is_cpu
@@ -237,7 +237,7 @@ def test_whole_numbers_of_numpy_are_sizes_and_seeds():
     manifold = UnitaryLowRank(np.int64(2), seed=np.int64(3), sweep=np.int32(8), sampler=Subspace(power=np.int64(1)))
     assert (manifold.k, manifold.seed, manifold.sweep) == (2, 3, 8)
     assert layers.UnitaryRNN(np.int64(3), np.int64(4))(torch.zeros(2, 1, 3))[0].shape == (2, 1, 4)
-    assert layers.OrthogonalConv2d(2, 2, size=np.int64(4)).size == (4, 4)
+    assert layers.OrthogonalConv2d(2, 2, image_size=np.int64(4)).image_size == (4, 4)
 
 
 def test_a_default_device_does_not_reach_into_a_step(draw):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, fourier, manifolds_of, optim
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
 from projunn_manifold.layers import (
     OrthogonalConv1d,
     OrthogonalConv2d,
@@ -20,6 +20,7 @@ from projunn_manifold.layers import (
     UnitaryConv1d,
     UnitaryConv2d,
     UnitaryConv3d,
+    fourier,
 )
 
 REAL = {1: OrthogonalConv1d, 2: OrthogonalConv2d, 3: OrthogonalConv3d}
@@ -30,13 +31,13 @@ CHANNELS = [(4, 4), (2, 6), (6, 2)]
 
 def signals(layer, batch=3):
     dtype = torch.float64 if isinstance(layer, tuple(REAL.values())) else torch.complex128
-    return torch.randn(batch, layer.in_channels, *layer.size, dtype=dtype)
+    return torch.randn(batch, layer.in_channels, *layer.image_size, dtype=dtype)
 
 
 def operator(layer):
     """The dense matrix of the layer, without bias."""
-    inputs = layer.in_channels * math.prod(layer.size)
-    x = torch.eye(inputs, dtype=layer._dtype).view(inputs, layer.in_channels, *layer.size)
+    inputs = layer.in_channels * math.prod(layer.image_size)
+    x = torch.eye(inputs, dtype=layer._dtype).view(inputs, layer.in_channels, *layer.image_size)
     y = layer(x)
     return (y if layer.bias is None else y - layer.bias.view(-1, *(1,) * layer.dims)).flatten(1).T.detach()
 
@@ -53,12 +54,12 @@ def test_free_frequencies_are_half_of_a_real_grid_and_give_all_the_others(size, 
     kernel = torch.randn(2, 3, *size, dtype=torch.float64 if real else torch.complex128)
     blocks = fourier.blocks_of_kernel(kernel, grid)
     assert torch.allclose(fourier.kernel_of_blocks(blocks, grid), kernel)
-    assert len(grid.generic) * (2 if real else 1) + len(grid.alone) == math.prod(size)
-    assert len(grid.alone) == (2 ** sum(side % 2 == 0 for side in size) if real else 0)
-    free = blocks[torch.cat((grid.generic, grid.alone))]
+    assert len(grid.paired) * (2 if real else 1) + len(grid.self_conjugate) == math.prod(size)
+    assert len(grid.self_conjugate) == (2 ** sum(side % 2 == 0 for side in size) if real else 0)
+    free = blocks[torch.cat((grid.paired, grid.self_conjugate))]
     assert torch.allclose(fourier.everywhere(free, grid), blocks)
     if real:
-        assert blocks[grid.alone].imag.abs().max() < 1e-12
+        assert blocks[grid.self_conjugate].imag.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -69,7 +70,7 @@ def test_free_frequencies_are_half_of_a_real_grid_and_give_all_the_others(size, 
 def test_it_is_torchs_circular_convolution_with_its_kernel(size, channels, stride, groups, classes):
     if any(side % stride for side in size):
         pytest.skip("the stride does not divide the size")
-    layer = classes[len(size)](*channels, size, stride=stride, groups=groups, dtype=torch.float64)
+    layer = classes[len(size)](*channels, image_size=size, stride=stride, groups=groups, dtype=torch.float64)
     with torch.no_grad():
         layer.bias.copy_(torch.randn_like(layer.bias))
     x = signals(layer).requires_grad_()
@@ -108,7 +109,7 @@ def _padded(x, pads):
 def test_the_operator_is_an_isometry_or_the_adjoint_of_one(size, channels, classes, start):
     if start.get("support", 1) > max(size):
         pytest.skip("wider than the image")
-    layer = classes[len(size)](*channels, size, bias=False, dtype=torch.float64, **start)
+    layer = classes[len(size)](*channels, image_size=size, bias=False, dtype=torch.float64, **start)
     values = torch.linalg.svdvals(operator(layer))
     assert (values - 1).abs().max() < 1e-12
     assert torch.allclose(layer.singular_values(), values, atol=1e-12)
@@ -120,11 +121,11 @@ def test_the_operator_is_an_isometry_or_the_adjoint_of_one(size, channels, class
 @pytest.mark.parametrize("classes", [REAL, COMPLEX], ids=["real", "complex"])
 @pytest.mark.parametrize("support", [1, 2, 3])
 def test_support_confines_the_first_kernel(size, channels, classes, support):
-    layer = classes[len(size)](*channels, size, dtype=torch.float64, support=support)
+    layer = classes[len(size)](*channels, image_size=size, dtype=torch.float64, support=support)
     assert layer.support_energy(support).item() == pytest.approx(1)
     if support > 1:
         assert layer.support_energy(support - 1) < 0.999
-    spread = classes[len(size)](*channels, size, dtype=torch.float64)
+    spread = classes[len(size)](*channels, image_size=size, dtype=torch.float64)
     (1 - spread.support_energy(2)).backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in spread.parameters())
 
@@ -132,7 +133,7 @@ def test_support_confines_the_first_kernel(size, channels, classes, support):
 @pytest.mark.parametrize("classes", [REAL, COMPLEX], ids=["real", "complex"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_plain_convolutions_become_the_closest_orthogonal_ones(classes, stride):
-    layer = classes[2](4, 8, (6, 4), stride=stride, groups=2, dtype=torch.float64)
+    layer = classes[2](4, 8, image_size=(6, 4), stride=stride, groups=2, dtype=torch.float64)
     again = classes[2].from_kernel(layer.kernel(), stride=stride, groups=2)
     assert torch.allclose(again.kernel(), layer.kernel(), atol=1e-10)
     x = signals(layer)
@@ -142,7 +143,7 @@ def test_plain_convolutions_become_the_closest_orthogonal_ones(classes, stride):
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
 def test_a_small_kernel_is_placed_where_torch_has_it(kernel_size):
     conv = nn.Conv2d(3, 3, kernel_size, padding="same", padding_mode="circular", dtype=torch.float64)
-    local = OrthogonalConv2d(3, 3, 6, support=kernel_size, dtype=torch.float64)
+    local = OrthogonalConv2d(3, 3, image_size=6, support=kernel_size, dtype=torch.float64)
     centre, before = local._centre[0], (kernel_size - 1) // 2
     window = slice(centre - before, centre - before + kernel_size)
     with torch.no_grad():
@@ -162,7 +163,7 @@ OPTIMIZERS = {
 
 
 def singular_values_after(steps, classes, size, variant, name):
-    layer = classes[len(size)](3, 3, size, manifold=variant(1))
+    layer = classes[len(size)](3, 3, image_size=size, manifold=variant(1))
     optimizer = OPTIMIZERS[name](layer.parameters())
     if name == "RMSprop":
         optim.constrain(optimizer)
@@ -197,32 +198,32 @@ def test_a_thousand_steps_leave_the_operator_orthogonal(name, variant, size):
 
 
 def test_norms_are_kept_on_large_images():
-    layer = OrthogonalConv2d(64, 64, 32, bias=False)
+    layer = OrthogonalConv2d(64, 64, image_size=32, bias=False)
     x = torch.randn(2, 64, 32, 32)
     assert layer(x).norm().item() == pytest.approx(x.norm().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("channels", [(64, 64), (64, 80), (80, 64)], ids=str)
 def test_the_gradient_that_is_not_formed_is_the_dense_one(channels):
-    layer = OrthogonalConv2d(*channels, (4, 3), dtype=torch.float64)
+    layer = OrthogonalConv2d(*channels, image_size=(4, 3), dtype=torch.float64)
     x, goal = torch.randn(5, channels[0], 4, 3, dtype=torch.float64), 1.0
     (layer(x) - goal).square().sum().backward()
     factored = layer.weight.grad
     assert type(factored).__name__ == "FactoredTensor"
     blocks = layer.weight.detach().clone().requires_grad_()
     wide = channels[0] > channels[1]
-    grid = layer._grid("cpu")
-    waves = fourier.analyse(x, grid).permute(2, 1, 0)[grid.generic]
+    grid = layer.grid("cpu")
+    waves = fourier.analyse(x, grid).permute(2, 1, 0)[grid.paired]
     y = (blocks[0].mH if wide else blocks[0]) @ waves
     rest = (layer.weight_real.mT if wide else layer.weight_real)[0].to(y.dtype)
-    y = torch.cat((y, rest @ fourier.analyse(x, grid).permute(2, 1, 0)[grid.alone]))
+    y = torch.cat((y, rest @ fourier.analyse(x, grid).permute(2, 1, 0)[grid.self_conjugate]))
     image = fourier.synthesise(fourier.everywhere(y, grid).permute(2, 1, 0), grid) + layer.bias.view(-1, 1, 1)
     (dense,) = torch.autograd.grad((image - goal).square().sum(), blocks)
     assert torch.allclose(factored.clone(), dense, atol=1e-10)
 
 
 def test_second_derivatives():
-    layer = OrthogonalConv1d(2, 2, 5, dtype=torch.float64, bias=False)
+    layer = OrthogonalConv1d(2, 2, image_size=5, dtype=torch.float64, bias=False)
     x = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
     weights = [layer.weight.detach().clone().requires_grad_(), layer.weight_real.detach().clone().requires_grad_()]
 
@@ -233,7 +234,7 @@ def test_second_derivatives():
 
 
 def test_inputs_of_every_memory_order_and_precision():
-    layer = OrthogonalConv2d(3, 4, (4, 6))
+    layer = OrthogonalConv2d(3, 4, image_size=(4, 6))
     x = torch.randn(2, 3, 4, 6)
     y = layer(x)
     assert torch.allclose(layer(x.to(memory_format=torch.channels_last)), y, atol=1e-6)
@@ -246,19 +247,19 @@ def test_inputs_of_every_memory_order_and_precision():
     for wide in (copy.deepcopy(layer).double(), copy.deepcopy(layer).to(torch.float64)):
         assert wide.weight.dtype == torch.complex128
         assert torch.allclose(wide(x.double()), y.double(), atol=1e-5)
-    assert UnitaryConv2d(3, 4, (4, 6))(x).dtype == torch.complex64
+    assert UnitaryConv2d(3, 4, image_size=(4, 6))(x).dtype == torch.complex64
 
 
 def test_it_keeps_its_manifolds_and_its_names():
-    layer = OrthogonalConv2d(2, 3, (4, 5), k=2)
+    layer = OrthogonalConv2d(2, 3, image_size=(4, 5), k=2)
     assert set(layer.state_dict()) == {"weight", "weight_real", "bias", "_extra_state", "manifold._extra_state"}
     assert set(manifolds_of(layer)) == {"weight", "weight_real"}
     x = torch.randn(2, 2, 4, 5)
-    for other in (copy.deepcopy(layer), OrthogonalConv2d(2, 3, (4, 5), k=2)):
+    for other in (copy.deepcopy(layer), OrthogonalConv2d(2, 3, image_size=(4, 5), k=2)):
         other.load_state_dict(layer.state_dict(), assign=True)
         assert set(manifolds_of(other)) == {"weight", "weight_real"}
         assert torch.equal(other(x), layer(x))
-    empty = OrthogonalConv2d(2, 3, (4, 5), device="meta").to_empty(device="cpu")
+    empty = OrthogonalConv2d(2, 3, image_size=(4, 5), device="meta").to_empty(device="cpu")
     empty.reset_parameters()
     assert set(manifolds_of(empty)) == {"weight", "weight_real"}
     assert (empty.singular_values() - 1).abs().max() < 1e-5
@@ -266,27 +267,30 @@ def test_it_keeps_its_manifolds_and_its_names():
 
 def test_square_real_blocks_start_as_rotations():
     for start in ({}, {"support": 2}, {"init": "identity"}):
-        layer = OrthogonalConv2d(3, 3, (4, 6), groups=1, **start)
+        layer = OrthogonalConv2d(3, 3, image_size=(4, 6), groups=1, **start)
         assert (torch.linalg.det(layer.weight_real) > 0).all()
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: OrthogonalConv2d(3, 4, 6, stride=4), "divide every side"),
-        (lambda: OrthogonalConv2d(3, 4, 6, groups=2), "groups=2 must divide"),
-        (lambda: OrthogonalConv2d(3, 4, (6, 6, 6)), "2 of them"),
-        (lambda: OrthogonalConv2d(0, 4, 6), "in_channels"),
-        (lambda: OrthogonalConv2d(3, 4, 6, init="henaff"), "init"),
-        (lambda: OrthogonalConv2d(3, 4, 6, support=7), "support=7"),
-        (lambda: OrthogonalConv2d(3, 4, 6)(torch.zeros(1, 3, 6, 7)), r"made for images of size \(6, 6\), got \(6, 7\)"),
-        (lambda: OrthogonalConv2d(3, 4, 6)(torch.zeros(1, 2, 6, 6)), r"3, \*size"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, stride=4), "divide every side"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, groups=2), "groups=2 must divide"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=(6, 6, 6)), "2 of them"),
+        (lambda: OrthogonalConv2d(0, 4, image_size=6), "in_channels"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, init="henaff"), "init"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, support=7), "support=7"),
+        (
+            lambda: OrthogonalConv2d(3, 4, image_size=6)(torch.zeros(1, 3, 6, 7)),
+            r"made for images of size \(6, 6\), got \(6, 7\)",
+        ),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6)(torch.zeros(1, 2, 6, 6)), r"3, \*size"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding=1), 6), "circular"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding_mode="circular"), 6), "keeps the size"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, dilation=2), 6), "no dilation"),
-        (lambda: OrthogonalConv2d(3, 4, 6, support=2, init="identity"), "start of its own"),
-        (lambda: OrthogonalConv2d(3, 4, 6).support_energy(0), "kernel_size"),
-        (lambda: OrthogonalConv2d(3, 4, 6.0), "int or 2 of them"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, support=2, init="identity"), "start of its own"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6).support_energy(0), "kernel_size"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6.0), "int or 2 of them"),
         (
             lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 7, padding=3, padding_mode="circular"), 6),
             "does not fit",
@@ -300,13 +304,13 @@ def test_what_does_not_fit_is_refused(build, message):
 
 def test_wrong_types_are_refused():
     with pytest.raises(TypeError, match="real signals"):
-        OrthogonalConv2d(3, 4, 6, dtype=torch.complex64)
+        OrthogonalConv2d(3, 4, image_size=6, dtype=torch.complex64)
     with pytest.raises(TypeError, match="Conv2d, got Conv1d"):
         OrthogonalConv2d.from_plain(nn.Conv1d(3, 4, 3), 6)
     with pytest.raises(TypeError, match="input must be"):
-        OrthogonalConv2d(3, 4, 6)(torch.zeros(1, 3, 6, 6, dtype=torch.complex64))
+        OrthogonalConv2d(3, 4, image_size=6)(torch.zeros(1, 3, 6, 6, dtype=torch.complex64))
     with pytest.raises(TypeError, match="float16"):
-        OrthogonalConv2d(3, 4, 6, dtype=torch.float16)
+        OrthogonalConv2d(3, 4, image_size=6, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(("kernel_size", "padding", "stride"), [(3, 1, 2), (2, 0, 2), (3, 0, 3), (5, 2, 2)])
@@ -358,7 +362,7 @@ def test_conversions_keep_the_operator(build, convert):
 
 
 def test_a_factored_gradient_follows_a_conversion():
-    layer = OrthogonalConv2d(64, 64, (4, 3))
+    layer = OrthogonalConv2d(64, 64, image_size=(4, 3))
     layer(torch.randn(2, 64, 4, 3)).sum().backward()
     expected = layer.weight.grad.clone()
     layer.double()
@@ -368,14 +372,14 @@ def test_a_factored_gradient_follows_a_conversion():
 
 def test_the_callers_modes_leave_no_trace():
     fourier._kept_spectrum.cache_clear()
-    layer = OrthogonalConv2d(2, 2, (8, 14))
+    layer = OrthogonalConv2d(2, 2, image_size=(8, 14))
     fourier._kept_spectrum.cache_clear()
     with torch.inference_mode():
         layer(torch.randn(1, 2, 8, 14))
     layer(torch.randn(1, 2, 8, 14)).sum().backward()
     fourier._kept_spectrum.cache_clear()
     with torch.device("meta"):
-        empty = OrthogonalConv2d(2, 2, (10, 12))
+        empty = OrthogonalConv2d(2, 2, image_size=(10, 12))
     empty.to_empty(device="cpu").reset_parameters()
     assert (empty.singular_values() - 1).abs().max() < 1e-5
     kernel = layer.kernel().detach()
@@ -385,7 +389,7 @@ def test_the_callers_modes_leave_no_trace():
 
 
 def test_transforms_of_functions():
-    layer = OrthogonalConv1d(2, 2, 5, dtype=torch.float64)
+    layer = OrthogonalConv1d(2, 2, image_size=5, dtype=torch.float64)
     x, v = torch.randn(2, 3, 2, 5, dtype=torch.float64)
     expected = torch.autograd.functional.jacobian(lambda x: layer(x).square().sum(), x)
     assert torch.allclose(torch.func.grad(lambda x: layer(x).square().sum())(x), expected)
@@ -398,11 +402,13 @@ def test_transforms_of_functions():
 
 def test_blocks_of_another_grid_are_refused():
     with pytest.raises(ValueError, match="a state of another"):
-        OrthogonalConv2d(2, 2, (5, 3)).load_state_dict(OrthogonalConv2d(2, 2, (3, 5)).state_dict())
+        OrthogonalConv2d(2, 2, image_size=(5, 3)).load_state_dict(
+            OrthogonalConv2d(2, 2, image_size=(3, 5)).state_dict()
+        )
 
 
 def test_two_channels_have_a_wide_start_too():
-    kernel = OrthogonalConv1d(2, 2, 8, support=3, dtype=torch.float64).kernel()
+    kernel = OrthogonalConv1d(2, 2, image_size=8, support=3, dtype=torch.float64).kernel()
     assert (kernel.abs().amax((0, 1)) > 1e-3).sum() == 3
-    thin = OrthogonalConv2d(4, 4, (16, 1), support=3)
+    thin = OrthogonalConv2d(4, 4, image_size=(16, 1), support=3)
     assert thin.support_energy(3).item() == pytest.approx(1)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from helpers import DTYPES, bound, double, error
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, drift, linalg, optim
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
+from projunn_manifold.linalg import dense
+from projunn_manifold.moves import drift
 
 
 @pytest.mark.parametrize(("m", "sweep"), [(7, 40), (32, 512), (100, 512), (128, 30), (600, 512), (2048, 512)])
@@ -39,7 +41,7 @@ def test_parameters_that_share_a_manifold_are_all_corrected(draw, sharers, optim
         for p in parameters:
             p.grad = draw.matrix(8, 1, dtype=torch.float64) @ draw.matrix(1, 8, dtype=torch.float64)
         step()
-    assert max(linalg.unitarity_error(p).item() for p in parameters) <= 1e-5
+    assert max(dense.unitarity_error(p).item() for p in parameters) <= 1e-5
 
 
 def test_no_sweep_no_turn():
@@ -53,12 +55,12 @@ def test_no_sweep_no_turn():
 def test_a_sweep_puts_a_point_back(draw, shape, dtype, off):
     x = draw.point(*shape, dtype=dtype)
     x = x + draw.matrix(*shape, dtype=dtype) * (off / math.sqrt(shape[-2]))
-    errors = [linalg.unitarity_error(x).max().item()]
+    errors = [dense.unitarity_error(x).max().item()]
     for _ in range(4):
         width = drift.width(shape[-1])
         for start in range(0, shape[-1], width):
             drift.correct_columns_(x, min(start, shape[-1] - width))
-        errors.append(linalg.unitarity_error(x).max().item())
+        errors.append(dense.unitarity_error(x).max().item())
     assert errors[0] > off / 2
     assert errors[1] <= 4 * math.sqrt(shape[-1]) * off**2
     assert errors[4] <= bound(dtype)
@@ -98,7 +100,7 @@ def test_a_column_of_any_norm_comes_back(draw, dtype, scale):
     for _ in range(5):
         for start in range(0, 40, drift.width(40)):
             assert drift.correct_columns_(x, start) == 0
-    assert linalg.unitarity_error(x) <= bound(dtype)
+    assert dense.unitarity_error(x) <= bound(dtype)
 
 
 def test_a_point_that_is_not_finite_is_left(draw):
@@ -122,7 +124,7 @@ def test_rounding_does_not_add_up(draw, variant, how):
             g = draw.matrix(n, 1, dtype=torch.float32) @ draw.matrix(1, n, dtype=torch.float32) / n
             p.grad = g
             manifold.step_(p, g, 1.0) if how == "step_" else optimizer.step()
-        errors[sweep] = linalg.unitarity_error(p).item()
+        errors[sweep] = dense.unitarity_error(p).item()
     assert errors[64] <= 5e-7
     assert errors[None] >= 3 * errors[64]
 
@@ -136,7 +138,7 @@ def test_small_matrices_and_large_stacks_stay_near(draw, shape, dtype):
     for step in range(2000):
         manifold.step_(p, draw.matrix(*shape, dtype=dtype), 0.05)
         if step % 50 == 49:
-            worst = max(worst, linalg.unitarity_error(p).max().item())
+            worst = max(worst, dense.unitarity_error(p).max().item())
     assert worst < 3e-6
 
 
@@ -148,11 +150,11 @@ def test_no_step_enlarges_the_error_it_finds(draw, variant, k, m, dtype):
     """Large steps in one lasting direction, where an error in that direction could grow from step to step."""
     x = draw.point(32, m, dtype=dtype)
     x += draw.matrix(32, m, dtype=dtype) * 1e-4
-    start = linalg.unitarity_error(x).item()
+    start = dense.unitarity_error(x).item()
     manifold, g, turn = variant(k, sweep=None), draw.matrix(32, m, dtype=dtype), draw.matrix(m, m, dtype=dtype)
     for _ in range(200):
         manifold.step_(x, (x @ (g.mH @ x) + g) / 30 if m == 32 else x @ (turn - turn.mH) / 10 + g / 10, 1.0)
-    assert linalg.unitarity_error(x).item() <= 1.05 * start
+    assert dense.unitarity_error(x).item() <= 1.05 * start
 
 
 def test_the_correction_is_a_part_of_optimisers_steps_only(draw):
@@ -165,5 +167,5 @@ def test_the_correction_is_a_part_of_optimisers_steps_only(draw):
         for _ in range(40):
             manifold.egrad2rgrad(x, x)
             x = manifold.retr(x, u)
-        assert linalg.unitarity_error(x) <= 1e-10
+        assert dense.unitarity_error(x) <= 1e-10
     assert manifold.sweep == 1

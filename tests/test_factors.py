@@ -15,7 +15,8 @@ from helpers import DTYPES, bound, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from projunn_manifold import UnitaryLowRank
-from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
 
 SHAPES = [(6, 6), (3, 9, 6)]
 
@@ -24,12 +25,12 @@ def is_factored(t):
     return isinstance(t, FactoredTensor) and t.factors is not None
 
 
-@pytest.fixture(params=["LowRank", "Pair", "Frame"])
+@pytest.fixture(params=["LowRank", "RankOneTangent", "FramedTangent"])
 def pair(request, draw):
     """A factored tensor with the dense tensor it stands for."""
 
     def make(shape=(6, 6), dtype=torch.float64):
-        a, b = draw.factors(shape, 1 if request.param == "Pair" else 2, dtype)
+        a, b = draw.factors(shape, 1 if request.param == "RankOneTangent" else 2, dtype)
         if request.param == "LowRank":
             t = FactoredTensor(LowRank(a, b))
             return t, a @ b.mH

@@ -10,8 +10,10 @@ import pytest
 import torch
 from helpers import DTYPES, SHAPES, bound, double, error
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, reference
-from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, reference
+from projunn_manifold.linalg import dense
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
 
 
 def rank_one_tangent(draw, manifold, x, norm=1.0):
@@ -108,8 +110,8 @@ def test_a_fresh_point_counts_as_a_point(shape, dtype):
     """Haar samples and one dense polar factor are within tolerance, with a factor of 1.5 to spare."""
     manifold = UnitaryLowRank()
     x = manifold.random(*shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
-    for point in (x, linalg.polar(x + 0.1)):
-        assert linalg.unitarity_error(point).max().item() <= linalg.tolerance(dtype, shape[-2]) / 1.5
+    for point in (x, dense.polar(x + 0.1)):
+        assert dense.unitarity_error(point).max().item() <= dense.tolerance(dtype, shape[-2]) / 1.5
         assert manifold.projx(point) is point
 
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
-from projunn_manifold.factors import FactoredTensor
 from projunn_manifold.layers import ModReLU, UnitaryLinear, UnitaryRNN, UnitaryRNNCell, param_groups, unitary_
-from projunn_manifold.linalg import unitarity_error
+from projunn_manifold.linalg.dense import unitarity_error
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 
 def network(**kwargs):
@@ -150,7 +150,7 @@ def test_unitary_converts_a_weight_and_guards_it(draw):
     u, _, vh = torch.linalg.svd(before)
     assert torch.allclose(module.weight_hh_l0, u @ vh, atol=1e-5)
     assert module.weight_hh_l0.manifold.k == 2
-    optimizer = optim.RiemannianSGD(param_groups(module, 0.1), lr=0.1)
+    optimizer = optim.RiemannianSGD(param_groups(module, 0.1, unitary_lr=0.1 / 32), lr=0.1)
     module(torch.randn(5, 3, 4))[0].square().mean().backward()
     optimizer.step()
     assert unitarity_error(module.weight_hh_l0) < 1e-6
@@ -221,10 +221,10 @@ def test_what_unitary_refuses(module, name, kind, message):
 
 def test_groups_and_modrelu():
     model = nn.Sequential(nn.Linear(3, 3), UnitaryLinear(3, 3))
-    groups = param_groups(model, lr=0.32)
+    groups = param_groups(model, lr=0.32, unitary_lr=0.01)
     assert [group["lr"] for group in groups] == [0.32, 0.01]
     assert groups[1]["params"] == [model[1].weight]
-    assert len(param_groups(model[0], lr=1.0)) == 1
+    assert len(param_groups(model[0], lr=1.0, unitary_lr=1.0)) == 1
     activation = ModReLU(3, dtype=torch.complex64)
     activation.bias.data.fill_(-1.0)
     z = torch.tensor([3 + 4j, 0.5j, 0j])

@@ -7,8 +7,10 @@ import scipy.linalg
 import torch
 from torch import nn
 
-from projunn_manifold import linalg, nearest_unitary
+from projunn_manifold import nearest_unitary
 from projunn_manifold.layers import OrthogonalConv2d, UnitaryConv1d
+from projunn_manifold.linalg import dense
+from projunn_manifold.pretrained.convolutions import nearest_convolution, nearest_layer
 
 SHAPES = [(7, 7), (9, 4), (4, 9), (3, 5, 5), (2, 2, 6, 3)]
 DTYPES = [torch.float64, torch.complex128]
@@ -156,7 +158,7 @@ def test_the_dtype_is_kept_and_rounding_is_all_the_error(dtype):
 def test_kernels_become_those_of_the_closest_orthogonal_convolution(shape, method):
     kernel = of(shape)
     size = (4, 5)
-    found = nearest_unitary(kernel, method, size=size, rotation=True)
+    found = nearest_convolution(kernel, size, method, rotation=True)
     everything = torch.eye(shape[1] * 20, dtype=kernel.dtype).view(-1, shape[1], *size)
     operator, dense = (_convolved(k, everything).flatten(1).T for k in (found.unitary, kernel))
     assert_unitary(operator, atol=1e-5)
@@ -168,14 +170,16 @@ def test_kernels_become_those_of_the_closest_orthogonal_convolution(shape, metho
 def test_kernels_may_look_at_images():
     kernel, images = of((3, 3, 3, 3)), of((40, 3, 4, 4)) * torch.tensor([0.1, 1, 3]).view(3, 1, 1)
     blind, seeing = (
-        nearest_unitary(kernel, size=4),
-        nearest_unitary(kernel, "procrustes", size=4, inputs=images),
+        nearest_convolution(kernel, 4),
+        nearest_convolution(kernel, 4, "procrustes", inputs=images),
     )
     goal = _convolved(kernel, images)
     errors = [(_convolved(found.unitary, images) - goal).square().sum() for found in (blind, seeing)]
     assert errors[1] < errors[0]
     whole = nn.functional.pad(kernel, (0, 1, 0, 1))  # both have their centre at 1
-    layer = OrthogonalConv2d.from_kernel(whole, nearest={"method": "procrustes", "inputs": images})
+    conv = nn.Conv2d(3, 3, 4, padding="same", padding_mode="circular", bias=False)
+    conv.weight.data = whole
+    layer = nearest_layer(OrthogonalConv2d, conv, 4, {"method": "procrustes", "inputs": images})
     torch.testing.assert_close(layer(images), _convolved(seeing.unitary, images))
 
 
@@ -188,7 +192,7 @@ def _convolved(kernel, images):
 
 def test_complex_kernels():
     kernel = of((3, 3, 2), torch.complex128)
-    u = nearest_unitary(kernel, size=5).unitary
+    u = nearest_convolution(kernel, 5).unitary
     layer = UnitaryConv1d.from_kernel(u)
     x = of((2, 3, 5), torch.complex128)
     assert layer(x).norm().item() == pytest.approx(x.norm().item())
@@ -245,8 +249,8 @@ def test_the_smallest_matrices():
         lie, polar = nearest_unitary(w, "lie"), nearest_unitary(w, rotation=not w.is_complex())
         torch.testing.assert_close(lie.unitary, polar.unitary, atol=1e-6, rtol=0)
     one = of((1, 1, 3, 3))  # real blocks of one number each, and complex ones
-    turned = nearest_unitary(one, size=4, rotation=True).unitary
-    torch.testing.assert_close(nearest_unitary(one, "lie", size=4).unitary, turned, atol=1e-6, rtol=0)
+    turned = nearest_convolution(one, 4, rotation=True).unitary
+    torch.testing.assert_close(nearest_convolution(one, 4, "lie").unitary, turned, atol=1e-6, rtol=0)
 
 
 def test_nothing_of_the_callers_is_touched():
@@ -266,10 +270,10 @@ def test_losses_of_kernels_are_those_of_the_convolutions():
     goal = _convolved(kernel, images)
     for method in ("procrustes", "lie"):
         seen = []
-        found = nearest_unitary(
+        found = nearest_convolution(
             kernel,
+            4,
             method,
-            size=4,
             inputs=images,
             rotation=method == "procrustes",
             **({"callback": lambda step, loss: seen.append((step, loss))} if method == "lie" else {}),  # noqa: B023
@@ -282,7 +286,6 @@ def test_losses_of_kernels_are_those_of_the_convolutions():
 @pytest.mark.parametrize(
     ("shape", "options", "message"),
     [
-        ((3, 3, 3, 3), {"method": "procrustes", "size": 4, "inputs": (10, 3, 6, 6)}, "inputs must be images"),
         ((4, 4), {"steps": 5}, "has no use for steps"),
         ((4, 4), {"method": "procrustes", "inputs": (0, 4)}, "are empty"),
         ((4, 4), {"method": "lie", "inputs": (3, 9, 4)}, "no batch or the weight's"),
@@ -299,13 +302,15 @@ def test_deficient_weights_and_complex_rotations_are_refused_by_every_method():
         with pytest.raises(ValueError, match="rank deficient"):
             nearest_unitary(of((5, 2)) @ of((2, 5)), method)
     with pytest.raises(ValueError, match="real kernels"):
-        nearest_unitary(of((3, 3, 3), torch.complex128), size=4, rotation=True)
+        nearest_convolution(of((3, 3, 3), torch.complex128), 4, rotation=True)
+    with pytest.raises(ValueError, match="inputs must be images"):
+        nearest_convolution(of((3, 3, 3, 3)), 4, "procrustes", inputs=of((10, 3, 6, 6)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_the_closest_is_a_point_to_the_last_digit(draw, dtype):
     found = nearest_unitary(draw.matrix(256, 256, dtype=dtype)).unitary
-    assert linalg.unitarity_error(found) < linalg.tolerance(dtype, 256) / 2
+    assert dense.unitarity_error(found) < dense.tolerance(dtype, 256) / 2
 
 
 def test_no_steps_are_refused(draw):

@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import DTYPES, bound, error
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, linalg, optim
-from projunn_manifold.factors import FactoredTensor, LowRank
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
+from projunn_manifold.linalg import dense
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
 
 SETTINGS = {
     "sgd": ("RiemannianSGD", {"lr": 0.2}),
@@ -54,7 +56,7 @@ def test_the_steps_are_those_of_geoopt(draw, name, variant, k, shape, dtype):
         step(geoopts, [g]), step(ours, [g])
     (p,), (q,) = geoopts[0], ours[0]
     assert error(q, p) <= 20 * bound(dtype)
-    assert linalg.unitarity_error(q).max() <= bound(dtype)
+    assert dense.unitarity_error(q).max() <= bound(dtype)
     for key, value in geoopts[1].state[p].items():
         mine = ours[1].state[q][key]
         expected = value if isinstance(value, torch.Tensor) else torch.tensor(float(value))

@@ -16,7 +16,6 @@ from projunn_manifold import (
     manifolds_of,
     nearest_unitary,
     optim,
-    pretrained,
     unitarize,
 )
 from projunn_manifold.layers import UnitaryLinear, UnitaryRNN, plain_, unitary_
@@ -295,7 +294,7 @@ def test_plain_undoes_unitary():
 
 def test_names_are_those_of_the_parameters():
     model = nn.Sequential(mlp(), cnn(), Recurrent(num_layers=2))
-    names = [name for name, _, _ in pretrained._chosen(model, None)]
+    names = [name for name, _, _ in unitarize._chosen(model, None)]
     assert set(names) <= set(dict(model.named_parameters()))
     assert "2.rnn.weight_hh_l1" in names
 

@@ -9,8 +9,8 @@ from helpers import DTYPES, Draw, bound, double, error
 from hypothesis import given, settings
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_t, reference
-from projunn_manifold.factors import FactoredTensor
-from projunn_manifold.sampling import SAMPLERS
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.samplers import SAMPLERS
 
 
 @st.composite

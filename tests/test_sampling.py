@@ -10,15 +10,16 @@ import torch
 from helpers import DTYPES, bound, double, error, norm2
 
 from projunn_manifold import UnitaryLowRank
-from projunn_manifold.factors import LowRank
-from projunn_manifold.gradients import Dense, without_normal_part
-from projunn_manifold.sampling import SAMPLERS, Column, Subspace
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.sketching.gradients import WithoutDecay
+from projunn_manifold.sketching.lowrank import LowRank
+from projunn_manifold.sketching.samplers import SAMPLERS, Column, Subspace
 
 SHAPES = [(24, 24), (30, 12), (3, 16, 16)]
 
 
 def sketch(sampler, g, k, seed=0):
-    return SAMPLERS[sampler](Dense(g), k, torch.Generator().manual_seed(seed))
+    return SAMPLERS[sampler](matrix(g), k, torch.Generator().manual_seed(seed))
 
 
 def decaying(draw, n, rate, dtype=torch.float64):
@@ -126,7 +127,7 @@ def test_column_prefers_heavy_columns_by_squared_norm():
     g = torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64))
     sampler = Column(columns_per_rank=1)
     generator = torch.Generator().manual_seed(0)
-    first = sum(sampler(Dense(g), 1, generator).a[0, 0].abs().item() > 0.5 for _ in range(2000))
+    first = sum(sampler(matrix(g), 1, generator).a[0, 0].abs().item() > 0.5 for _ in range(2000))
     assert abs(first / 2000 - 0.9) < 5 * (0.09 / 2000) ** 0.5
 
 
@@ -139,7 +140,7 @@ def test_column_rescales_what_it_draws():
     g[0, 0], g[1, 1:] = 3.0, 2.0
     generator = torch.Generator().manual_seed(0)
     sampler = Column(columns_per_rank=5)
-    wins = sum(sampler(Dense(g), 1, generator).a[1, 0].abs().item() > 0.5 for _ in range(500))
+    wins = sum(sampler(matrix(g), 1, generator).a[1, 0].abs().item() > 0.5 for _ in range(500))
     assert wins > 300  # a binomial majority of five draws with p = 16/25 wins 76 % of the time
 
 
@@ -193,46 +194,25 @@ def test_sketches_come_from_the_manifolds_own_generator(draw):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (256, 256), (96, 48), (3, 64, 64), (5, 2, 2)], ids=str)
-@pytest.mark.parametrize("rank", [1, 8, 48])
-def test_weight_decay_does_not_turn_the_step(draw, shape, rank, dtype):
-    """Cosine above 0.999 between the steps with and without λX, same sketch, for ‖λX‖ from ‖G‖/10 to 10 ‖G‖."""
-    x = draw.point(*shape, dtype=dtype)
-    a, b = draw.factors(shape, rank, dtype)
-    g = a @ b.mH
-    size = torch.linalg.matrix_norm(g)[..., None, None] / shape[-1] ** 0.5
-    steps = [UnitaryLowRank(1).egrad2rgrad(x, g + share * size * x) for share in (0.0, 1.0, -1.0, 0.1, 10.0)]
-    for decayed in steps[1:]:
-        inner = (steps[0].conj() * decayed).sum((-2, -1)).real
-        cosine = inner / (torch.linalg.matrix_norm(steps[0]) * torch.linalg.matrix_norm(decayed))
-        assert cosine.min().item() > 0.999
-
-
-@pytest.mark.parametrize("scale", [1e-25, 1e15])
-def test_weight_decay_is_seen_at_any_scale(draw, path, scale):
-    x, (a, b) = draw.point(64, 64, dtype=torch.float32), draw.factors((64, 64), 8, torch.float32)
-    gradient = without_normal_part(scale * (a @ b.mH + 10 * x), x, 1)
-    assert gradient.c.item() == pytest.approx(10 * scale, rel=1e-3)
-
-
-@pytest.mark.parametrize("layout", ["row-major", "column-major"])
-@pytest.mark.parametrize("shape", [(256, 256), (512, 64)], ids=str)
-@pytest.mark.parametrize("k", [1, 3])
-def test_nothing_is_removed_from_a_gradient_of_rank_k(draw, shape, k, layout):
-    x = draw.point(*shape, dtype=torch.float32)
-    for g in (
-        x[..., :k] @ torch.eye(shape[-1])[:k],
-        torch.zeros_like(x),
-        draw.factors(shape, k, x.dtype)[0] @ x[:k, :],
-    ):
-        point, gradient = (t.mT.contiguous().mT if layout == "column-major" else t for t in (x, g * 1e-25))
-        assert type(without_normal_part(gradient, point, k)) is Dense
-    shifted = without_normal_part(x + 1e-3 * draw.matrix(*shape, dtype=torch.float32), x, k)
-    assert shifted.c.item() == pytest.approx(1.0, abs=1e-2)
-    q = draw.matrix(shape[-1], 2, dtype=torch.float32)
-    assert error(shifted.times(q), shifted.dense() @ q) <= bound(torch.float32, 10.0)
-    q = draw.matrix(shape[-2], 2, dtype=torch.float32)
-    assert error(shifted.adjoint_times(q), shifted.dense().mH @ q) <= bound(torch.float32, 10.0)
+@pytest.mark.parametrize("shape", [(64, 64), (96, 48), (3, 64, 64)], ids=str)
+@pytest.mark.parametrize("share", [0.1, 1.0, -1.0, 10.0])
+def test_a_known_weight_decay_is_taken_out_of_every_product(draw, path, shape, dtype, share):
+    """G + λX without λX is G, for ‖λX‖ from ‖G‖/10 to 10 ‖G‖."""
+    *batch, n, m = shape
+    x, g = draw.point(*shape, dtype=dtype), draw.matrix(*shape, dtype=dtype)
+    decay = share * n**0.5
+    gradient = WithoutDecay(g + decay * x, matrix(x), decay)
+    right, left = draw.matrix(*batch, m, 2, dtype=dtype), draw.matrix(*batch, n, 2, dtype=dtype)
+    wide, limit = double(g), 10 * bound(dtype, norm2(g) + decay)
+    assert error(gradient.times(right), wide @ double(right)) <= limit
+    assert error(gradient.adjoint_times(left), wide.mH @ double(left)) <= limit
+    assert error(gradient.dense(), wide) <= limit
+    image, back = gradient.normalized_image(right)
+    exact = wide @ double(right)
+    exact = exact / torch.linalg.matrix_norm(exact)[..., None, None]
+    assert error(image, exact) <= limit
+    assert error(back, wide.mH @ exact) <= limit * norm2(g)
+    assert gradient.shape == x.shape
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, True])

@@ -27,15 +27,21 @@ def test_amsgrad_takes_complex_weights_in_place_only(draw):
     assert error(q.mH @ q, torch.eye(6, dtype=q.dtype)) <= bound(q.dtype)
 
 
-@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
-def test_decay_moves_a_point_only_where_it_is_divided_entry_by_entry(draw, kind):
+def test_an_l2_penalty_in_the_loss_is_not_known_to_be_one(draw):
+    """It moves no point by itself, but a sketch of its gradient holds less of the rest."""
     p = parameter(draw, torch.float64, 32)
-    p.grad.zero_()
-    start, optimizer = p.detach().clone(), kind([p], lr=0.01, weight_decay=0.1)
-    optim.constrain(optimizer)
-    for _ in range(50):
-        optimizer.step()
-    assert (error(p, start) < 1e-12) is (kind is torch.optim.SGD)
+    g, start = p.grad.clone(), p.detach().clone()
+    for penalty, is_same in ((0.0, True), (100.0, False)):
+        with torch.no_grad():
+            p.copy_(start)
+        p.manifold.set_extra_state(
+            torch.zeros(4, dtype=torch.int64).index_fill(0, torch.tensor([1]), 1).view(torch.uint8)
+        )
+        p.grad = g + penalty * start
+        optim.RiemannianSGD([p], lr=0.1).step()
+        if is_same:
+            alone = p.detach().clone()
+        assert (error(p, alone) < 1e-12) is is_same
 
 
 def test_gradients_are_clipped_by_norm_complex_or_factored(draw):

@@ -27,7 +27,7 @@ def moved(x):
 # determinant one, as an odd number of channels makes it.
 
 torch.manual_seed(0)
-orthogonal = OrthogonalConv2d(CHANNELS, CHANNELS, size=SIDE, bias=False, k=1)
+orthogonal = OrthogonalConv2d(CHANNELS, CHANNELS, image_size=SIDE, bias=False, k=1)
 plain = orthogonal.to_plain()
 
 

@@ -10,15 +10,11 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from projunn_manifold import init as initialise
-from projunn_manifold.factors import FactoredTensor
-from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.plan import manifolds_of, reattach_manifolds
-from projunn_manifold.sampling import Subspace
-from projunn_manifold.sharding import unitary_of
+from projunn_manifold.manifold.geometry import Geometry
+from projunn_manifold.optim.plan import manifolds_of, reattach_manifolds
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
-__all__ = ["INITS", "KeepsManifolds", "StaysComplex", "cast", "may_be_factored", "on_manifold"]
-
-_THIN = 16  # times as long takes an entry in a product with thin factors as in the product that forms a gradient
+__all__ = ["INITS", "KeepsManifolds", "StaysComplex", "cast", "on_manifold"]
 
 #: First values of a weight, by name.
 INITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -84,7 +80,7 @@ def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
 
 def on_manifold(
     shape: tuple[int, ...],
-    manifold: UnitaryLowRank,
+    manifold: Geometry,
     init: str,
     device: Any = None,
     dtype: torch.dtype | None = None,
@@ -94,17 +90,3 @@ def on_manifold(
         raise ValueError(f"init must be one of {', '.join(map(repr, sorted(INITS)))}, got {init!r}")
     point = torch.empty(shape, device=device, dtype=dtype)
     return ManifoldParameter(point if point.is_meta else INITS[init](point), manifold=manifold)
-
-
-def may_be_factored(weight: Tensor) -> bool:
-    """Tell whether a gradient of this weight will be sketched, at less than it costs to form it from its factors."""
-    if torch.compiler.is_compiling():
-        return False  # a compiled graph returns plain tensors only
-    manifold = unitary_of(weight)
-    if manifold is None or manifold.k is None:
-        return False
-    sampler = manifold.sampler
-    if not isinstance(sampler, Subspace):
-        return False  # it would be formed in any case
-    passes = 2 * (2 + 2 * sampler.power) * (manifold.k + sampler.oversample)  # over factors, for columns
-    return _THIN * passes <= weight.shape[-1]

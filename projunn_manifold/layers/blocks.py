@@ -6,22 +6,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from projunn_manifold import linalg
-from projunn_manifold.factors import FactoredTensor, LowRank
-from projunn_manifold.layers.base import may_be_factored
+from projunn_manifold import context
+from projunn_manifold.linalg import dense
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["apply_blocks"]
 
 
-def apply_blocks(stack: Tensor, x: Tensor, adjoint: bool) -> Tensor:  # (*batch, n, m), (*batch, m, B) -> (*batch, n, B)
-    """Return the product of every block with x, or, ``adjoint``, of its adjoint; x is complex."""
+def apply_blocks(
+    stack: Tensor, x: Tensor, adjoint: bool, factored: bool
+) -> Tensor:  # (*batch, n, m), (*batch, m, B) -> (*batch, n, B)
+    """Return the product of each block, or ``adjoint``, of its adjoint, with the complex x.
+
+    ``factored`` keeps the gradient of the blocks as factors.
+    """
     if not stack.is_complex():
         return (stack.mT if adjoint else stack).to(x.dtype) @ x
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if context.transformed():
         return (stack.mH if adjoint else stack) @ x
-    return _Blocks.apply(stack, x, adjoint, may_be_factored(stack))  # type: ignore[no-untyped-call]
+    return _Blocks.apply(stack, x, adjoint, factored)  # type: ignore[no-untyped-call]
 
 
 class _Blocks(torch.autograd.Function):
@@ -31,7 +36,7 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, x: Tensor, adjoint: bool, factored: bool) -> Tensor:
         ctx.save_for_backward(weight, x)
         ctx.adjoint, ctx.factored = adjoint, factored
-        return linalg.adjoint_times(weight, x) if adjoint else weight @ x
+        return dense.adjoint_times(weight, x) if adjoint else weight @ x
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -39,7 +44,7 @@ class _Blocks(torch.autograd.Function):
         of_x: Tensor | None = None
         of_weight: Tensor | None = None
         if ctx.needs_input_grad[1]:
-            of_x = weight @ grad if ctx.adjoint else linalg.adjoint_times(weight, grad)
+            of_x = weight @ grad if ctx.adjoint else dense.adjoint_times(weight, grad)
         if ctx.needs_input_grad[0]:
             a, b = (x, grad) if ctx.adjoint else (grad, x)
             if ctx.factored and not torch.is_grad_enabled():

@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from projunn_manifold import linalg
-from projunn_manifold.fourier import Spectrum
+from projunn_manifold.layers.fourier import Spectrum
+from projunn_manifold.linalg import dense
 
 __all__ = ["confined"]
 
@@ -24,7 +24,7 @@ def confined(grid: Spectrum, groups: int, block: tuple[int, int], support: int, 
     """
     n, m = block
     precision = torch.float64 if grid.real else torch.complex128
-    start = linalg.haar(groups, 1, n, m, dtype=precision, device="cpu")
+    start = dense.haar(groups, 1, n, m, dtype=precision, device="cpu")
     if grid.real and n == m:
         start[..., 0] *= torch.linalg.det(start).sign()[..., None]
     sides = (*grid.size[:-1], grid.size[-1] // 2 + 1) if grid.real else grid.size  # as stored
@@ -38,7 +38,7 @@ def confined(grid: Spectrum, groups: int, block: tuple[int, int], support: int, 
         angle = angle.view(-1, *(1,) * (len(sides) - 1 - axis)).expand(*sides[axis:]).expand(*sides).flatten()
         for number in range(shifts if rank else 0):
             backward = (number % 2 == 1) != adjoint
-            half = linalg.haar(groups, 1, n, rank, dtype=precision, device="cpu").to(torch.complex128)
+            half = dense.haar(groups, 1, n, rank, dtype=precision, device="cpu").to(torch.complex128)
             turn = torch.polar(torch.ones_like(angle), -angle if backward else angle)[:, None, None]
             blocks = blocks + half @ ((turn - 1) * (half.mH @ blocks))
     return blocks

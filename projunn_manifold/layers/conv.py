@@ -16,7 +16,7 @@ __all__ = [
 
 
 class OrthogonalConv1d(FourierConv):
-    """:class:`OrthogonalConv2d` for sequences ``(B, in, size)``."""
+    """:class:`OrthogonalConv2d` for sequences ``(B, in, image_size)``."""
 
     dims, real = 1, True
 
@@ -31,10 +31,10 @@ class OrthogonalConv2d(FourierConv):
     ----------
     in_channels, out_channels : int
         Channels.
-    size : int or tuple of int
-        Of the images, for which alone the layer is made.
+    image_size : int or tuple of int
+        Size of the images, for which alone the layer is made; keyword-only.
     stride, groups : int
-        As in torch.nn.Conv2d; the stride divides the size.
+        As in torch.nn.Conv2d; the stride divides the image size.
     bias : bool
         Whether to add a bias, which starts at zero.
     k : int or None
@@ -72,7 +72,7 @@ class OrthogonalConv2d(FourierConv):
     --------
     >>> import torch
     >>> from projunn_manifold.layers import OrthogonalConv2d
-    >>> layer = OrthogonalConv2d(3, 16, size=32, bias=False)
+    >>> layer = OrthogonalConv2d(3, 16, image_size=32, bias=False)
     >>> x = torch.randn(8, 3, 32, 32)
     >>> y = layer(x)
     >>> y.shape, torch.allclose(y.norm(), x.norm())
@@ -83,13 +83,13 @@ class OrthogonalConv2d(FourierConv):
 
 
 class OrthogonalConv3d(FourierConv):
-    """:class:`OrthogonalConv2d` for volumes ``(B, in, *size)``."""
+    """:class:`OrthogonalConv2d` for volumes ``(B, in, *image_size)``."""
 
     dims, real = 3, True
 
 
 class UnitaryConv1d(FourierConv):
-    """:class:`UnitaryConv2d` for sequences ``(B, in, size)``."""
+    """:class:`UnitaryConv2d` for sequences ``(B, in, image_size)``."""
 
     dims, real = 1, False
 
@@ -105,6 +105,6 @@ class UnitaryConv2d(FourierConv):
 
 
 class UnitaryConv3d(FourierConv):
-    """:class:`UnitaryConv2d` for volumes ``(B, in, *size)``."""
+    """:class:`UnitaryConv2d` for volumes ``(B, in, *image_size)``."""
 
     dims, real = 3, False

@@ -10,9 +10,8 @@ from geoopt import ManifoldParameter, ManifoldTensor
 from torch import nn
 
 from projunn_manifold import init as initialise
-from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.plan import Plan, reattach_manifolds
-from projunn_manifold.sharding import unitary_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.optim.plan import Plan, reattach_manifolds
 
 __all__ = ["param_groups", "plain_", "unitary_"]
 
@@ -111,16 +110,16 @@ class _Guard:
                 )
 
 
-def param_groups(model: nn.Module, lr: float, unitary_lr: float | None = None) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, lr: float, *, unitary_lr: float) -> list[dict[str, Any]]:
     """Return two groups for an optimiser: parameters on unitary manifolds at ``unitary_lr``, all others at ``lr``.
 
-    The default, lr/32, is the paper's (Kiani et al. 2022, section 5), for torch's RMSprop and Adam, constrained.  With
-    geoopt's optimisers, or those of :mod:`projunn_manifold.optim`, give ``unitary_lr``: their rates are of another
-    kind, and lr/32 would hardly move anything.  A group without parameters is left out.
+    With torch's RMSprop and Adam, constrained, the paper's choice is ``unitary_lr=lr/32`` (Kiani et al. 2022,
+    section 5).  The learning rates of geoopt's optimisers, and of those of :mod:`projunn_manifold.optim`, are of
+    another kind, and there lr/32 would hardly move anything.  A group without parameters is left out.
     """
     unitary: list[Any] = []
     others: list[Any] = []
     for p in model.parameters():
         (others if unitary_of(p) is None else unitary).append(p)
-    groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, lr / 32 if unitary_lr is None else unitary_lr))
+    groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, unitary_lr))
     return [{"params": params, "lr": rate} for params, rate in groups if params]

@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from projunn_manifold import fourier, linalg
+from projunn_manifold.context import in_full_precision
+from projunn_manifold.layers import fourier
 from projunn_manifold.layers.base import StaysComplex, cast
-from projunn_manifold.linalg import in_full_precision
+from projunn_manifold.linalg import dense
 from projunn_manifold.validation import check_dtype, check_positive, sides_of
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
@@ -72,7 +73,7 @@ def _blocks(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:  # (C, C, *size) 
     blocks = fourier.blocks_of_kernel(kernel, grid)
     if len(kernel) == 1:
         return torch.polar(blocks.real.new_ones(()), blocks.imag)
-    return torch.linalg.matrix_exp(linalg.skew(blocks))
+    return torch.linalg.matrix_exp(dense.skew(blocks))
 
 
 class _Phases(torch.autograd.Function):

@@ -1,32 +1,35 @@
 r"""What all unitary convolutions share: the operator, its first values, its kernel, its closest one to another kernel.
 
 There is one unitary block for each frequency.  Kernels are as large as the image, and live in the Fourier domain
-(:mod:`projunn_manifold.fourier`): a stack of unitary blocks, and for real signals a second one of real orthogonal
-blocks, at the frequencies that are their own opposite.  So a rank-k update of all blocks costs :math:`O(k N C^2)` on N
-points, and the operator, not only its blocks, stays orthogonal.
+(:mod:`projunn_manifold.layers.fourier`): a stack of unitary blocks, and for real signals a second one of real
+orthogonal blocks, at the frequencies that are their own opposite.  So a rank-k update of all blocks costs
+:math:`O(k N C^2)` on N points, and the operator, not only its blocks, stays orthogonal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
-from projunn_manifold import fourier, linalg
-from projunn_manifold.init import haar_, identity_
+from projunn_manifold.context import in_full_precision
+from projunn_manifold.init import haar_, identity_, nearest_unitary_
+from projunn_manifold.layers import fourier
 from projunn_manifold.layers.base import KeepsManifolds, cast
 from projunn_manifold.layers.blocks import apply_blocks
 from projunn_manifold.layers.confined import confined
 from projunn_manifold.layers.plain_conv import PLAIN, centred_kernel
-from projunn_manifold.linalg import in_full_precision
-from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.nearest import check_images, nearest_blocks
+from projunn_manifold.linalg import dense
+from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
 from projunn_manifold.validation import check_dtype, check_positive, sides_of
 
-__all__ = ["FourierConv"]
+__all__ = ["FourierConv", "Nearest"]
+
+#: Chooses unitary blocks for a layer; see :meth:`FourierConv.from_centred_kernel`.
+Nearest = Callable[["FourierConv", Tensor], Sequence[Tensor]]
 
 
 class FourierConv(KeepsManifolds):
@@ -39,8 +42,8 @@ class FourierConv(KeepsManifolds):
         self,
         in_channels: int,
         out_channels: int,
-        size: int | tuple[int, ...],
-        *,
+        *unexpected: Any,
+        image_size: int | tuple[int, ...],
         stride: int = 1,
         groups: int = 1,
         bias: bool = True,
@@ -52,21 +55,29 @@ class FourierConv(KeepsManifolds):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if unexpected:
+            raise TypeError(
+                f"{type(self).__name__}({in_channels}, {out_channels}, {', '.join(map(repr, unexpected))}): the kernel "
+                "is as large as the image, so give the size of the images as image_size=; support= keeps the first "
+                "kernel small"
+            )
         check_positive("in_channels", in_channels)
         check_positive("out_channels", out_channels)
         check_positive("stride", stride)
         check_positive("groups", groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-        self.size = sides_of(size, self.dims)
-        if any(side % stride for side in self.size):
-            raise ValueError(f"stride={stride} must divide every side of the image, got size={self.size}")
+        self.image_size = sides_of(image_size, self.dims, "image_size")
+        if any(side % stride for side in self.image_size):
+            raise ValueError(f"stride={stride} must divide every side of the image, got image_size={self.image_size}")
         if init not in ("haar", "identity"):
             raise ValueError(f"init must be 'haar' or 'identity', got {init!r}")
         if support is not None:
             check_positive("support", support)
-            if support > max(self.size) // stride:
-                raise ValueError(f"support={support} does not fit images of size {self.size} with stride {stride}")
+            if support > max(self.image_size) // stride:
+                raise ValueError(
+                    f"support={support} does not fit images of size {self.image_size} with stride {stride}"
+                )
             if init != "haar":
                 raise ValueError(f"support={support} makes a start of its own: leave init as it is, got {init!r}")
         self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
@@ -78,10 +89,10 @@ class FourierConv(KeepsManifolds):
         check_dtype(dtype, "dtype")
         precision = torch.empty((), dtype=dtype).real.dtype
         wide = torch.promote_types(precision, torch.complex64)
-        grid = self._grid("cpu")
+        grid = self.grid("cpu")
         block = self._block
-        self.weight = self._stack(len(grid.generic), block, device, wide)
-        self.weight_real = self._stack(len(grid.alone), block, device, precision)
+        self.weight = self._stack(len(grid.paired), block, device, wide)
+        self.weight_real = self._stack(len(grid.self_conjugate), block, device, precision)
         own = precision if self.real else wide
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=own)) if bias else None
         self.reset_parameters()
@@ -89,7 +100,9 @@ class FourierConv(KeepsManifolds):
 
     def get_extra_state(self) -> Tensor:
         """Return what the blocks belong to, for ``state_dict``: other grids have stacks of the same shape."""
-        return torch.tensor([self.in_channels, self.out_channels, self.stride, self.groups, *self.size], device="cpu")
+        return torch.tensor(
+            [self.in_channels, self.out_channels, self.stride, self.groups, *self.image_size], device="cpu"
+        )
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the blocks of another layer."""
@@ -103,8 +116,9 @@ class FourierConv(KeepsManifolds):
         """Outputs and inputs of the operator at a point of the coarse grid, for each group."""
         return self.out_channels // self.groups, self.in_channels // self.groups * self.stride**self.dims
 
-    def _grid(self, device: torch.device | str) -> fourier.Spectrum:
-        return fourier.spectrum(tuple(side // self.stride for side in self.size), self.real, str(device))
+    def grid(self, device: torch.device | str) -> fourier.Spectrum:
+        """Return the frequencies of the layer's (coarse) grid, with positions on a device."""
+        return fourier.spectrum(tuple(side // self.stride for side in self.image_size), self.real, str(device))
 
     def _stack(self, count: int, block: tuple[int, int], device: Any, dtype: torch.dtype) -> ManifoldParameter | None:
         """Return blocks for that many frequencies, square or tall; None for none."""
@@ -127,12 +141,12 @@ class FourierConv(KeepsManifolds):
             return
         if self.support is not None:
             out, inward = self._block
-            grid = self._grid("cpu")
+            grid = self.grid("cpu")
             blocks = confined(grid, self.groups, (max(out, inward), min(out, inward)), self.support, out < inward)
             if self.weight is not None:
-                self.weight.copy_(blocks[:, grid.generic])
+                self.weight.copy_(blocks[:, grid.paired])
             if self.weight_real is not None:
-                self.weight_real.copy_(blocks[:, grid.alone].real)
+                self.weight_real.copy_(blocks[:, grid.self_conjugate].real)
             return
         for stack in stacks:
             (haar_ if self.init == "haar" else identity_)(stack)
@@ -148,28 +162,30 @@ class FourierConv(KeepsManifolds):
         name, d = type(self).__name__, self.dims
         if x.dim() not in (d + 1, d + 2) or x.shape[-d - 1] != self.in_channels:
             raise ValueError(f"{name}: expected ([batch,] {self.in_channels}, *size), got shape {tuple(x.shape)}")
-        if tuple(x.shape[-d:]) != self.size:
-            raise ValueError(f"{name}: made for images of size {self.size}, got {tuple(x.shape[-d:])}")
+        if tuple(x.shape[-d:]) != self.image_size:
+            raise ValueError(f"{name}: made for images of size {self.image_size}, got {tuple(x.shape[-d:])}")
         if x.dim() == d + 1:
             return self.forward(x[None])[0]
         if not len(x):  # which FFTs refuse
             return self.forward(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
         x = cast(self, x, "input", self._dtype)
-        grid = self._grid(x.device)
-        waves = self._waves(x, grid)
+        grid = self.grid(x.device)
+        waves = self.waves(x, grid)
         if torch.compiler.is_compiling():
             waves = waves.contiguous()  # inductor mistakes the layout of what is selected from another (torch 2.13)
         parts = []
-        for stack, chosen in ((self.weight, grid.generic), (self.weight_real, grid.alone)):
+        for stack, chosen in ((self.weight, grid.paired), (self.weight_real, grid.self_conjugate)):
             if stack is not None:
                 at = waves.index_select(1, chosen) if self.real else waves
-                parts.append(apply_blocks(stack, at.contiguous(), self._block[0] < self._block[1]))
+                adjoint = self._block[0] < self._block[1]
+                parts.append(apply_blocks(stack, at.contiguous(), adjoint, keeps_factors(stack)))
         answer = fourier.everywhere(torch.cat(parts, 1) if len(parts) > 1 else parts[0], grid)
         y = fourier.synthesise(answer.permute(3, 0, 2, 1).flatten(1, 2), grid)
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * d)
 
-    def _waves(self, x: Tensor, grid: fourier.Spectrum) -> Tensor:  # -> (groups, stored, in, batch)
-        coarse = fourier.coarsened(x.unflatten(1, (self.groups, -1)), self.stride, self.dims)
+    def waves(self, x: Tensor, grid: fourier.Spectrum) -> Tensor:  # -> (groups, stored, in, batch)
+        """Return the Fourier transform of images at the stored frequencies."""
+        coarse = fourier.space_to_depth(x.unflatten(1, (self.groups, -1)), self.stride, self.dims)
         return fourier.analyse(coarse, grid).permute(1, 3, 2, 0)
 
     @property
@@ -185,11 +201,11 @@ class FourierConv(KeepsManifolds):
     @in_full_precision
     def kernel(self) -> Tensor:  # (out, in / groups, *size)
         """Return the kernel, as torch's circular convolution of this size has it; differentiable."""
-        grid = self._grid(self._device)
+        grid = self.grid(self._device)
         stacks = self._stacks()
         free = torch.cat([stack.to(torch.promote_types(stack.dtype, torch.complex64)) for stack in stacks], 1)
         blocks = fourier.everywhere(free.mH.resolve_conj() if self._block[0] < self._block[1] else free, grid)
-        fine = fourier.refined(fourier.kernel_of_blocks(blocks, grid), self.stride, self.dims)
+        fine = fourier.depth_to_space(fourier.kernel_of_blocks(blocks, grid), self.stride, self.dims)
         return fine.roll(self._centre, tuple(range(-self.dims, 0))).flatten(0, 1)
 
     @property
@@ -202,22 +218,13 @@ class FourierConv(KeepsManifolds):
     @property
     def _centre(self) -> tuple[int, ...]:
         """Where the kernel's own point is: as many points are before it as torch pads."""
-        return tuple(fourier.centre_of(side, self.stride) for side in self.size)
+        return tuple(fourier.centre_of(side, self.stride) for side in self.image_size)
 
     @classmethod
-    def from_kernel(
-        cls,
-        kernel: Tensor,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        nearest: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> Any:
+    def from_kernel(cls, kernel: Tensor, *, stride: int = 1, groups: int = 1, **options: Any) -> Any:
         """Return the layer closest to a kernel ``(out, in / groups, *size)`` of torch's circular convolution.
 
-        Every block becomes its closest unitary; a kernel of such a layer's is found again.  ``nearest`` are arguments
-        of :func:`~projunn_manifold.nearest_unitary`, such as ``{"method": "lie", "inputs": images}``; ``options`` are
+        Every block becomes its closest unitary; the kernel of such a layer gives this layer again.  ``options`` are
         those of the layer.
 
         Raises
@@ -227,15 +234,15 @@ class FourierConv(KeepsManifolds):
         """
         centre = tuple(fourier.centre_of(side, stride) for side in kernel.shape[2:])
         centred = fourier.embedded(kernel, tuple(kernel.shape[2:]), centre)
-        return cls._closest(centred, nearest, stride=stride, groups=groups, **{"bias": False, **options})
+        return cls.from_centred_kernel(centred, stride=stride, groups=groups, **{"bias": False, **options})
 
     @classmethod
     def from_plain(
-        cls, conv: Any, size: int | tuple[int, ...], *, nearest: Mapping[str, Any] | None = None, **options: Any
+        cls, conv: Any, image_size: int | tuple[int, ...], *, nearest: Nearest | None = None, **options: Any
     ) -> Any:
         """Return the layer closest to a ``torch.nn.Conv`` with circular padding, for images of that size.
 
-        ``nearest`` and ``options`` are as for :meth:`from_kernel`.
+        ``nearest`` and ``options`` are as for :meth:`from_centred_kernel`.
 
         Raises
         ------
@@ -243,37 +250,37 @@ class FourierConv(KeepsManifolds):
             Another module, dilation, or a padding that is not circular or does not keep the size (divided by the
             stride).
         """
-        own = {"stride": conv.stride[0], "groups": conv.groups, "bias": conv.bias is not None, **options}
-        layer = cls._closest(centred_kernel(conv, sides_of(size, cls.dims)), nearest, **own)
+        given = {"stride": conv.stride[0], "groups": conv.groups, "bias": conv.bias is not None, **options}
+        layer = cls.from_centred_kernel(centred_kernel(conv, sides_of(image_size, cls.dims)), nearest, **given)
         if conv.bias is not None and layer.bias is not None:
             with torch.no_grad():
                 layer.bias.copy_(conv.bias)
         return layer
 
     @classmethod
-    def _closest(cls, centred: Tensor, nearest: Mapping[str, Any] | None, **options: Any) -> Any:
-        """Return the layer closest to a kernel with its centre at entry 0."""
+    def from_centred_kernel(cls, centred: Tensor, nearest: Nearest | None = None, **options: Any) -> Any:
+        """Return the layer closest to a kernel ``(out, in / groups, *image_size)`` with its centre at entry 0.
+
+        ``nearest`` is a function of the layer and of its blocks ``(groups, stored, out, in)``, in double precision,
+        that returns the unitary blocks at the paired and at the self-conjugate frequencies: the closest ones if left
+        out.
+        """
         out, per_group, *size = centred.shape
-        own = {"dtype": centred.dtype, "device": centred.device, **options}
-        layer = cls(per_group * own["groups"], out, tuple(size), **own)
-        grid, problem = layer._grid(layer._device), dict(nearest or {})
-        wide = centred.to(linalg.high_precision(centred.dtype))
-        inputs = problem.pop("inputs", None)
+        given = {"dtype": centred.dtype, "device": centred.device, **options}
+        layer = cls(per_group * given["groups"], out, image_size=tuple(size), **given)
         with torch.no_grad():
-            if inputs is not None:
-                check_images(inputs, layer.size)
-            waves = None if inputs is None else layer._waves(inputs.to(wide), grid).mT
-            (generic, alone), _ = nearest_blocks(layer._blocks_of(wide), grid, waves, **problem)
-            for stack, found in ((layer.weight, generic), (layer.weight_real, alone)):
+            blocks = layer._blocks_of(centred.to(dense.high_precision(centred.dtype)))
+            found = (nearest or _polar_blocks)(layer, blocks)
+            for stack, own in zip((layer.weight, layer.weight_real), found, strict=True):
                 if stack is not None:
-                    found = found if stack.is_complex() else found.real
-                    stack.copy_(found.mH if layer._block[0] < layer._block[1] else found)
+                    own = own if stack.is_complex() else own.real
+                    stack.copy_(own.mH if layer._block[0] < layer._block[1] else own)
         return layer
 
     def _blocks_of(self, centred: Tensor) -> Tensor:  # (out, in / groups, *size) -> (groups, stored, *block)
         """Return the blocks of any kernel of this layer's shape, its centre at entry 0."""
-        coarse = fourier.coarsened(centred.unflatten(0, (self.groups, -1)), self.stride, self.dims)
-        return fourier.blocks_of_kernel(coarse, self._grid(centred.device))
+        coarse = fourier.space_to_depth(centred.unflatten(0, (self.groups, -1)), self.stride, self.dims)
+        return fourier.blocks_of_kernel(coarse, self.grid(centred.device))
 
     def to_plain(self) -> nn.Module:
         """Return the same operator as a ``torch.nn.Conv`` with circular padding, its kernel as large as the image."""
@@ -282,7 +289,7 @@ class FourierConv(KeepsManifolds):
         plain = plain_class(
             self.in_channels,
             self.out_channels,
-            self.size,
+            self.image_size,
             stride=self.stride,
             padding=padding,
             groups=self.groups,
@@ -307,12 +314,12 @@ class FourierConv(KeepsManifolds):
 
         With another ``kernel`` of the shape of :meth:`kernel`'s, such as an unconstrained one, its operator's.
         """
-        grid = self._grid(self._device)
+        grid = self.grid(self._device)
         blocks = None if kernel is None else self._blocks_of(kernel)
         found = []
         for stack, chosen, times in (
-            (self.weight, grid.generic, 2 if self.real else 1),
-            (self.weight_real, grid.alone, 1),
+            (self.weight, grid.paired, 2 if self.real else 1),
+            (self.weight_real, grid.self_conjugate, 1),
         ):
             if stack is not None:
                 own = stack if blocks is None else blocks.index_select(1, chosen)
@@ -327,7 +334,7 @@ class FourierConv(KeepsManifolds):
         check_positive("kernel_size", kernel_size)
         kernel = self.kernel()
         window = kernel
-        for axis, (centre, side) in enumerate(zip(self._centre, self.size, strict=True), -self.dims):
+        for axis, (centre, side) in enumerate(zip(self._centre, self.image_size, strict=True), -self.dims):
             width = min(kernel_size, side)
             first = max(0, min(centre - fourier.centre_of(width, self.stride), side - width))
             window = window.narrow(axis, first, width)
@@ -335,8 +342,21 @@ class FourierConv(KeepsManifolds):
 
     def extra_repr(self) -> str:
         """Return channels, size and what differs from the default."""
-        text = f"{self.in_channels}, {self.out_channels}, size={self.size}"
+        text = f"{self.in_channels}, {self.out_channels}, image_size={self.image_size}"
         for name, default in (("stride", 1), ("groups", 1)):
             if getattr(self, name) != default:
                 text += f", {name}={getattr(self, name)}"
         return text if self.bias is not None else f"{text}, bias=False"
+
+
+def _polar_blocks(layer: FourierConv, blocks: Tensor) -> list[Tensor]:
+    """Return the closest unitary blocks at the paired and at the self-conjugate frequencies."""
+    grid, found = layer.grid(blocks.device), []
+    for chosen in (grid.paired, grid.self_conjugate):
+        own = blocks.index_select(-3, chosen)
+        own = own.real if chosen is grid.self_conjugate and grid.real else own
+        is_wide = own.shape[-2] < own.shape[-1]
+        tall = (own.mH if is_wide else own).resolve_conj().contiguous()
+        polar = nearest_unitary_(tall) if tall.numel() else tall
+        found.append(polar.mH if is_wide else polar)
+    return found

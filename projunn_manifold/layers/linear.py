@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
-from projunn_manifold.manifold import UnitaryLowRank
+from projunn_manifold.manifold.unitary import UnitaryLowRank
 
 __all__ = ["UnitaryLinear"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from projunn_manifold.recurrence import modrelu
+from projunn_manifold.layers.recurrence import modrelu
 
 __all__ = ["ModReLU"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from projunn_manifold import fourier
+from projunn_manifold.layers import fourier
 
 __all__ = ["PLAIN", "centred_kernel"]
 

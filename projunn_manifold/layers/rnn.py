@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, may_be_factored, on_manifold
+from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
 from projunn_manifold.layers.modrelu import ModReLU
-from projunn_manifold.manifold import UnitaryLowRank
-from projunn_manifold.recurrence import NONLINEARITIES, recurrence, step_by_step
+from projunn_manifold.layers.recurrence import NONLINEARITIES, recurrence, step_by_step
+from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
 from projunn_manifold.validation import check_positive
 
 __all__ = ["UnitaryRNN", "UnitaryRNNCell"]
@@ -69,7 +69,7 @@ class _Recurrent(KeepsManifolds):
             return step_by_step(x, h0, inward, weight, beta, None, lambda z, bias: function(z))
         bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None
         return recurrence(
-            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=len(x) > 1 and may_be_factored(weight)
+            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=len(x) > 1 and keeps_factors(weight)
         )
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...]) -> None:
@@ -108,9 +108,20 @@ class _Recurrent(KeepsManifolds):
                 child.reset_parameters()
 
     def extra_repr(self) -> str:
-        """Return the sizes, as torch.nn.RNN does."""
+        """Return the sizes and what differs from the defaults, as torch.nn.RNN does."""
         nonlinearity = self.nonlinearity if isinstance(self.nonlinearity, str) else "function"
-        return f"{self.input_size}, {self.hidden_size}, nonlinearity={nonlinearity}, bias={self.bias}"
+        text = f"{self.input_size}, {self.hidden_size}"
+        for name, value, default in (
+            ("num_layers", getattr(self, "num_layers", 1), 1),
+            ("nonlinearity", nonlinearity, "modrelu"),
+            ("bias", self.bias, True),
+            ("batch_first", getattr(self, "batch_first", False), False),
+            ("dropout", getattr(self, "dropout", 0.0), 0.0),
+            ("init", self.init, "henaff"),
+        ):
+            if value != default:
+                text += f", {name}={value}"
+        return text
 
     def _plain_nonlinearity(self) -> str:
         if self.nonlinearity not in ("relu", "tanh"):
@@ -189,8 +200,8 @@ class UnitaryRNN(_Recurrent):
     r"""``torch.nn.RNN`` with unitary transitions: :math:`h_t = \sigma(V x_t + \beta + W h_{t-1})`, each W unitary.
 
     The whole sequence is one operation for autograd if σ is built in.  The gradient of a W on
-    :class:`~projunn_manifold.UnitaryLowRank` is then a :class:`~projunn_manifold.factors.FactoredTensor`: kept as what
-    it is the product of, never formed unless somebody reads it.
+    :class:`~projunn_manifold.UnitaryLowRank` is then a :class:`~projunn_manifold.sketching.FactoredTensor`: it is kept
+    as factors, and never formed unless somebody reads it.
 
     Parameters
     ----------

@@ -1,0 +1,128 @@
+"""What PyTorch is doing right now, and the home of every private name of PyTorch's that this package uses.
+
+Compiled code, transforms of ``torch.func``, forward-mode derivatives, fake tensors, GPUs and autocast each change what
+a function may do: look at a tensor's values, touch its memory, or compute in its own precision.
+
+``torch.compile`` takes an optimiser's parameters for plain ones: it loses their class, by which geoopt recognises a
+manifold (torch 2.13), and a traced step is then silently Euclidean.  So the functions of this package that make steps
+stay outside its graphs, and :func:`keep_optimizers_outside_graphs` does the same for geoopt's optimisers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but without the second that torch._dynamo takes
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map
+
+__all__ = [
+    "constant_in_graphs",
+    "disabled_torch_function",
+    "in_full_precision",
+    "is_differentiated",
+    "is_plain",
+    "keep_optimizers_outside_graphs",
+    "make_wrapper",
+    "outside_graphs",
+    "readable",
+    "register_optimizer_step_post_hook",
+    "register_optimizer_step_pre_hook",
+    "step_post_hooks",
+    "traced",
+    "transformed",
+    "tree_map",
+]
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+_DISPATCH = Tensor.__torch_dispatch__
+
+#: The ``__torch_function__`` of a tensor subclass that acts through ``__torch_dispatch__`` alone.
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+
+#: Makes a tensor of a subclass that has no storage.
+make_wrapper: Any = Tensor._make_wrapper_subclass
+
+
+# -- tensors and modes -----------------------------------------------------------------------------------
+
+
+def traced() -> bool:
+    """Tell whether tensors are abstract now: compiled, or under a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def readable(x: Tensor) -> bool:
+    """Tell whether the host may look at x's values: not on a GPU, where it would wait, nor while they are abstract."""
+    return not (x.is_cuda or traced())
+
+
+def transformed() -> bool:
+    """Tell whether a transform of torch.func or a forward-mode derivative is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_differentiated(t: Tensor) -> bool:
+    """Tell whether a derivative may depend on t, backward or forward."""
+    return (t.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
+def is_plain(t: Tensor) -> bool:
+    """Tell whether t's memory is what it seems: no derivatives to follow; not fake, traced or distributed."""
+    if is_differentiated(t) or t.is_conj() or t.is_neg():
+        return False
+    return type(t).__torch_dispatch__ is _DISPATCH
+
+
+def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function of tensors: inside a region of torch.autocast it runs in the tensors' own precision."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+# -- torch.compile ---------------------------------------------------------------------------------------
+
+
+def outside_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that compiled code calls as it is: the graph ends before it, and another starts after it.
+
+    Steps draw numbers by a count of steps and look at values, which no graph can do.
+    """
+    outside: Callable[_Arguments, _Result] = _disable_dynamo(function)
+    return outside
+
+
+def constant_in_graphs(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function of constants that is called while a graph is made: the graph takes its result as it is."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result
+    return function
+
+
+@functools.cache
+def keep_optimizers_outside_graphs() -> None:
+    """Keep the steps of geoopt's optimisers outside the graphs of torch.compile, from now on."""
+    from torch._dynamo import trace_rules
+
+    trace_rules.add("geoopt.optim")
+
+
+# -- optimisers ------------------------------------------------------------------------------------------
+
+
+def step_post_hooks(optimizer: torch.optim.Optimizer) -> list[Callable[..., Any]]:
+    """Return the functions that are called after each step of an optimiser."""
+    return list(optimizer._optimizer_step_post_hooks.values())

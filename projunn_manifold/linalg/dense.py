@@ -1,0 +1,228 @@
+r"""Dense linear algebra: polar factors, thin QR, Haar measure, functions of skew-Hermitian matrices, norms.
+
+``^H`` is the conjugate transpose, so every
+function covers the real case; leading dimensions are batch dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "DTYPES",
+    "add_product_",
+    "adjoint_times",
+    "columns_of_identity",
+    "finite_entries",
+    "frobenius_inner",
+    "haar",
+    "high_precision",
+    "log_unitary",
+    "newton_schulz",
+    "normalized",
+    "per_matrix",
+    "phase_core",
+    "polar",
+    "probed_unitarity_error",
+    "rotation_angles",
+    "skew",
+    "squared_norm",
+    "sym",
+    "thin_qr",
+    "tolerance",
+    "unitarity_error",
+]
+
+
+#: Dtypes of points.
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+def high_precision(dtype: torch.dtype) -> torch.dtype:
+    """Return the double-precision dtype (float64 or complex128) in which the small cores are computed."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def tolerance(dtype: torch.dtype, n: int) -> float:
+    r"""Largest :math:`\|X^H X - I\|_F/\sqrt{m}` that counts as "on the manifold" for side ``n``.
+
+    Rounding alone leaves 3 to 7 eps from n = 8 to n = 1024 (a Haar sample, :func:`polar`); the tolerance is
+    about twice that, and grows with ``n`` as a sum's rounding error does.
+    """
+    return torch.finfo(dtype).eps * (8.0 + math.sqrt(n) / 4.0)
+
+
+def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """Skew-Hermitian part ``(x - x^H) / 2``."""
+    return (x - x.mH) / 2
+
+
+def sym(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    """Hermitian part ``(x + x^H) / 2``."""
+    return (x + x.mH) / 2
+
+
+def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n, k) -> (*batch, m, k)
+    """Return ``x^H q``, conjugating the thin side: ``x.mH`` of a complex batch would copy the big matrix."""
+    return (q.mH @ x).mH.resolve_conj()
+
+
+def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add ``left @ right^H`` to ``x`` in place and return ``x``; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
+    if x.dim() == 2:
+        return x.addmm_(left, right.mH)
+    if x.dim() > 3 and left.dim() == right.dim() == x.dim() and x.is_contiguous():
+        add_product_(x.view(-1, *x.shape[-2:]), left.flatten(0, -3), right.flatten(0, -3))
+        return x
+    if x.dim() == 3 and left.dim() == 3 and right.dim() == 3:
+        return x.baddbmm_(left, right.mH)
+    return x.add_(left @ right.mH)
+
+
+def finite_entries(h: Tensor) -> Tensor:
+    """Return h with zeros in place of NaN and infinity, on which LAPACK would fail."""
+    return torch.where(torch.isfinite(h), h, 0.0)
+
+
+def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> (*batch,), real
+    """Real inner product ``Re tr(x^H y)`` in one read of each, without an intermediate of their size."""
+    if x.is_complex():
+        x, y = torch.view_as_real(x.resolve_conj()).flatten(-2), torch.view_as_real(y.resolve_conj()).flatten(-2)
+    if x.stride(-1) != 1 and x.stride(-2) == 1:  # read a column-major matrix in its own order
+        x, y = x.mT, y.mT
+    x, y = x.flatten(-2), y.flatten(-2)
+    return (x.unsqueeze(-2) @ y.unsqueeze(-1)).squeeze(-1).squeeze(-1)
+
+
+def squared_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), double
+    """Squared Frobenius norm in double precision."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=high_precision(x.dtype)).real.square()
+
+
+def per_matrix(c: float | Tensor) -> float | Tensor:  # (*batch,) -> (*batch, 1, 1)
+    """Return numbers, one for each matrix, in a shape that multiplies the matrices; in double precision."""
+    return c.double()[..., None, None] if isinstance(c, Tensor) else c
+
+
+def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return x divided by its Frobenius norm, safe at the ends of the range; a zero x stays zero."""
+    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1).real
+    x = x / torch.where(largest == 0, 1.0, largest)
+    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
+    return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+
+
+def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
+    """QR factorisation of a thin matrix of any rank; Q contiguous.
+
+    A column that the others span leaves rounding, the next one rounding of that, until LAPACK divides by what is left
+    (complex routines overflow there).  So each column gets its rounding error, eps times its norm, as a floor.
+    """
+    y = y.clone(memory_format=torch.contiguous_format)
+    norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))
+    floor = (torch.finfo(y.dtype).eps * norms[..., : min(y.shape[-2:])]).to(y.dtype)
+    y.diagonal(dim1=-2, dim2=-1).add_(floor)
+    q, r = torch.linalg.qr(y)
+    return q.contiguous(), r
+
+
+def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Closest matrix with orthonormal columns (unitary polar factor); contiguous.
+
+    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; :func:`newton_schulz` takes that back.
+    """
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    return newton_schulz(u @ vh).contiguous()
+
+
+def newton_schulz(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    r"""One Newton-Schulz step :math:`X - X E/2`, E = X^H X - I, towards the polar factor.
+
+    The error left is :math:`\tfrac38\|E\|_2^2`: rounding, where :math:`\|E\|_2 \le \sqrt\epsilon`.
+    """
+    defect = adjoint_times(x, x)
+    defect.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return x - x @ defect / 2
+
+
+def columns_of_identity(
+    *size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """First ``m`` columns of the ``n x n`` identity, repeated over the batch dimensions; contiguous."""
+    eye = torch.zeros(size, dtype=dtype, device=device)
+    eye.diagonal(dim1=-2, dim2=-1).fill_(1)
+    return eye
+
+
+def haar(
+    *size: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Uniformly (Haar) distributed matrices with orthonormal columns, ``(*batch, n, m)`` with ``n >= m``.
+
+    QR of a Gaussian matrix, the phases of R's diagonal moved into Q (Mezzadri 2007), which makes the
+    factorisation unique and the law invariant.
+    """
+    gaussian = torch.randn(size, dtype=dtype, device=device, generator=generator)
+    q, r = torch.linalg.qr(gaussian)
+    return (q * torch.sgn(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)).contiguous()
+
+
+def unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
+    r"""Distance from the manifold, :math:`\|X^H X - I\|_F/\sqrt{m}`, computed in double precision."""
+    x = x.detach().to(high_precision(x.dtype))
+    gram = x.mH @ x
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return torch.linalg.matrix_norm(gram) / math.sqrt(x.shape[-1])
+
+
+def probed_unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
+    r"""Estimate :func:`unitarity_error` in :math:`O(nm)` from :math:`X^H X z - z` for four fixed Gaussian z.
+
+    Non-finite entries give inf.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    z = torch.randn(x.shape[-1], 4, dtype=x.dtype, device=x.device, generator=generator)
+    residual = adjoint_times(x, x @ z) - z
+    norms = torch.linalg.vector_norm(residual, dim=(-2, -1)) / torch.linalg.vector_norm(z)
+    return torch.where(torch.isfinite(norms), norms, math.inf)
+
+
+def phase_core(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
+    r"""Return :math:`f(\Omega) - I` of a skew-Hermitian Ω without losing small increments.
+
+    Ω has eigenvalues iθ, f(Ω) has :math:`e^{i\alpha(\theta)}`: the exponential for α = θ, the polar factor of I + Ω
+    for α = arctan θ.  The increment is evaluated as :math:`2i\sin(\alpha/2)e^{i\alpha/2}`.
+    """
+    theta, q = torch.linalg.eigh(-1j * omega)
+    angle = alpha(theta)
+    phases = 2j * torch.sin(angle / 2) * torch.exp(0.5j * angle)
+    core = (q * phases.unsqueeze(-2)) @ q.mH
+    return core if omega.is_complex() else core.real
+
+
+def rotation_angles(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n) in (-pi, pi]
+    """Angles of the eigenvalues of a unitary matrix."""
+    return torch.linalg.eigvals(w).angle()
+
+
+def log_unitary(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n, n) skew-Hermitian
+    r"""Principal logarithm of a unitary matrix, by two unitary square roots and an arcsine.
+
+    :math:`W^{1/2}` is the polar factor of I + W.  After two roots every angle is at most π/4, where
+    :math:`\theta = \arcsin(\lambda)`, λ the eigenvalues of the root's skew part, is one-to-one and well
+    conditioned, so that only truly repeated angles share an eigenspace; real input stays real.  A Newton
+    step on :math:`e^{-L} W = I` takes back the rounding of the two SVDs.
+    """
+    eye = columns_of_identity(*w.shape, dtype=w.dtype, device=w.device)
+    root = polar(eye + polar(eye + w))
+    sine, q = torch.linalg.eigh(-1j * skew(root))
+    log = (q * (4j * torch.arcsin(sine.clamp(-1, 1))).unsqueeze(-2)) @ q.mH
+    log = skew(log if w.is_complex() else log.real)
+    return log + skew(torch.linalg.matrix_exp(-log) @ w)

@@ -1,0 +1,483 @@
+"""Compiled loops for :mod:`projunn_manifold.linalg.products`: every element of a large matrix is loaded once.
+
+Arrays are C-contiguous: a stack of real matrices ``(batch, n, m)``, and thin factors by rows, ``(batch, k, n)``
+or ``(batch, k, m)``.  A complex matrix comes as the real one of its interleaved real and imaginary parts, twice
+as wide, and its factors complex.  A call works on the matrices ``t0 <= t < t1`` and their rows
+``i0 <= i < i1``, so that threads can share a stack or a matrix; the loops release Python's global lock.
+Sums may be taken in any order, but NaN and infinity keep their meaning.
+
+The innermost loops are written out for four rows of the matrix and one or two factors (updates: one or four rows and
+two or four factors): so the compiler keeps all sums in registers and a load serves several multiplications.
+
+All loops are in one module, long as it is: numba keeps machine code by the date of a function's file, and would not see
+that a function it calls in another file has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+
+_FLAGS = {"nsz", "arcp", "contract", "reassoc"}
+_CACHE = 2**15  # bytes of the first-level cache
+_BAND = 2**18  # bytes of a matrix that stay in the second-level cache
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return numba.njit(nogil=True, fastmath=_FLAGS, cache=True)(function)
+    except RuntimeError:  # no folder to keep the machine code in: compile once in every process
+        return numba.njit(nogil=True, fastmath=_FLAGS)(function)
+
+
+# -- products: Y = X R and Z += X^T L, or Z += X^T [Y, L] in the same read of X --------------------------------
+
+
+@_compiled
+def products(
+    x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = X right`` and ``z += X^T left``; if ``normal``, ``z += X^T [y, left]``."""
+    for t in range(t0, t1):
+        _products(x[t, i0:i1], right[t], y[t, :, i0:i1], left[t, :, i0:i1], z[t], normal)
+
+
+@_compiled
+def complex_products(
+    x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = X right`` and ``z += X^H left``; if ``normal``, ``z += X^H [y, left]``.
+
+    Re and Im of X v are the products of the interleaved matrix with conj(v) and i conj(v), and X^H a follows
+    from its adjoint products with Re a and Im a.
+    """
+    k, r, m = right.shape[1], left.shape[1], right.shape[2]
+    v = np.empty((2 * k, x.shape[2]), x.dtype)
+    s = np.empty((2 * k, i1 - i0), x.dtype)
+    a = np.empty((2 * r, i1 - i0), x.dtype)
+    q = np.empty((2 * z.shape[1], x.shape[2]), x.dtype)
+    for t in range(t0, t1):
+        for c in range(k):
+            _interleave_conjugate(right[t, c], v[2 * c], v[2 * c + 1])
+        for c in range(r):
+            for i in range(i1 - i0):
+                a[2 * c, i], a[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
+        q[:] = 0
+        _products(x[t, i0:i1], v, s, a, q, normal)
+        for c in range(k):
+            for i in range(i1 - i0):
+                y[t, c, i0 + i] = s[2 * c, i] + 1j * s[2 * c + 1, i]
+        for c in range(z.shape[1]):
+            for j in range(m):  # X^H a = conj(X^T Re a) + i conj(X^T Im a)
+                re, im = q[2 * c], q[2 * c + 1]
+                z[t, c, j] += (re[2 * j] + im[2 * j + 1]) + 1j * (im[2 * j] - re[2 * j + 1])
+
+
+@_compiled
+def _interleave_conjugate(v: Any, re: Any, im: Any) -> None:  # pragma: no cover
+    """Write conj(v) and i conj(v), interleaved."""
+    for j in range(v.shape[0]):
+        re[2 * j], re[2 * j + 1] = v[j].real, -v[j].imag
+        im[2 * j], im[2 * j + 1] = v[j].imag, v[j].real
+
+
+@_compiled
+def _products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> None:  # pragma: no cover
+    n, k, r = x.shape[0], right.shape[0], left.shape[0]
+    whole = n - n % 4
+    if normal and k == 1 and r == 0:
+        _normal_one(x[:whole], right[0], y[0], z[0])
+    elif normal and k == 2 and r == 0:
+        _normal_two(x[:whole], right[0], right[1], y[0], y[1], z[0], z[1])
+    elif normal and k == 1 and r == 1:
+        _tangent_one(x[:whole], right[0], left[0], y[0], z[0], z[1])
+    elif normal and k == 2 and r == 2:
+        _tangent_two(
+            x[:whole], right[0], right[1], left[0], left[1], y[0], y[1], z[0], z[1], z[2], z[3]
+        )  # fmt: skip
+    else:
+        band = max(4, _BAND // (x.shape[1] * x.itemsize) // 4 * 4)
+        for lo in range(0, whole, band):
+            hi = min(lo + band, whole)
+            _times(x[lo:hi], right, y[:, lo:hi])
+            if normal:
+                _adjoint(x[lo:hi], y[:, lo:hi], z[:k])
+            _adjoint(x[lo:hi], left[:, lo:hi], z[z.shape[0] - r :])
+    for i in range(whole, n):
+        for c in range(k):
+            y[c, i] = _dot(x[i], right[c])
+            if normal:
+                _add_row(y[c, i], x[i], z[c])
+        for c in range(r):
+            _add_row(left[c, i], x[i], z[z.shape[0] - r + c])
+
+
+@_compiled
+def _times(x: Any, right: Any, y: Any) -> None:  # pragma: no cover
+    k = right.shape[0]
+    for c in range(0, k - 1, 2):
+        _times_two(x, right[c], right[c + 1], y[c], y[c + 1])
+    if k % 2:
+        _times_one(x, right[k - 1], y[k - 1])
+
+
+@_compiled
+def _adjoint(x: Any, left: Any, z: Any) -> None:  # pragma: no cover
+    r = left.shape[0]
+    for c in range(0, r - 1, 2):
+        _adjoint_two(x, left[c], left[c + 1], z[c], z[c + 1])
+    if r % 2:
+        _adjoint_one(x, left[r - 1], z[r - 1])
+
+
+# The products of one or two columns with both sides are written out once more: a fifth faster than their parts.
+
+
+@_compiled
+def _normal_one(x: Any, v: Any, y: Any, z: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+
+
+@_compiled
+def _normal_two(x: Any, v: Any, w: Any, y: Any, u: Any, z: Any, q: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        r0, r1, r2, r3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            r0 += x0[j] * w[j]
+            r1 += x1[j] * w[j]
+            r2 += x2[j] * w[j]
+            r3 += x3[j] * w[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+            q[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
+
+
+@_compiled
+def _tangent_one(x: Any, v: Any, a: Any, y: Any, z: Any, p: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            p[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+
+
+@_compiled
+def _tangent_two(
+    x: Any, v: Any, w: Any, a: Any, b: Any, y: Any, u: Any, z: Any, q: Any, p: Any, o: Any
+) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        r0, r1, r2, r3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            r0 += x0[j] * w[j]
+            r1 += x1[j] * w[j]
+            r2 += x2[j] * w[j]
+            r3 += x3[j] * w[j]
+            p[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+            o[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+        for j in range(v.shape[0]):
+            z[j] += s0 * x0[j] + s1 * x1[j] + s2 * x2[j] + s3 * x3[j]
+            q[j] += r0 * x0[j] + r1 * x1[j] + r2 * x2[j] + r3 * x3[j]
+
+
+@_compiled
+def _times_one(x: Any, v: Any, y: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+
+
+@_compiled
+def _times_two(x: Any, v: Any, w: Any, y: Any, u: Any) -> None:  # pragma: no cover
+    zero = x.dtype.type(0)
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        s0, s1, s2, s3 = zero, zero, zero, zero
+        r0, r1, r2, r3 = zero, zero, zero, zero
+        for j in range(v.shape[0]):
+            s0 += x0[j] * v[j]
+            s1 += x1[j] * v[j]
+            s2 += x2[j] * v[j]
+            s3 += x3[j] * v[j]
+            r0 += x0[j] * w[j]
+            r1 += x1[j] * w[j]
+            r2 += x2[j] * w[j]
+            r3 += x3[j] * w[j]
+        y[i], y[i + 1], y[i + 2], y[i + 3] = s0, s1, s2, s3
+        u[i], u[i + 1], u[i + 2], u[i + 3] = r0, r1, r2, r3
+
+
+@_compiled
+def _adjoint_one(x: Any, a: Any, z: Any) -> None:  # pragma: no cover
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        for j in range(z.shape[0]):
+            z[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+
+
+@_compiled
+def _adjoint_two(x: Any, a: Any, b: Any, z: Any, q: Any) -> None:  # pragma: no cover
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        for j in range(z.shape[0]):
+            z[j] += a0 * x0[j] + a1 * x1[j] + a2 * x2[j] + a3 * x3[j]
+            q[j] += b0 * x0[j] + b1 * x1[j] + b2 * x2[j] + b3 * x3[j]
+
+
+@_compiled
+def _dot(x0: Any, v: Any) -> Any:  # pragma: no cover
+    s = x0.dtype.type(0)
+    for j in range(x0.shape[0]):
+        s += x0[j] * v[j]
+    return s
+
+
+@_compiled
+def _add_row(a: Any, x0: Any, z: Any) -> None:  # pragma: no cover
+    for j in range(z.shape[0]):
+        z[j] += a * x0[j]
+
+
+# -- updates: Y = X + L R^H; Y may be X itself ------------------------------------------------------------------
+
+
+@_compiled
+def add_product(
+    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = x + left right^T`` if ``fresh``, otherwise ``y += left right^T``."""
+    for t in range(t0, t1):
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, left[t, :, i0:i1], right[t])
+
+
+@_compiled
+def complex_add_product(
+    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+) -> None:  # pragma: no cover
+    """``y = x + left right^H`` or ``y += left right^H``, as w conj(v) = Re w conj(v) + Im w (i conj(v))."""
+    r = left.shape[1]
+    w = np.empty((2 * r, i1 - i0), x.dtype)
+    v = np.empty((2 * r, x.shape[2]), x.dtype)
+    for t in range(t0, t1):
+        for c in range(r):
+            _interleave_conjugate(right[t, c], v[2 * c], v[2 * c + 1])
+            for i in range(i1 - i0):
+                w[2 * c, i], w[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, w, v)
+
+
+@_compiled
+def _add_product(y: Any, x: Any, fresh: bool, w: Any, v: Any) -> None:  # pragma: no cover
+    n, m, r = y.shape[0], y.shape[1], w.shape[0]
+    wide = r * m * y.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of Y at once
+    band = max(4, _BAND // (m * y.itemsize) // 4 * 4) if fresh or r > 4 else n
+    for lo in range(0, n, band):
+        hi = min(lo + band, n)
+        whole = lo + (hi - lo) // 4 * 4 if wide else lo
+        if fresh:
+            for i in range(lo, hi):
+                _copy_row(x[i], y[i])
+        for c in range(0, r - 3, 4):
+            w0, w1, w2, w3 = w[c, lo:hi], w[c + 1, lo:hi], w[c + 2, lo:hi], w[c + 3, lo:hi]
+            _add_four_to_four(y[lo:whole], w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            _add_four(y[lo:hi], whole - lo, w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+        c = r - r % 4
+        if r % 4 >= 2:
+            _add_two_to_four(y[lo:whole], w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+            _add_two(y[lo:hi], whole - lo, w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+        if r % 2:
+            for i in range(lo, hi):
+                _add_row(w[r - 1, i], v[r - 1], y[i])
+
+
+@_compiled
+def _copy_row(x0: Any, y0: Any) -> None:  # pragma: no cover
+    for j in range(x0.shape[0]):
+        y0[j] = x0[j]
+
+
+@_compiled
+def _add_four(
+    x: Any, start: int, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
+) -> None:  # pragma: no cover
+    for i in range(start, x.shape[0]):
+        row, ai, bi, ci, di = x[i], a[i], b[i], c[i], d[i]
+        for j in range(row.shape[0]):
+            row[j] += ai * u[j] + bi * v[j] + ci * w[j] + di * q[j]
+
+
+@_compiled
+def _add_two(x: Any, start: int, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
+    for i in range(start, x.shape[0]):
+        row, ai, bi = x[i], a[i], b[i]
+        for j in range(row.shape[0]):
+            row[j] += ai * u[j] + bi * v[j]
+
+
+@_compiled
+def _add_four_to_four(
+    x: Any, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
+) -> None:  # pragma: no cover
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
+        d0, d1, d2, d3 = d[i], d[i + 1], d[i + 2], d[i + 3]
+        for j in range(u.shape[0]):
+            x0[j] += a0 * u[j] + b0 * v[j] + c0 * w[j] + d0 * q[j]
+            x1[j] += a1 * u[j] + b1 * v[j] + c1 * w[j] + d1 * q[j]
+            x2[j] += a2 * u[j] + b2 * v[j] + c2 * w[j] + d2 * q[j]
+            x3[j] += a3 * u[j] + b3 * v[j] + c3 * w[j] + d3 * q[j]
+
+
+@_compiled
+def _add_two_to_four(x: Any, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
+    for i in range(0, x.shape[0], 4):
+        x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
+        a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
+        b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
+        for j in range(u.shape[0]):
+            x0[j] += a0 * u[j] + b0 * v[j]
+            x1[j] += a1 * u[j] + b1 * v[j]
+            x2[j] += a2 * u[j] + b2 * v[j]
+            x3[j] += a3 * u[j] + b3 * v[j]
+
+
+# -- thin factors: everything between two passes over a large matrix -------------------------------
+
+
+@_compiled
+def normalise(y: Any, z: Any) -> Any:  # pragma: no cover
+    """Divide y and z by the norm of y, for every matrix of a stack; return the smallest and the largest norm.
+
+    A zero y counts as of norm 1.
+    """
+    smallest, largest = np.inf, 0.0
+    for t in range(y.shape[0]):
+        norm = _norm(y[t])
+        for c in range(y.shape[1]):
+            _divide(y[t, c], norm)
+            _divide(z[t, c], norm)
+        smallest = norm if norm < smallest or norm != norm else smallest
+        largest = norm if norm > largest or norm != norm else largest
+    return smallest, largest
+
+
+@_compiled
+def _norm(y: Any) -> float:  # pragma: no cover
+    """Norm of all rows together, safe at the ends of the range; 1 for zero."""
+    total = 0.0
+    for c in range(y.shape[0]):
+        total += _squared_norm(y[c], 1.0)
+    if 1e-280 < total < 1e280 or total != total:
+        return float(np.sqrt(total))
+    unit = 0.0
+    for c in range(y.shape[0]):
+        for j in range(y.shape[1]):
+            unit = max(unit, abs(y[c, j].real), abs(y[c, j].imag))
+    if unit == 0:
+        return 1.0
+    total = 0.0
+    for c in range(y.shape[0]):
+        total += _squared_norm(y[c], unit)
+    return float(unit * np.sqrt(total))
+
+
+@_compiled
+def _squared_norm(v: Any, unit: float) -> float:  # pragma: no cover
+    total = 0.0
+    for j in range(v.shape[0]):
+        re, im = v[j].real / unit, v[j].imag / unit
+        total += re * re + im * im
+    return total
+
+
+@_compiled
+def _divide(v: Any, norm: float) -> None:  # pragma: no cover
+    for j in range(v.shape[0]):
+        v[j] = v[j] / norm
+
+
+@_compiled
+def rank_one_tangent(a: Any, xb: Any, back: Any, left: Any, right: Any, numbers: Any) -> float:  # pragma: no cover
+    """Write ``[X b, a']``, ``X^H [X b, a']`` and ‖a'‖², ‖X b‖², Im b^H X^H a.
+
+    a' = a - ρ X b with ρ = Re b^H X^H a / ‖X b‖², where ``back`` is X^H [X b, a].
+    Return the smallest ‖a'‖²/‖a‖² of all matrices.
+    """
+    smallest = 1.0
+    for t in range(a.shape[0]):
+        bb, re, im = 0.0, 0.0, 0.0
+        for i in range(a.shape[2]):
+            u, v = xb[t, 0, i], a[t, 0, i]
+            ure, uim, vre, vim = 1.0 * u.real, 1.0 * u.imag, 1.0 * v.real, 1.0 * v.imag
+            bb += ure * ure + uim * uim
+            re += ure * vre + uim * vim
+            im += ure * vim - uim * vre
+        rho = re / bb if bb != 0 else 0.0 * re
+        size, aa = 0.0, 0.0
+        for i in range(a.shape[2]):
+            whole = a[t, 0, i]
+            rest = whole - rho * xb[t, 0, i]
+            left[t, 0, i], left[t, 1, i] = xb[t, 0, i], rest
+            size += 1.0 * whole.real * whole.real + 1.0 * whole.imag * whole.imag
+            aa += rest.real * rest.real + rest.imag * rest.imag
+        for j in range(back.shape[2]):
+            right[t, 0, j], right[t, 1, j] = back[t, 0, j], back[t, 1, j] - rho * back[t, 0, j]
+        numbers[t, 0], numbers[t, 1], numbers[t, 2] = aa, bb, im
+        if aa < smallest * size:
+            smallest = aa / size
+    return smallest

@@ -1,0 +1,103 @@
+r"""From a gradient, or any vector, to a tangent of low rank.
+
+A gradient is sketched once, :math:`G \approx a b^H`, and becomes the tangent :math:`\tfrac12(a b^H - X b a^H X)`.  Any
+other vector (momentum, Adam's direction) is reduced inside a right basis of 2k columns.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from torch import Tensor
+
+from projunn_manifold import validation
+from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.products import LinearOperator, Matrix, matrix
+from projunn_manifold.manifold.state import State
+from projunn_manifold.moves.frame import FramedTangent
+from projunn_manifold.moves.projunn import tangent_of_gradient
+from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.sketching import samplers
+from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
+from projunn_manifold.sketching.gradients import Averaging, WithoutDecay
+from projunn_manifold.sketching.lowrank import LowRank
+
+__all__ = ["Sketcher"]
+
+_GRADIENT, _MOVE = 0, 1  # purposes of random numbers
+_POWER = 2  # products with u^H u when a vector is reduced: Adam at small k needs half the steps it needs with none
+
+
+@final
+class Sketcher:
+    """Rank, sampler and random numbers of one manifold.
+
+    Parameters
+    ----------
+    k : int or None
+        Rank of a gradient's sketch; None: full rank.
+    sampler : str or callable
+        How a gradient becomes factors; see :mod:`projunn_manifold.sketching.samplers`.
+    state : State
+        Seeds every draw.
+    """
+
+    def __init__(self, k: int | None, sampler: str | samplers.Sampler, state: State) -> None:
+        self.k = validation.check_count(k, "k", "full rank")
+        self.sampler = samplers.resolve_sampler(sampler)
+        self.sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
+        self._state = state
+
+    def is_dense(self, x: Tensor) -> bool:
+        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
+        return self.k is None or 2 * self.k >= x.shape[-1]
+
+    def tangent(self, x: Matrix, u: Tensor, decay: float = 0.0) -> Tangent:
+        """Return the Riemannian gradient of the rank-k part of u - decay X, u a Euclidean gradient."""
+        return tangent_of_gradient(x, self.factors(x, u, decay))
+
+    def factors(self, x: Matrix, u: Tensor, decay: float = 0.0, averaging: Averaging | None = None) -> LowRank:
+        """Return rank-k factors of the gradient u, or of its mean over processes."""
+        assert self.k is not None
+        given = u.factors if isinstance(u, FactoredTensor) else None
+        if isinstance(given, LowRank) and given.rank <= self.k and averaging is None:
+            return given.balanced()
+        gradient: LinearOperator
+        if isinstance(given, LowRank):
+            gradient = given
+        else:
+            gradient = WithoutDecay(as_plain(u), x, decay) if decay else matrix(as_plain(u))
+        return self.sketch(gradient if averaging is None else averaging.gradient(gradient))
+
+    def sketch(self, gradient: LinearOperator, ahead: int = 0) -> LowRank:
+        """Return rank-k factors of a gradient; ``ahead`` gradients come before it that are not counted yet.
+
+        Raises
+        ------
+        RuntimeError
+            The sampler's factorisation of a finite gradient did not converge.
+        """
+        assert self.k is not None
+        like, shape = gradient.like, gradient.shape
+        try:
+            factors = self.sampler(gradient, self.k, self._state.generator(like.device, _GRADIENT, ahead))
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+            if (dense.squared_norm(gradient.dense()) <= torch.finfo(like.dtype).max).all():
+                raise RuntimeError(
+                    f"the sampler's factorisation of a finite gradient of shape {tuple(shape)} did not converge"
+                ) from None
+            nothing = (like.new_full((*shape[:-2], side, 1), torch.nan) for side in shape[-2:])
+            return LowRank(*nothing)  # to be refused like any gradient that is not finite
+        return samplers.check_sample(factors, shape, like, self.k)
+
+    def reduced(self, x: Matrix, u: Tensor) -> Tangent:
+        """Return the tangent of rank at most 2k that u is reduced to (all of u where 2k >= m)."""
+        if self.k is None or self.is_dense(x.like):
+            return FramedTangent.of_dense(x, u, None)
+        size, generator = (x.shape[-1], 2 * self.k), self._state.generator(u.device, _MOVE)
+        test = torch.randn(size, dtype=u.dtype, device=u.device, generator=generator)
+        basis, known = test.expand(*x.shape[:-2], *size), matrix(u)
+        for _ in range(_POWER):
+            basis = samplers.orthonormal(known.normalized_image(basis)[1])
+        return FramedTangent.of_dense(x, u, basis)

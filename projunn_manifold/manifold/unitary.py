@@ -1,0 +1,490 @@
+r"""The manifold of unitary, orthogonal and orthonormal-column matrices with rank-k moves, for geoopt.
+
+This module tells a step from top to bottom.  A gradient becomes rank-k factors and these a tangent
+(:mod:`~projunn_manifold.manifold.sketcher`), the tangent a move (:mod:`~projunn_manifold.moves`), and now and then a
+block of columns is corrected (:mod:`~projunn_manifold.moves.drift`).  Between ``egrad2rgrad`` and ``retr`` the tangent
+travels through geoopt's unmodified optimisers as a :class:`~projunn_manifold.sketching.FactoredTensor`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from projunn_manifold import context, validation
+from projunn_manifold.context import in_full_precision, outside_graphs
+from projunn_manifold.linalg import dense, sharded
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.manifold.finiteness import Finiteness
+from projunn_manifold.manifold.geometry import Geometry
+from projunn_manifold.manifold.parameters import added_decay, manifold_of, watch_optimizers
+from projunn_manifold.manifold.sketcher import Sketcher
+from projunn_manifold.manifold.state import Faults, State
+from projunn_manifold.moves import drift
+from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
+from projunn_manifold.moves.frame import FramedTangent
+from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.projunn import move_d, move_t
+from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
+from projunn_manifold.sketching.lowrank import LowRank
+from projunn_manifold.sketching.samplers import Sampler, Subspace
+
+__all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of"]
+
+_FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
+_PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
+_THIN = 16  # an entry takes 16 times as long in a product with thin factors as in the product that forms a gradient
+
+
+def unitary_of(p: Tensor) -> UnitaryLowRank | None:
+    """Return the manifold of this package that a parameter is on, or None."""
+    manifold = manifold_of(p)
+    return manifold if isinstance(manifold, UnitaryLowRank) else None
+
+
+def keeps_factors(p: Tensor) -> bool:
+    """Tell whether to keep a gradient of p as factors: sketching them takes less time than forming it."""
+    manifold = unitary_of(p)
+    return manifold is not None and manifold.keeps_factors(p)
+
+
+class UnitaryLowRank(Geometry):
+    r"""Matrices with orthonormal columns, :math:`\{X : X^H X = I\}`, moved by rank-k updates (projUNN).
+
+    Square X is unitary U(n) or orthogonal O(n), tall X a point of the Stiefel manifold, real or complex,
+    with any leading batch dimensions.  ``retr`` is projUNN-D, the closest unitary to X + u; ``expmap`` is
+    projUNN-T, the geodesic.  Both use a part of rank at most 2k of what an optimiser hands them and cost
+    :math:`O(k n^2)`; nothing of side n is factorised.
+
+    The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
+    product on square X, twice the canonical one on tall X.  Its gradient is :math:`\tfrac12(G - X G^H X)`,
+    half of what geoopt's canonical Stiefel uses: at equal learning rate that one steps (at least) twice as far.
+
+    Parameters
+    ----------
+    k : int or None
+        Rank of a gradient's sketch; a move has rank at most 2k.  None: full rank, dense and exact, in
+        :math:`O(n^3)`; so is every matrix of m <= 2k columns, where a sketch would save nothing.
+    sampler : str or callable
+        How a gradient becomes rank-k factors: ``"lsi"`` (default), ``"column"``, ``"subspace"``, ``"svd"`` or
+        a callable ``(gradient, k, generator) -> LowRank``; see :mod:`projunn_manifold.sketching.samplers`.
+    seed : int
+        Seed of the manifold's own generator, from which the sketches draw.  The global generator is
+        never touched; replicas with equal seeds draw equal sketches.
+    sweep : int or None
+        Steps in which the drift correction visits every column once, on average; never more than one column per
+        step.  Visits are k times as frequent (2k times if complex), because rounding has that times the variance.  The
+        correction undoes what rounding does to a point (:mod:`projunn_manifold.moves.drift`), up to 32 columns at a
+        time in an optimiser's move, at the cost of at most :math:`4 k n^2` operations per step.  None: no correction.
+    non_finite : {"raise", "skip"}
+        What to do with a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
+        of its dtype).  ``"raise"``: raise ValueError, with point and state as they were.  ``"skip"``: leave the matrix
+        where it is and count it (:meth:`pop_faults`).  CUDA always skips, because an error would wait for the device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        k or sweep not an int or below 1, unknown sampler or ``non_finite``.  In every method: a point that is not
+        ``(*batch, n, m)``, n >= m, in float32, float64, complex64 or complex128; a vector of another matrix shape,
+        dtype or device.  In every move, on CPU: a vector that is not finite, or longer than
+        :math:`\sqrt{2m}/\epsilon`, of which rounding would leave nothing.
+
+    Notes
+    -----
+    The first manifold of a process registers hooks on the steps of all optimisers.  They tell the manifold how much
+    weight decay geoopt's optimisers add, and warn of optimisers that would move a parameter off its manifold.  It also
+    keeps the steps of geoopt's optimisers outside the graphs of ``torch.compile``.
+
+    References
+    ----------
+    Kiani, Balestriero, LeCun, Lloyd, *projUNN: efficient method for training deep networks with unitary
+    matrices*, NeurIPS 2022, Theorems 4.2 and 4.4.
+
+    Examples
+    --------
+    >>> import geoopt, torch
+    >>> from projunn_manifold import UnitaryLowRank
+    >>> manifold = UnitaryLowRank(k=1)
+    >>> w = geoopt.ManifoldParameter(manifold.random(64, 64), manifold=manifold)
+    >>> optimizer = geoopt.optim.RiemannianSGD([w], lr=0.1)
+    >>> (w - torch.eye(64)).square().sum().backward()
+    >>> optimizer.step()
+    >>> manifold.check_point_on_manifold(w.detach())
+    True
+    """
+
+    name = "UnitaryLowRank"
+    reversible = False  # the polar retraction of a truncated tangent is not
+    #: What ``retr`` and steps in place make of a tangent's rotation angles.
+    angle: Angle = POLAR
+
+    def __init__(
+        self,
+        k: int | None = 1,
+        *,
+        sampler: str | Sampler = "lsi",
+        seed: int = 0,
+        sweep: int | None = 256,
+        non_finite: str = "raise",
+    ) -> None:
+        super().__init__()
+        self._seed = validation.check_seed(seed)
+        self._state = State(self._seed)
+        self.sketcher = Sketcher(k, sampler, self._state)
+        self.finiteness = Finiteness(non_finite, self._state)
+        self._schedule = drift.Schedule(validation.check_count(sweep, "sweep", "no drift correction"))
+        watch_optimizers()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what a copy or a pickle brings along."""
+        super().__setstate__(state)
+        watch_optimizers()
+
+    @property
+    def k(self) -> int | None:
+        """Rank of a gradient's sketch; None: full rank."""
+        return self.sketcher.k
+
+    @property
+    def sampler(self) -> Sampler:
+        """How a gradient becomes factors."""
+        return self.sketcher.sampler
+
+    @property
+    def seed(self) -> int:
+        """Seed of the sketches."""
+        return self._seed
+
+    @property
+    def sweep(self) -> int | None:
+        """Steps in which the drift correction visits every column once."""
+        return self._schedule.sweep
+
+    @property
+    def non_finite(self) -> str:
+        """What to do with a gradient or step that is not finite."""
+        return self.finiteness.non_finite
+
+    def extra_repr(self) -> str:
+        """Return the rank and whether moves are dense, as geoopt prints it."""
+        if self.k is None:
+            return "k=None, dense"
+        return f"k={self.k}, sampler={self.sketcher.sampler_name}, dense where 2k >= m"
+
+    def is_dense(self, x: Tensor) -> bool:
+        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
+        return self.sketcher.is_dense(x)
+
+    # -- a step ---------------------------------------------------------------------------------------
+
+    @outside_graphs
+    @in_full_precision
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""Riemannian gradient of the rank-k part of the Euclidean gradient u: :math:`\tfrac12(G_k - X G_k^H X)`.
+
+        Cost: two products of u and two of X (four on tall X) with k to 2k columns.  Under ``torch.no_grad()``, as in
+        geoopt's optimisers, the result is a :class:`~projunn_manifold.sketching.factored_tensor.FactoredTensor`; with
+        gradients enabled it is a plain dense tensor.
+
+        Raises
+        ------
+        ValueError
+            A gradient of another shape or device; on CPU, a gradient with non-finite entries.
+        """
+        self._accept(x, u, "gradient")
+        self._warn_if_far_off(x)
+        if self.is_dense(x):
+            gradient = self._dense_gradient(x, as_plain(u))
+            self._state.count_gradient(x)
+            return gradient
+        decay = added_decay(x)
+        x, u = validation.broadcast(x, u)
+        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), u, decay), u)
+        self._state.count_gradient(x)
+        if torch.is_grad_enabled():
+            left, right = tangent.outer()
+            return left @ right.mH
+        return FactoredTensor(tangent)
+
+    @outside_graphs
+    @in_full_precision
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""projUNN-D: the polar factor of X + u, :math:`(X+u)(I + u^H u)^{-1/2}`, for the rank-2k part of u.
+
+        A tangent of higher rank (momentum, Adam), or a vector that is not tangent, is first reduced to
+        the tangent :math:`X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H`, Q an orthonormal basis of
+        2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
+        equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
+        On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
+        Under ``torch.no_grad()`` the block of columns that is due is put back, too (``sweep``).
+        Cost on square X, with compiled loops (without): 2 (4) reads or writes of X for a factored u; for a dense one 4
+        (6) more, most of them of u, and on tall X 8 (10) more.
+        """
+        return self._moved(x, self._tangent(x, u).move(self.angle))
+
+    @outside_graphs
+    @in_full_precision
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        r"""projUNN-T: the geodesic :math:`\exp(A) X`, A skew-Hermitian with A X = u; u reduced as in ``retr``."""
+        return self._moved(x, self._tangent(x, u).geodesic())
+
+    @outside_graphs
+    @torch.no_grad()
+    @in_full_precision
+    def step_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
+        r"""One step of steepest descent, in place: x becomes ``retr(x, -lr egrad2rgrad(x, grad))`` and is returned.
+
+        The fastest way to move: one read of the gradient (k = 1), one of x, and one pass of x that writes it;
+        no matrix of x's size is allocated (where 2k >= m, or k is None, four).  ``lr`` is a number, or a tensor
+        ``(*batch,)`` with one for each matrix.  Raises what ``egrad2rgrad`` and ``retr`` raise, ValueError for a
+        gradient of another shape, and TypeError for a gradient that is None or a ``lr`` that is no number; x is then as
+        it was.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from projunn_manifold import UnitaryLowRank
+        >>> manifold = UnitaryLowRank(k=1)
+        >>> x, g = manifold.random(64, 64), torch.randn(64, 64)
+        >>> x = manifold.step_(x, g, lr=0.1)
+        """
+        self._accept_in_place(x, grad, "gradient")
+        validation.check_rate(lr, "lr", x)
+        self._warn_if_far_off(x)
+        point = matrix(x)
+        if self.is_dense(x):
+            tangent: Tangent = FramedTangent.of_dense(point, self._dense_gradient(x, as_plain(grad)), None)
+        else:
+            tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
+        move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
+        self._state.count_gradient(x)
+        move.apply_(point)
+        self._correct_(x)
+        return x
+
+    @outside_graphs
+    @in_full_precision
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Move along ``retr`` and carry v by the same group element g (see :meth:`transp_follow_retr`)."""
+        move = self._tangent(x, u).move(self.angle)
+        return self._moved(x, move), self._transported(x, move, v)
+
+    @outside_graphs
+    @in_full_precision
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Move along ``expmap`` and carry v by the same group element g (see :meth:`transp_follow_expmap`)."""
+        move = self._tangent(x, u).geodesic()
+        return self._moved(x, move), self._transported(x, move, v)
+
+    @outside_graphs
+    @torch.no_grad()
+    @in_full_precision
+    def retr_transp_(self, x: Tensor, u: Tensor, *vectors: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """Move x along ``retr`` by ``scale`` times u and carry the vectors with it, all in place; return x.
+
+        ``scale`` is a real number, or a tensor ``(*batch,)`` with one for each matrix.  Raises what ``retr``
+        raises; x and the vectors are then as they were.
+        """
+        self._accept_in_place(x, u, "u")
+        validation.check_rate(scale, "scale", x)
+        for v in vectors:
+            self._accept_in_place(x, v, "v")
+            validation.check_writable(v, "v")
+        move = self.finiteness.checked_step(x, self._reduced(x, u).scaled(scale), u).move(self.angle)
+        move.apply_(matrix(x))
+        for v in vectors:
+            move.transport_(v)
+        self._correct_(x)
+        return x
+
+    @outside_graphs
+    @in_full_precision
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        r"""Carry v along ``retr(x, u)``: g v, with :math:`g = I + W\Gamma W^H` unitary and g X = Y.
+
+        Left translation, not parallel transport: an isometry onto the tangent space at Y, at the cost
+        of two products of v with at most 2k (tall X: 4k) columns.
+        """
+        return self._transported(x, self._tangent(x, u).move(self.angle), v)
+
+    @outside_graphs
+    @in_full_precision
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Carry v along ``expmap(x, u)``: exp(A) v, left translation by the geodesic's own one-parameter group."""
+        return self._transported(x, self._tangent(x, u).geodesic(), v)
+
+    @outside_graphs
+    @in_full_precision
+    @torch.no_grad()
+    def correct_(self, x: Tensor) -> Tensor:
+        """Make one step's share of the drift correction (``sweep``) on x, in place, and return x.
+
+        Optimisers and :meth:`step_` do it by themselves; this is for points moved by other means, such as
+        :func:`~projunn_manifold.projunn_d_`: call it after each move.
+        """
+        validation.check_point(x)
+        validation.check_writable(x, "x")
+        self._state.count_gradient(x)
+        self._correct_(x)
+        return x
+
+    def raw_move(self, x: Tensor, factors: LowRank) -> Move:
+        """Return the move along factors that need not be tangent: projUNN-D of ``X + a b^H``.
+
+        Raises
+        ------
+        ValueError
+            On CPU, if X + a b^H is numerically singular.
+        """
+        return move_d(matrix(x), factors)
+
+    # -- the parts of a step ----------------------------------------------------------------------------
+
+    def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Return ``½(G - X G^H X)``."""
+        tangent = (g - x @ dense.adjoint_times(g, x)) / 2
+        limit = torch.finfo(x.dtype).max
+        kept = self.finiteness.kept(x, dense.squared_norm(tangent), limit, g, "gradient")
+        return tangent if kept is None else torch.where(kept[..., None, None], tangent, 0)
+
+    def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
+        """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
+        self._accept(x, u, "u")
+        factors = self._factors_at(x, u)
+        if factors is not None:
+            return factors
+        x, u = validation.broadcast(x, as_plain(u))
+        return self.sketcher.reduced(matrix(x), u)
+
+    def _tangent(self, x: Tensor, u: Tensor) -> Tangent:
+        """Return u as a tangent that a move can follow."""
+        return self.finiteness.checked_step(x, self._reduced(x, u), u)
+
+    def _moved(self, x: Tensor, move: Move) -> Tensor:
+        """Return the moved point; without gradients, as in an optimiser's step, corrected for drift."""
+        y = move.apply(matrix(x))
+        if not torch.is_grad_enabled():
+            self._correct_(y)
+        return y
+
+    def _transported(self, x: Tensor, move: Move, v: Tensor) -> Tensor:
+        self._accept(x, v, "v")
+        return move.transport(as_plain(v))
+
+    def _correct_(self, x: Tensor) -> None:
+        """Correct the block of columns that is due, if any."""
+        rate = (self.k or x.shape[-1]) * (2 if x.is_complex() else 1)
+        start = self._schedule.first_due_column(self._state.turn(), x.shape[-1], rate)
+        if start is None or not x.numel() or context.traced():
+            return
+        left = drift.correct_columns_(x, start)
+        if context.readable(x) and not left:
+            return
+        self._state.count_faults(x.device, uncorrected=left)
+        if context.readable(x):
+            validation.warn(
+                f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
+                f"far for the drift correction; {_PUT_BACK}"
+            )
+
+    def _warn_if_far_off(self, x: Tensor) -> None:
+        """Warn of a parameter that comes for the first time and is far off the manifold; only CPU looks."""
+        if not (self._state.is_new(x) and context.readable(x)):
+            return
+        error = dense.probed_unitarity_error(x.detach())
+        if ((error > _FAR_OFF) & error.isfinite()).any():  # what is not finite will be refused
+            validation.warn(
+                f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
+                f"{error.max().item():.2g}, where its moves are wrong; {_PUT_BACK}"
+            )
+
+    # -- state --------------------------------------------------------------------------------------------
+
+    def pop_faults(self) -> Faults:
+        """Return how many matrices were skipped and how many columns left uncorrected, and set both counts to zero.
+
+        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or CUDA).  Left are
+        columns too far off the manifold for the drift correction, of which CPU also warns.  Waits for the device.
+        """
+        faults = self._state.faults()
+        self._state.forget_faults()
+        return faults
+
+    def get_extra_state(self) -> Tensor:  # (32,) uint8
+        """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
+        return self._state.packed()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over the state from a ``state_dict``."""
+        self._state.unpack(state)
+
+    # -- gradients that are not formed, and shards ---------------------------------------------------------
+
+    def keeps_factors(self, x: Tensor) -> bool:
+        """Tell whether to keep a gradient of x as factors: sketching them takes less time than forming it."""
+        if self.k is None or not isinstance(self.sampler, Subspace) or torch.compiler.is_compiling():
+            return False  # the gradient is formed in any case, or a compiled graph could not return it
+        passes = 2 * (2 + 2 * self.sampler.power) * (self.k + self.sampler.oversample)  # over factors, for columns
+        return _THIN * passes <= x.shape[-1]
+
+    def draws(self) -> tuple[int, int]:
+        """Return seed and count of gradients, from which all draws follow; equal in all processes of a parameter."""
+        return self._state.stamp
+
+    def check_shard(self, name: str, p: Any) -> None:
+        """Raise unless steps can be made on a sharded parameter; all processes that share it ask together."""
+        validation.check_point(p, name)
+        others = [placement for placement in p.placements if not placement.is_replicate()]
+        whole = range(max(1, p.dim() - 2), p.dim())  # dimensions that cannot be cut
+        if len(others) > 1 or any(not _is_shard(other) or other.dim in whole for other in others):
+            raise NotImplementedError(
+                f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be cut once, in its rows, or if "
+                "it is a stack, between its matrices"
+            )
+        if p.dim() == 2 and sharded.is_sharded(p):
+            if self.is_dense(p):
+                raise NotImplementedError(
+                    f"{name!r} has sharded rows, but {self} moves it by its whole gradient: take 2k < m"
+                )
+            if not isinstance(self.sampler, Subspace):
+                raise NotImplementedError(
+                    f"{name!r} has sharded rows, but the sampler {self.sampler!r} needs the whole gradient: take "
+                    "'lsi' or 'subspace'"
+                )
+        for dim in range(p.device_mesh.ndim):
+            group = p.device_mesh.get_group(dim)
+            sharded.group_agrees(group, torch.device(p.device_mesh.device_type), True, *self.draws())
+
+    def adopt_shard(self, p: Any) -> None:
+        """Take a sharded parameter that has been checked."""
+        self._state.register(sharded.local_shard(p))
+        p.manifold = self
+
+
+def _is_shard(placement: Any) -> bool:
+    """Tell whether a placement is torch's Shard, and not a subclass that lays rows out in another way."""
+    from torch.distributed.tensor import Shard  # slow to import, and there already if a parameter is sharded
+
+    return type(placement) is Shard
+
+
+class UnitaryLowRankExact(UnitaryLowRank):
+    """:class:`UnitaryLowRank` whose optimisers move along ``expmap`` (projUNN-T), geoopt's "Exact" convention.
+
+    geoopt's optimisers call ``retr`` and ``retr_transp`` only; here these follow the geodesic.
+    """
+
+    name = "UnitaryLowRankExact"
+    angle = GEODESIC
+
+    def raw_move(self, x: Tensor, factors: LowRank) -> Move:
+        """Return the move along factors that need not be tangent: projUNN-T of ``a b^H``."""
+        return move_t(matrix(x), factors)
+
+    @property
+    def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute
+        """Whether moving on and back returns to the start; the geodesic does, unless k truncates it."""
+        return self.k is None

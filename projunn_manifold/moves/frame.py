@@ -1,0 +1,193 @@
+r"""Any rank, any shape: a tangent in an orthonormal frame, its geodesic and its polar retraction.
+
+Every tangent of rank r, and every raw step a b^H, is :math:`u = (P H + B C) Q^H` with Q (m x r) orthonormal,
+P = X Q, and B (n x j) orthonormal and orthogonal to the range of X (empty for square X).  u is tangent
+when H = Ω is skew-Hermitian.  In the basis W = [P, B] the lift :math:`A` with :math:`A X = u` is
+:math:`E = \begin{pmatrix}\Omega & -C^H\\ C & 0\end{pmatrix}`, so with :math:`\hat I = [I; 0]`
+
+- geodesic (projUNN-T): Γ = exp(E) - I, F = Γ Î;
+- polar factor of X + u (projUNN-D): F = polar(Î + [H; C]) - Î,
+
+and Y = X + W F Q^H.  The thin matrices have orthonormal columns, so nothing is lost to large or parallel
+factors, and all cores are computed in double precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from projunn_manifold import context
+from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.products import Matrix, matrix
+from projunn_manifold.moves.angle import POLAR, Angle
+from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.sketching.lowrank import LowRank, Scalar
+
+__all__ = ["FramedStep", "FramedTangent"]
+
+
+@final
+@dataclass(frozen=True)
+class FramedStep:
+    """A step ``(P H + B C) Q^H`` from X, not necessarily tangent."""
+
+    footpoint: Footpoint
+    p: Tensor  # X Q                    (*batch, n, r)
+    b: Tensor | None  # outside range(X)  (*batch, n, j); None for square X
+    q: Tensor  # right basis            (*batch, m, r)
+    h: Tensor  # double                 (*batch, r, r)
+    c: Tensor | None  # double            (*batch, j, r)
+
+    @classmethod
+    def of_factors(cls, x: Matrix, factors: LowRank) -> FramedStep:
+        """Bring ``a b^H`` into a frame: two products with X (four on tall X) and thin QRs; Q spans b and X^H a."""
+        a, footpoint = factors.a, Footpoint.of(x.like)
+        wide = dense.high_precision(a.dtype)
+        q, r = dense.thin_qr(torch.cat((factors.b, x.adjoint_times(a)), -1))
+        r = r.to(wide)
+        p = x.times(q)
+        r_b, r_a = r.tensor_split([a.shape[-1]], -1)
+        if x.shape[-2] == x.shape[-1]:
+            return cls(footpoint, p, None, q, r_a @ r_b.mH, None)
+        b, r_out = _basis_outside(x, a - p @ r_a.to(a.dtype))
+        return cls(footpoint, p, b, q, r_a @ r_b.mH, r_out.to(wide) @ r_b.mH)
+
+    def raw_retraction(self) -> Move:
+        """Return the move to the polar factor of X + a b^H (the paper's projUNN-D).
+
+        Raises
+        ------
+        ValueError
+            On CPU, if X + a b^H is numerically singular: its polar factor is then not unique.
+        """
+        core, smallest, largest = _polar_increment(self.h, self.c)
+        if (
+            context.readable(self.p)
+            and (smallest <= dense.tolerance(self.p.dtype, self.p.shape[-2]) * largest.clamp_min(1.0)).any()
+        ):
+            raise ValueError(
+                "projunn_d: X + a b^H is numerically singular (smallest singular value "
+                f"{smallest.min().item():.1e}), so its closest unitary is not unique; take a smaller step"
+            )
+        return Move(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
+
+    def tangent(self) -> FramedTangent:
+        """Project on the tangent space: ½(a b^H - X b a^H X)."""
+        c = None if self.c is None else self.c / 2
+        return FramedTangent(self.footpoint, self.p, self.q, self.b, dense.skew(self.h), c)
+
+
+@final
+@dataclass(frozen=True)
+class FramedTangent(Tangent):
+    """A tangent ``(P Ω + B C) Q^H`` at X; see the module's text.  ``left`` is P = X Q, ``right`` is Q."""
+
+    b: Tensor | None  # (*batch, n, j)
+    omega: Tensor  # (*batch, r, r) double, skew-Hermitian
+    c: Tensor | None  # (*batch, j, r) double
+
+    @classmethod
+    def of_gradient(cls, x: Matrix, factors: LowRank) -> FramedTangent:
+        """Return the tangent of the gradient ``a b^H`` at X: two products with X, four on tall X."""
+        return FramedStep.of_factors(x, factors).tangent()
+
+    @classmethod
+    def of_dense(cls, x: Matrix, u: Tensor, q: Tensor | None) -> FramedTangent:
+        r"""Reduce a dense vector u to the tangent of largest rank inside the right basis q (None: all of it).
+
+        :math:`u_k = X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - X X^H) u Q Q^H`: one product with u, one
+        with X (five on tall X); a tangent u whose rows lie in the range of Q stays as it is.
+        """
+        footpoint, wide = Footpoint.of(x.like), dense.high_precision(u.dtype)
+        if q is None:
+            m = x.shape[-1]
+            q = dense.columns_of_identity(*x.shape[:-2], m, m, dtype=u.dtype, device=u.device)
+            p, uq = x.dense(), u
+        else:
+            p, uq = x.times(q), matrix(u).times(q)
+        inside = dense.adjoint_times(p, uq)
+        omega = dense.skew(inside.to(wide))
+        if x.shape[-2] == x.shape[-1]:
+            return cls(footpoint, p, q, None, omega, None)
+        along = inside if p is x.like else x.adjoint_times(uq)
+        b, c = _basis_outside(x, uq - x.times(along))
+        return cls(footpoint, p, q, b, omega, c.to(wide))
+
+    def scaled(self, c: Scalar) -> FramedTangent:
+        """Return ``c`` times the tangent."""
+        c = dense.per_matrix(c)
+        return replace(self, omega=self.omega * c, c=None if self.c is None else self.c * c)
+
+    def masked(self, kept: Tensor) -> FramedTangent:
+        """Return the tangent with zero for the matrices that are not kept."""
+        names = ("left", "right", "b", "omega", "c")
+        return replace(self, **{name: where_kept(kept, getattr(self, name)) for name in names})
+
+    def outer(self) -> tuple[Tensor, Tensor]:
+        """Return ``P Ω + B C`` and ``Q``."""
+        left = self.left @ self.omega.to(self.left.dtype)
+        if self.b is not None and self.c is not None:
+            left = left + self.b @ self.c.to(left.dtype)
+        return left, self.right
+
+    def squared_norm(self) -> Tensor:  # (*batch,), double
+        """Return the squared norm of the lift, ``‖Ω‖² + 2‖C‖²``."""
+        squares = torch.linalg.matrix_norm(self.omega).square()
+        if self.c is not None:
+            squares = squares + 2 * torch.linalg.matrix_norm(self.c).square()
+        return squares
+
+    def move(self, angle: Angle) -> Move:
+        """Return the move that turns the rotation angles θ into α(θ); on tall X, D is the polar factor of X + u."""
+        p, dtype, r = self.left, self.left.dtype, self.omega.shape[-1]
+        if angle is POLAR and self.c is not None:
+            core, _, _ = _polar_increment(self.omega, self.c)
+            return Move(_basis(p, self.b), core.to(dtype), self.right, None)
+        group = dense.phase_core(self._lift(), angle.alpha).to(dtype)
+        return Move(_basis(p, self.b), group[..., :r].contiguous(), self.right, group)
+
+    def _lift(self) -> Tensor:
+        """Return E, the lift in the basis [P, B]."""
+        if self.c is None:
+            return self.omega
+        j = self.c.shape[-2]
+        top = torch.cat((self.omega, -self.c.mH), -1)
+        bottom = torch.cat((self.c, self.c.new_zeros((*self.c.shape[:-1], j))), -1)
+        return torch.cat((top, bottom), -2)
+
+
+def _basis_outside(x: Matrix, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis B of ``rest``, the part of a vector outside the range of X, and its coordinates.
+
+    Rest is projected out of the range once more: its first projection was as inexact as X is, and a B that is not
+    orthogonal to X would let the error of X grow with every step.
+    """
+    return dense.thin_qr(rest - x.times(x.adjoint_times(rest)))
+
+
+def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]
+    return p if b is None else torch.cat((p, b), -1)
+
+
+def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return polar(Î + D) - Î for D = [H; C], and the smallest and largest singular value of Î + D.
+
+    With :math:`N = (\hat I + D)^H(\hat I + D) - I = H + H^H + D^H D` and T = (I + N)^(-1/2) the increment is
+    D T + Î (T - I), :math:`T - I = -N[(I + N) + (I + N)^{1/2}]^{-1}`: exact to relative precision for small
+    steps, while an SVD of Î + D is for large ones, where N loses the small singular values.
+    """
+    step = h if c is None else torch.cat((h, c), -2)
+    eye = dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device)
+    u, sigma, vh = torch.linalg.svd(eye + step, full_matrices=False)
+    far = u @ vh - eye
+    excess, basis = torch.linalg.eigh(h + h.mH + step.mH @ step)
+    one_plus = (1 + excess).clamp_min(torch.finfo(excess.dtype).tiny)
+    shrink = (basis * (-excess / (one_plus + one_plus.sqrt())).unsqueeze(-2)) @ basis.mH
+    near = step + step @ shrink + eye @ shrink
+    is_near = (excess.abs().amax(-1) < 0.25)[..., None, None]
+    return torch.where(is_near, near, far), sigma[..., -1], sigma[..., 0]

@@ -1,0 +1,115 @@
+"""The contract of tangent vectors that are known by thin factors, and the footpoint they belong to."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from projunn_manifold.linalg import sharded
+from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
+from projunn_manifold.moves.move import Move
+from projunn_manifold.sketching.lowrank import Scalar
+
+__all__ = ["Footpoint", "Tangent", "where_kept"]
+
+
+class Footpoint(NamedTuple):
+    """The point a factored tangent belongs to: its tensor and the version of its values.
+
+    A tangent's factors hold X b and X^H a; at another point, or after X was written to, they are wrong.
+    (Writing through ``x.data`` is invisible to PyTorch's version counter, and so to this check.)
+    """
+
+    x: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, x: Tensor) -> Footpoint:
+        """Remember x as it is now."""
+        unknown = torch.compiler.is_compiling() or x.is_inference()
+        x = sharded.local_shard(x)
+        return cls(x.detach(), None if unknown else x._version)
+
+    def is_at(self, x: Tensor) -> bool:
+        """Tell whether ``x`` is that point, unchanged."""
+        x = sharded.local_shard(x)
+        return (
+            self.version is not None
+            and not x.is_inference()
+            and self.version == x._version
+            and self.x.data_ptr() == x.data_ptr()
+            and self.x.shape == x.shape
+            and self.x.stride() == x.stride()
+            and self.x.is_conj() == x.is_conj()
+            and self.x.is_neg() == x.is_neg()
+        )
+
+
+@dataclass(frozen=True)
+class Tangent(ABC):
+    """A tangent vector u at X, of low rank, known by thin factors.
+
+    Attributes
+    ----------
+    footpoint : Footpoint
+        X
+    left : Tensor
+        ``(*batch, n, r)``, in whose range u moves X.
+    right : Tensor
+        ``(*batch, m, s)``, in whose range the rows of u are.
+    """
+
+    footpoint: Footpoint
+    left: Tensor
+    right: Tensor
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the matrix's dtype and device."""
+        return self.left
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape ``(*batch, n, m)``."""
+        return torch.Size((*self.left.shape[:-1], self.right.shape[-2]))
+
+    @abstractmethod
+    def scaled(self, c: Scalar) -> Tangent:
+        """Return ``c`` times the tangent, for a real ``c``, or one for each matrix ``(*batch,)``."""
+
+    @abstractmethod
+    def masked(self, kept: Tensor) -> Tangent:  # kept: (*batch,), bool
+        """Return the tangent with zero for the matrices that are not kept, whatever their entries are."""
+
+    @abstractmethod
+    def outer(self) -> tuple[Tensor, Tensor]:
+        """Return two thin matrices L and R with ``u = L R^H``."""
+
+    @abstractmethod
+    def squared_norm(self) -> Scalar:
+        """Return the squared norm of the tangent's lift: its squared length in the manifold's metric."""
+
+    @abstractmethod
+    def move(self, angle: Angle) -> Move:
+        """Return the move that turns the tangent's rotation angles θ into α(θ)."""
+
+    def geodesic(self) -> Move:
+        """Return the move along the geodesic (projUNN-T)."""
+        return self.move(GEODESIC)
+
+    def retraction(self) -> Move:
+        """Return the move to the polar factor of X + u (projUNN-D)."""
+        return self.move(POLAR)
+
+
+def where_kept(kept: Tensor, value: Any) -> Any:
+    """Return zero for the matrices that are not kept, of a tensor ``(*batch, ...)`` or of one number for a matrix."""
+    if isinstance(value, Tensor):
+        return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
+    if isinstance(value, float) and kept.is_cpu and not kept.dim():  # a single matrix, Python's own numbers
+        return value if kept else 0.0
+    return value

@@ -1,0 +1,259 @@
+"""geoopt's optimisers with the step made in place, for the fastest steps.
+
+:class:`RiemannianSGD` and :class:`RiemannianAdam` take the arguments, keep the state and make the steps of geoopt's
+classes of the same names, of which they are subclasses; a state_dict of one can be loaded by the other.
+Parameters on :class:`~projunn_manifold.UnitaryLowRank` move in place, without a matrix of their size being allocated;
+all other parameters are left to geoopt.
+
+Weight decay is a multiple of X, which is normal to the manifold: it does not move a point and is not
+added to its gradient here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from projunn_manifold.context import in_full_precision, outside_graphs
+from projunn_manifold.linalg import dense, sharded
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, keepers, local_view, parameters_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.validation import check_same_matrix
+
+__all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
+
+
+def check_attached(parameters: Iterable[Tensor]) -> None:
+    """Raise if there are sharded parameters and none at all is on a manifold: then they have lost it.
+
+    Raises
+    ------
+    ValueError
+        See above.
+    """
+    parameters = list(parameters)
+    if any(map(is_dtensor, parameters)) and not any(unitary_of(p) is not None for p in parameters):
+        raise ValueError("sharded parameters, and none of them on a manifold: call reattach_manifolds with a plan")
+
+
+def _keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Tell whether an optimiser on manifolds keeps p on its own; geoopt's classes do not see that of a shard."""
+    return isinstance(optimizer, InPlace if is_dtensor(p) else geoopt.optim.mixin.OptimMixin)
+
+
+keepers.append(_keeps)
+
+
+class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
+    """A step that moves this package's parameters in place and hides them from the step of geoopt's class."""
+
+    _geoopt: type[torch.optim.Optimizer]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
+        loss = None if closure is None else closure()
+        self._move_all_()
+        return loss
+
+    @outside_graphs
+    def _move_all_(self) -> None:
+        moved = []
+        check_attached(parameters_of(self))
+        stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
+        if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
+            raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
+        with torch.no_grad():
+            for group in self.param_groups:
+                for point in group["params"]:
+                    manifold = unitary_of(point)
+                    if manifold is not None and point.grad is not None and not point.grad.is_sparse:
+                        self._move_(point, manifold, group)
+                        moved.append(point)
+        with _without_gradients(moved):
+            # torch may have wrapped it to call the hooks, which are ours to call
+            inspect.unwrap(self._geoopt.step)(self)
+
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
+    r"""geoopt's ``RiemannianSGD``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
+
+    Without momentum a step is ``manifold.step_``: one read of the gradient (k = 1), one of X and one pass
+    that writes X.  With momentum the buffer is scaled, updated and carried along in place: 11 passes more, and one
+    temporary matrix with ``nesterov``.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters or groups of them, on this package's manifolds, on others, or Euclidean.
+    lr : float
+        Learning rate: X moves by -lr times the Riemannian gradient (of the rank-k sketch), in units of X per
+        gradient.
+    momentum, dampening, weight_decay, nesterov
+        As in geoopt; weight decay acts on other parameters only.
+    stabilize : int, optional
+        Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+
+    Raises
+    ------
+    ValueError
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
+        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
+    """
+
+    _geoopt = geoopt.optim.RiemannianSGD
+
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+        momentum, x, grad = group["momentum"], local_view(point), gradient_of(point)
+        state = self.state[point]  # there, if empty: geoopt makes one for every parameter
+        if momentum == 0:
+            manifold.step_(x, grad, group["lr"])
+            return
+        gradient = manifold.egrad2rgrad(x, grad)
+        if not state:
+            sizes = sharded.sum_over_shards(x, dense.squared_norm(sharded.local_shard(grad)))[..., None, None]
+            finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
+            state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
+            sharded.local_shard(state["momentum_buffer"]).masked_fill_(~finite, 0)
+        buffer = _add_(_moment(state, "momentum_buffer", x).mul_(momentum), gradient, 1 - group["dampening"])
+        direction = _add_(buffer * momentum, gradient) if group["nesterov"] else buffer
+        manifold.retr_transp_(x, direction, buffer, scale=-group["lr"])
+
+
+class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
+    r"""geoopt's ``RiemannianAdam``, in place on :class:`~projunn_manifold.UnitaryLowRank`.
+
+    The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m
+    times.  Here it is kept once, ``(*batch, 1, 1)``, and ``state_dict`` writes it out in geoopt's shape.
+    A step costs 15 passes over square X (19 without compiled loops) and allocates no matrix of its size.
+
+    Parameters
+    ----------
+    params : iterable
+        Parameters or groups of them, on this package's manifolds, on others, or Euclidean.
+    lr : float
+        Length of a step in units of X: the direction is divided by the gradient's running length.
+    betas, eps, weight_decay, amsgrad
+        As in geoopt; weight decay acts on other parameters only.
+    stabilize : int, optional
+        Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+
+    Raises
+    ------
+    ValueError
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
+        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
+    """
+
+    _geoopt = geoopt.optim.RiemannianAdam
+    _second_moments = ("exp_avg_sq", "max_exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        stabilize: int | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        super().__init__(params, lr=lr, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
+
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+        x, (beta1, beta2) = local_view(point), group["betas"]
+        gradient = manifold.egrad2rgrad(x, gradient_of(point))
+        square = manifold.inner(x, gradient, keepdim=True)
+        state = self.state[point]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = torch.zeros_like(point)
+            state["exp_avg_sq"] = torch.zeros_like(square)
+            if group["amsgrad"]:
+                state["max_exp_avg_sq"] = torch.zeros_like(square)
+        for name in self._second_moments:
+            if name in state and state[name].shape != square.shape:
+                state[name] = _one_for_each(state[name])
+        direction = _add_(_moment(state, "exp_avg", x).mul_(beta1), gradient, 1 - beta1)
+        state["step"] += 1
+        second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
+        if group["amsgrad"]:
+            second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
+        length = second.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
+        scale = -group["lr"] / (length * (1 - beta1 ** state["step"]))
+        manifold.retr_transp_(x, direction, direction, scale=scale[..., 0, 0])
+        if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
+            point.copy_(manifold.projx(point))
+            direction.copy_(manifold.proju(point, direction))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as geoopt's optimiser of this name would."""
+        packed: dict[str, Any] = super().state_dict()
+        for index, point in enumerate(parameters_of(self)):
+            if index in packed["state"] and unitary_of(point) is not None:
+                state = packed["state"][index] = dict(packed["state"][index])
+                for name in self._second_moments:
+                    if name in state:
+                        full = torch.zeros_like(point, requires_grad=False)
+                        sharded.local_shard(full).add_(state[name])
+                        state[name] = full
+        return packed
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
+        super().__setstate__(state)
+        for point in parameters_of(self):
+            own = self.state.get(point, {})
+            if "step" in own:
+                own["step"] = int(own["step"])  # torch.optim.Adam makes a float32 tensor of it, and so of its powers
+            for name in self._second_moments:
+                if name in own and unitary_of(point) is not None:
+                    own[name] = _one_for_each(own[name])
+
+
+def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
+    """Return a moment as the manifold sees it; raise if x was converted after it was made."""
+    moment: Tensor = local_view(state[name])
+    check_same_matrix(x, moment, name)
+    return moment
+
+
+def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real
+    """Return one second moment for each matrix: that of all entries, equal to rounding, or a Euclidean step's sum."""
+    if is_dtensor(moments):  # on which no Euclidean steps are made
+        return sharded.first_entry(local_view(moments)).real.clone()
+    corner, flat = sharded.first_entry(moments).real, moments.real
+    constant = ((flat - corner).abs() <= 1e-3 * corner.abs()).all(-1, keepdim=True).all(-2, keepdim=True)
+    return torch.where(constant, corner, flat.sum((-2, -1), keepdim=True))
+
+
+@in_full_precision
+def _add_(t: Tensor, u: Tensor, alpha: float = 1.0) -> Tensor:
+    """Add ``alpha`` times u to t, in place; factors of a u that is not formed go to t's rows wherever these are."""
+    if isinstance(u, FactoredTensor) and u.factors is not None:
+        return matrix(t).add_product_(*u.factors.scaled(alpha).outer())
+    return t.add_(u, alpha=alpha)
+
+
+@contextmanager
+def _without_gradients(points: Iterable[Tensor]) -> Iterator[None]:
+    """Hide the gradients of these parameters."""
+    hidden = [(point, point.grad) for point in points]
+    for point, _ in hidden:
+        point.grad = None
+    try:
+        yield
+    finally:
+        for point, grad in hidden:
+            point.grad = grad

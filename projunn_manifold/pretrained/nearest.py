@@ -1,0 +1,210 @@
+r"""The closest unitary matrix to a given one: in closed form, or by backpropagation along the Lie algebra.
+
+Closest means least :math:`\|U - W\|_F`, or, seen by data, least :math:`\|(U - W)X\|_F`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from projunn_manifold.context import in_full_precision
+from projunn_manifold.linalg.dense import high_precision, newton_schulz
+from projunn_manifold.pretrained.lie import Callback, Problem, descend, squared_distances
+from projunn_manifold.validation import check_dtype, check_full_rank
+
+__all__ = ["METHODS", "Nearest", "Stack", "as_problem", "nearest_unitary", "solve"]
+
+#: Ways to the closest unitary matrix.
+METHODS = ("polar", "procrustes", "lie")
+
+Stack = tuple[Tensor, Tensor | None, int]  # as a Problem, with the inputs in the place of R
+
+
+class Nearest(NamedTuple):
+    """The closest unitary matrix."""
+
+    unitary: Tensor
+    #: The squared distance: after every step of ``"lie"``, else one number.
+    losses: list[float]
+    #: θ, for ``"lie"`` alone: n(n-1)/2 numbers for each matrix, or n² where U is complex.
+    parameters: Tensor | None = None
+
+
+@torch.no_grad()
+@in_full_precision
+def nearest_unitary(
+    weight: Tensor,
+    method: str = "polar",
+    *,
+    inputs: Tensor | None = None,
+    rotation: bool = False,
+    steps: int | None = None,
+    tolerance: float | None = None,
+    seed: int | None = None,
+    callback: Callback | None = None,
+) -> Nearest:
+    r"""Return the matrix with orthonormal columns (of a wide one: rows) that is closest to ``weight``.
+
+    ================  ========================  =================================================
+    method            least                     how
+    ================  ========================  =================================================
+    ``"polar"``       :math:`\|U - W\|_F`       :math:`U = PQ^H` of the SVD :math:`W = PSQ^H`
+    ``"procrustes"``  :math:`\|(U - W)X\|_F`    the same of :math:`W X X^H`; square and tall only
+    ``"lie"``         either                    :math:`U = e^{\sum_i\theta_i L_i}`, L-BFGS over θ
+    ================  ========================  =================================================
+
+    The :math:`L_i` are :math:`E_{ij} - E_{ji}`, i < j, and for complex weights also :math:`i(E_{ij} + E_{ji})` and
+    :math:`iE_{jj}`; of a weight that is not square they have the larger side, and the columns or rows of U in excess
+    are discarded.  As real exponentials are rotations, ``"lie"`` ends at the closest *rotation* to a real square
+    weight with a negative determinant, which is what ``"polar"`` gives with ``rotation=True``.  Everything is
+    computed in double precision.  Cost: :math:`O(n^3)`, for ``"lie"`` in every step.
+
+    Parameters
+    ----------
+    weight : Tensor
+        ``(*batch, n, m)``, real or complex; for kernels see :func:`nearest_convolution`.
+    method : {"polar", "procrustes", "lie"}
+        See above.
+    inputs : Tensor, optional
+        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  Directions
+        that they do not reach are left as close to the weight as can be (``"procrustes"``), or as they come
+        (``"lie"``).
+    rotation : bool
+        Whether the determinants of real square matrices shall be one (Kabsch 1976).
+    steps, tolerance : int, float, optional
+        Of ``"lie"`` (500, 1e-6): it ends when the derivative by θ is, for every matrix, this small a part of
+        :math:`2\|W X X^H\|_F`, or with a warning after so many steps, of five iterations each.
+    seed : int, optional
+        Of ``"lie"`` (0), for the first θ, which are small random numbers: θ = 0 is a saddle for Hermitian weights.
+    callback : callable, optional
+        Called after every step of ``"lie"`` with its number, from 1, and the loss.
+
+    Returns
+    -------
+    Nearest
+        ``unitary``, in the dtype of the weight; ``losses``; ``parameters``.
+
+    Raises
+    ------
+    ValueError
+        A weight whose closest unitary is not unique, for want of rank; wrong shapes; options that the method has
+        no use for.
+    TypeError
+        Other dtypes than those of the manifold.
+
+    References
+    ----------
+    Chang, *A projection algorithm for the unitary weights*, 2021 (the Lie parameters; its loss is not published, this
+    one is ours); Keller 1975 (polar); Schönemann 1966 (Procrustes); Kabsch 1976 (rotations).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold.pretrained.nearest import nearest_unitary
+    >>> _ = torch.manual_seed(0)
+    >>> w = torch.randn(20, 20, dtype=torch.complex128)
+    >>> polar, lie = nearest_unitary(w).unitary, nearest_unitary(w, "lie").unitary
+    >>> torch.allclose(polar, lie, atol=1e-4)
+    True
+    """
+    _check_shapes(weight, inputs)
+    problem = as_problem(method, rotation, steps=steps, tolerance=tolerance, seed=seed, callback=callback)
+    wide = weight.detach().to(high_precision(weight.dtype))
+    data = None if inputs is None else inputs.detach().to(wide.dtype)
+    (unitary,), losses, (theta,) = solve([(wide, data, 1)], **problem)
+    return Nearest(unitary.to(weight.dtype).contiguous(), losses, theta)
+
+
+def as_problem(method: str, rotation: bool, **options: Any) -> dict[str, Any]:
+    """Return the arguments of :func:`solve`: those options that were given."""
+    given = {name: value for name, value in options.items() if value is not None}
+    return {"method": method, "rotation": rotation, **given}
+
+
+def _check_shapes(weight: Tensor, inputs: Tensor | None) -> None:
+    check_dtype(weight.dtype, "weight")
+    if weight.dim() < 2 or not weight.numel():
+        raise ValueError(f"weight must be (*batch, n, m), and not empty, got shape {tuple(weight.shape)}")
+    if inputs is None:
+        return
+    if inputs.dim() < 2 or inputs.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"inputs must have {weight.shape[-1]} features along dimension -1, as the weight has, "
+            f"got shape {tuple(inputs.shape)}"
+        )
+    if inputs.shape[:-2] not in ((), weight.shape[:-2]):
+        raise ValueError(f"inputs must have no batch or the weight's {tuple(weight.shape[:-2])}, got {inputs.shape}")
+
+
+def _check_problem(
+    weight: Tensor, inputs: Tensor | None, method: str, rotation: bool, options: Mapping[str, Any], among_blocks: bool
+) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if options and method != "lie":
+        raise ValueError(f"method={method!r} has no use for {', '.join(options)}: they are of 'lie'")
+    if inputs is None and method == "procrustes":
+        raise ValueError("method='procrustes' needs inputs; without any it would be 'polar'")
+    if inputs is not None and method == "polar":
+        raise ValueError("method='polar' looks at no inputs: take 'procrustes' or 'lie'")
+    if method == "procrustes" and weight.shape[-2] < weight.shape[-1]:
+        raise ValueError(
+            f"method='procrustes' has no closed form for wide weights, got shape {tuple(weight.shape)}: take 'lie'"
+        )
+    if rotation and weight.is_complex() and not among_blocks:
+        raise ValueError(f"rotation=True is for real matrices, got {weight.dtype}")
+    if inputs is not None and not inputs.numel():
+        raise ValueError(f"inputs of shape {tuple(inputs.shape)} are empty")
+    for name, t in (("weight", weight), ("inputs", inputs)):
+        if t is not None and not torch.isfinite(t).all():
+            raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries")
+
+
+def solve(
+    stacks: list[Stack], *, method: str = "polar", rotation: bool = False, **options: Any
+) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
+    """Return the closest unitary matrices of stacks in double precision, and the squared distances of all."""
+    problems: list[Problem] = []
+    for weight, inputs, times in stacks:
+        _check_problem(weight, inputs, method, rotation, options, len(stacks) > 1)
+        problems.append((weight, None if inputs is None else torch.linalg.qr(inputs, mode="r")[1], times))
+    if method == "lie":
+        with torch.inference_mode(False), torch.enable_grad():
+            mine = [(weight.clone(), None if r is None else r.clone(), times) for weight, r, times in problems]
+            return descend(mine, **options)
+    found = []
+    for weight, r, _ in problems:
+        turned = rotation and not weight.is_complex()
+        found.append(_polar(weight if r is None else _seen(weight, r, turned), turned))
+    distances = zip(found, problems, strict=True)
+    loss = sum(times * squared_distances(unitary, weight, r).sum().item() for unitary, (weight, r, times) in distances)
+    return found, [loss], [None] * len(found)
+
+
+def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return the polar factor; for a rotation the smallest singular direction is turned round where need be."""
+    p, s, qh = torch.linalg.svd(weight, full_matrices=False)
+    check_full_rank(s, weight.shape, "a matrix")
+    if rotation and p.shape[-2] == qh.shape[-1]:
+        p[..., -1] *= torch.linalg.det(p @ qh).sign()[..., None]
+    return newton_schulz(p @ qh)
+
+
+def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:
+    """Return a matrix whose polar factor minimises ‖(U - W)X‖: W X X^H on the directions X spans, W on the rest."""
+    cross = weight @ (r.mT @ r.conj())
+    p, s, qh = torch.linalg.svd(cross, full_matrices=False)
+    reached = s > torch.finfo(s.dtype).eps * max(weight.shape[-2:]) * s[..., :1]
+    if reached.all():
+        return cross
+    if rotation:
+        raise ValueError("rotation=True with inputs that do not span the whole space is not defined")
+    p, q = p * reached.unsqueeze(-2), qh.mH * reached.unsqueeze(-2)
+    beyond = weight - p @ (p.mH @ weight)
+    beyond = beyond - beyond @ q @ q.mH
+    scale = torch.linalg.matrix_norm(weight)[..., None, None]
+    return p @ q.mH + beyond / scale  # of spaces at right angles: polar factors add
