@@ -345,7 +345,7 @@ def test_a_convolution_that_goes_to_a_coarser_grid_is_taken_over(kernel_size, pa
     ],
 )
 def test_conversions_keep_the_operator(build, convert):
-    layer = build(3, 4, (4, 6))
+    layer = build(3, 4, image_size=(4, 6))
     x = torch.randn(2, 3, 4, 6)
     y = layer(x)
     wide = convert(layer)

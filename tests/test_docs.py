@@ -27,7 +27,7 @@ def site(tmp_path):
 
 
 def test_every_module_of_the_package_is_in_the_reference():
-    """Except the compiled loops and the checks of arguments, which nobody calls from outside; layers are listed by name."""
+    """Except the compiled loops and the checks of arguments; layers are listed by their names."""
     package = ROOT / "projunn_manifold"
     names = {".".join(file.relative_to(package).with_suffix("").parts) for file in package.rglob("[!_]*.py")}
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
