@@ -76,7 +76,7 @@ def directions(course: Course) -> Callable[[], tuple[Tensor, Tensor]]:
     def draw() -> tuple[Tensor, Tensor]:
         shapes = ((*batch, side, course.rank) for side in (n, m))
         a, b = (torch.randn(shape, dtype=course.dtype, generator=generator) for shape in shapes)
-        return dense.of_unit_norm(a) * course.size, dense.of_unit_norm(b)
+        return dense.normalized(a) * course.size, dense.normalized(b)
 
     return draw
 

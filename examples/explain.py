@@ -5,7 +5,7 @@ unitary (D), and the angles of both against the length of the step; all points a
 counts how often a step reads or writes a matrix of full size: a step is made with each optimiser, and every operator of
 PyTorch and every compiled loop is seen.
 
-Run ``python examples/explain.py``: a few seconds.  It leaves ``rotation.png``, ``products.png`` and ``explain.json``.
+Run ``python examples/explain.py``: a few seconds.  It leaves ``rotation.png``, ``passes.png`` and ``explain.json``.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class Plane:
     def __init__(self, n: int = 6) -> None:
         draw = torch.Generator().manual_seed(0)
         self.x = dense.haar(n, n, dtype=torch.float64, generator=draw)
-        self.b = dense.of_unit_norm(torch.randn(n, 1, dtype=torch.float64, generator=draw))
+        self.b = dense.normalized(torch.randn(n, 1, dtype=torch.float64, generator=draw))
         start = self.x @ self.b
         a = torch.randn(n, 1, dtype=torch.float64, generator=draw)
-        self.up = dense.of_unit_norm(a - start * (start.mT @ a))
+        self.up = dense.normalized(a - start * (start.mT @ a))
         self.axes = torch.cat((start, self.up), -1)
 
     def seen(self, y: Tensor) -> tuple[float, float]:

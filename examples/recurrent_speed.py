@@ -60,7 +60,7 @@ def ours(n: int, nonlinearity: Any, *, form: bool = False) -> Subject:
     network = UnitaryRNN(WIDTH, n, nonlinearity=nonlinearity, init="haar", manifold=UnitaryLowRank(1))
     if form:
         network.weight_hh_l0.register_hook(lambda grad: grad.clone())
-    return network, RiemannianSGD(param_groups(network, lr=RATE), lr=RATE)
+    return network, RiemannianSGD(param_groups(network, lr=RATE, unitary_lr=RATE / 32), lr=RATE)
 
 
 def parametrised(n: int, kind: str) -> Subject:

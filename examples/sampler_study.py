@@ -39,7 +39,8 @@ from training import NonFiniteError, train
 
 from projunn_manifold import UnitaryLowRank
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.moves.tangent import tangent_of_gradient
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.moves.projunn import tangent_of_gradient
 from projunn_manifold.sketching.samplers import Column, Sampler, Subspace, svd
 
 SAMPLERS: dict[str, Sampler] = {
@@ -98,19 +99,18 @@ class Steps(torch.optim.Optimizer):
         memory = state.get("memory")
         if memory is not None:
             direction += memory * (MOMENTUM if rest == "momentum" else 1.0)
-        factors = manifold._sketch(x, direction)
-        manifold._state.count_gradient(x)
+        factors = manifold.sketcher.factors(matrix(x), direction)
         if rest in ("kept", "transported"):
             memory = direction - factors.dense()
         elif rest == "momentum":
             memory = direction
         elif rest == "used up":
             memory = direction - (1 - MOMENTUM) * factors.dense()
-        move = tangent_of_gradient(x, factors).scaled(-group["lr"]).retraction()
-        move.apply_(x)
-        manifold._correct_(x)
+        move = tangent_of_gradient(matrix(x), factors).scaled(-group["lr"]).retraction()
+        move.apply_(matrix(x))
+        manifold.correct_(x)
         if memory is not None:
-            state["memory"] = memory if rest == "kept" else move.carry_(memory.contiguous())
+            state["memory"] = memory if rest == "kept" else move.transport_(memory.contiguous())
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ LAYERS = {
     "network of a function": (lambda dtype: layers.UnitaryRNN(3, 8, nonlinearity=torch.sin, dtype=dtype), (4, 5, 3)),
     "wide network": (lambda dtype: layers.UnitaryRNN(3, WIDE, dtype=dtype), (4, 5, 3)),
     "convolution": (lambda dtype: convolution(dtype)(3, 4, image_size=6, dtype=dtype), (2, 3, 6, 6)),
-    "strided convolution": (lambda dtype: convolution(dtype)(4, 4, image_size=6, stride=2, groups=2, dtype=dtype), (2, 4, 6, 6)),
+    "strided convolution": (
+        lambda dtype: convolution(dtype)(4, 4, image_size=6, stride=2, groups=2, dtype=dtype),
+        (2, 4, 6, 6),
+    ),
     "wide convolution": (lambda dtype: convolution(dtype)(WIDE, WIDE, image_size=3, dtype=dtype), (2, WIDE, 3, 3)),
     "exponential": (lambda dtype: layers.ExpConv2d(2, 6, 3, dtype=dtype), (2, 2, 6, 6)),
     "exponential, one channel": (lambda dtype: layers.ExpConv1d(1, 6, 3, dtype=dtype), (2, 1, 6)),

@@ -355,7 +355,7 @@ def test_conversions_keep_the_operator(build, convert):
     assert set(manifolds_of(wide)) >= {"weight"}
     back = wide.float()
     assert back.weight.dtype == torch.complex64
-    meta = build(3, 4, (4, 6), device="meta").double().to_empty(device="cpu")
+    meta = build(3, 4, image_size=(4, 6), device="meta").double().to_empty(device="cpu")
     meta.reset_parameters()
     assert torch.isfinite(torch.view_as_real(meta.weight)).all()
     assert meta(x.double()).shape == y.shape

@@ -209,13 +209,17 @@ def test_complex_kernels():
         ([(4, 4), "lie"], {"inputs": (3, 5)}, "4 features"),
         ([(4,)], {}, "(*batch, n, m)"),
         ([(0, 4)], {}, "not empty"),
-        ([(3, 3, 5)], {"size": 4}, "does not fit"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, options, message):
     options = {name: of(value) if name == "inputs" else value for name, value in options.items()}
     with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)").replace("*", r"\*")):
         nearest_unitary(of(arguments[0]), *arguments[1:], **options)
+
+
+def test_a_kernel_larger_than_the_image_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        nearest_convolution(of((3, 3, 5)), 4)
 
 
 def test_what_has_no_closest_unitary_is_refused():

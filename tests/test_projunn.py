@@ -12,6 +12,9 @@ import torch
 from helpers import DTYPES, SHAPES, bound, double, error, norm2, ranks
 
 from projunn_manifold import projunn_d, projunn_d_, projunn_t, projunn_t_, reference
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.moves.projunn import move_d, move_t
+from projunn_manifold.sketching.lowrank import LowRank
 
 CASES = [(shape, k) for shape in SHAPES for k in ranks(shape)]
 BOTH = [(projunn_d, reference.projunn_d), (projunn_t, reference.projunn_t)]
@@ -78,13 +81,11 @@ def test_the_increment_is_accurate_at_every_step_size(draw, ours, shape, k, dtyp
     The increment is read off by moving X = 0 of the same factors' thin products, that is from the move; the
     oracle is the series of the dense map, in double precision, where Y - X would cancel.
     """
-    from projunn_manifold import projunn  # the move is internal: the public functions add it to X
-
-    move_of = {projunn_d: projunn._move_d, projunn_t: projunn._move_t}[ours]
+    move_of = {projunn_d: move_d, projunn_t: move_t}[ours]  # the public functions add the move to X
     x = draw.point(*shape, dtype=dtype)
     for exponent in range(0, -13, -1):
         a, b = draw.factors(shape, k, dtype, 0.5 * 10.0**exponent)
-        move = move_of(x, a, b)
+        move = move_of(matrix(x), LowRank(a, b))
         increment = double(move.left @ move.core) @ double(move.right).mH
         expected = dense_increment(ours, double(x), double(a), double(b))
         relative = torch.linalg.matrix_norm(increment - expected) / torch.linalg.matrix_norm(expected)

@@ -77,8 +77,8 @@ def test_a_gradient_that_is_not_finite_anywhere_is_refused_by_all(tmp_path):
 def test_what_cannot_be_sharded_or_would_leave_the_manifold_is_refused(tmp_path):
     expected = [
         "NotImplementedError: 'weight' is placed as (Shard(dim=1),)",
-        "NotImplementedError: 'weight' has spread rows, but UnitaryLowRank",
-        "NotImplementedError: 'weight' has spread rows, but the sampler Column",
+        "NotImplementedError: 'weight' has sharded rows, but UnitaryLowRank",
+        "NotImplementedError: 'weight' has sharded rows, but the sampler Column",
         "ValueError: the processes that share a parameter differ in the seed or count",
         "NotImplementedError: 'weight' is a DTensor, which cannot carry",
         "ValueError: the processes that share a parameter differ in the seed or count",
