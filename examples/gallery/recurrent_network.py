@@ -43,7 +43,7 @@ def train(network):
     """Return the losses of a network with a linear readout."""
     torch.manual_seed(1)
     readout = torch.nn.Linear(HIDDEN, SYMBOLS + 1)
-    groups = [*param_groups(network, lr=0.01, unitary_lr=0.02), *param_groups(readout, lr=0.01)]
+    groups = [*param_groups(network, lr=0.01, unitary_lr=0.02), {"params": readout.parameters(), "lr": 0.01}]
     optimizer = RiemannianAdam(groups, lr=0.01)
     losses = []
     for _ in range(STEPS):
