@@ -1,7 +1,7 @@
 """geoopt's optimisers with their steps made in place, and torch's optimisers constrained to manifolds."""
 
-from projunn_manifold.optim import watch  # registers what is called before each step
+import projunn_manifold.optim.watch  # noqa: F401  # registers what is called before each step
 from projunn_manifold.optim.constrained import constrain
 from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
 
-__all__ = ["RiemannianAdam", "RiemannianSGD", "constrain", "watch"]
+__all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]

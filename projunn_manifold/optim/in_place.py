@@ -230,7 +230,10 @@ def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
 
 
 def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real
-    """Return one second moment for each matrix: that of all entries, equal to rounding, or a Euclidean step's sum."""
+    """Return one second moment for each matrix.
+
+    geoopt keeps it in every entry.  Euclidean steps, made while a manifold was lost, leave squares whose sum it is.
+    """
     if is_dtensor(moments):  # on which no Euclidean steps are made
         return sharded.first_entry(local_view(moments)).real.clone()
     corner, flat = sharded.first_entry(moments).real, moments.real
