@@ -22,13 +22,13 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, draw a plot (under 10 minutes)
-	$(BIN)/python examples/compare_stiefel.py
+	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
-	$(BIN)/python examples/benchmark/run.py
+	$(BIN)/python benchmarks/run.py
 
 compare: $(VENV)/.bench ## every system of the field on the same four tasks, with tables and plots (under 20 minutes)
-	$(BIN)/python examples/compare.py
+	$(BIN)/python benchmarks/systems.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

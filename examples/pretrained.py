@@ -16,12 +16,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from data import digits
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, tell
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.data import digits
+from common.report import add_record_options, environment, markdown, recorded, tell
 
 from projunn_manifold import unitarize
 from projunn_manifold.layers import param_groups

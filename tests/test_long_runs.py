@@ -1,4 +1,4 @@
-"""Drift over 100 000 steps, and 20 000 of training: the curves of ``examples/drift.py``, each within its promise."""
+"""Drift over 100 000 steps, and 20 000 of training: the curves of ``benchmarks/drift.py``, each within its promise."""
 
 import importlib.util
 import sys
