@@ -4,8 +4,8 @@ Points make random steps a b^H of rank one (once of rank four) and a given lengt
 tangent and by raw projUNN-D, or are trained by geoopt's optimisers on noisy data.  The error is ‖X^H X - I‖_F/√m in
 double precision.
 
-Run ``python benchmarks/drift.py`` (half an hour on two cores).  It leaves ``drift.json`` and ``drift.png`` in the output
-folder, and fails if an error of this package exceeds its promise: 1e-6 in single, 5e-15 in double precision.
+Run ``python benchmarks/drift.py`` (half an hour on two cores).  It leaves ``drift.json`` and ``drift.png`` in the
+output folder, and fails if an error of this package exceeds its promise: 1e-6 in single, 5e-15 in double precision.
 """
 
 from __future__ import annotations

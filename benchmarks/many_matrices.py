@@ -1,7 +1,7 @@
 """Many matrices of one shape: a step of a stack, which is one batch, and of as many parameters by themselves.
 
-Run ``python benchmarks/many_matrices.py`` (two minutes); ``--record JSON --into PAGE`` writes the table of a recorded run
-into a page.  Every time is that of a whole step, taken in turn with ``torch.optim.SGD``'s on the same numbers.
+Run ``python benchmarks/many_matrices.py`` (two minutes); ``--record JSON --into PAGE`` writes the table of a recorded
+run into a page.  Every time is that of a whole step, taken in turn with ``torch.optim.SGD``'s on the same numbers.
 """
 
 from __future__ import annotations

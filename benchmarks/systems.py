@@ -1,8 +1,8 @@
 """Every system of the field on the same four tasks: at equal steps and at equal seconds.
 
 Copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of rank 16) and
-orthogonal Procrustes (real, gradients of full rank).  Run ``make compare`` or ``python benchmarks/systems.py`` (under 20
-minutes): 20 seconds for a cell, two cells at a time; ``--full`` without a limit of time.  Every system's rate is the
+orthogonal Procrustes (real, gradients of full rank).  Run ``make compare`` or ``python benchmarks/systems.py`` (under
+20 minutes): 20 seconds for a cell, two cells at a time; ``--full`` without a limit of time.  Every system's rate is the
 best of four on the recurrent tasks, each tried for a fifth of that time from another seed, and of five on the matrices,
 tried at n = 128, as these rates are in units of the curvature.  It leaves ``compare.json`` and ``compare.png``;
 ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
@@ -28,12 +28,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common import descents, networks
+from common.matrices import Procrustes, RandomUnitary
 from common.networks import Choices
-from common.procrustes import Procrustes
 from common.report import add_record_options, environment, markdown, recorded, tell, thinned
 from common.tasks import Copying, Pixels
 from common.training import NonFiniteError, Run, train
-from random_unitary import RandomUnitary
 from suite.counting import Allocations
 
 FOREVER = 100_000

@@ -9,76 +9,12 @@ geoopt's Stiefel manifolds know no complex matrices.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
 
-import torch
 from common.descents import METHODS
 from common.experiment import parser, run
-from common.tasks import Batch
-from torch import Tensor, nn
-
-from projunn_manifold.linalg.dense import haar
-
-SAMPLES = 4096
-
-
-@dataclass(frozen=True)
-class RandomUnitary:
-    """The linear map of a Haar-distributed U*, from samples."""
-
-    width: int
-    batch: int
-    steps: int
-    seed: int
-
-    name: ClassVar[str] = "random unitary"
-    everywhere: ClassVar[bool] = True
-    measure: ClassVar[str] = "‖U - U*‖² / 2n"
-    baseline: ClassVar[None] = None
-    goal: ClassVar[float] = 1e-6
-    dtype: ClassVar[torch.dtype] = torch.complex64
-
-    @property
-    def outputs(self) -> int:
-        """Width of the targets."""
-        return self.width
-
-    @property
-    def rate(self) -> float:
-        """The inverse of the loss's largest curvature: the gradient is (U - U*) X X^H / (B n)."""
-        return self.batch / (1 + math.sqrt(self.batch / self.width)) ** 2  # X X^H reaches about n (1 + √(B/n))²
-
-    @cached_property
-    def target(self) -> Tensor:
-        """The matrix to be learnt."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return haar(self.width, self.width, dtype=torch.complex64, generator=generator)
-
-    def batches(self) -> Iterator[Batch]:
-        """Yield samples ``(batch, n)``, reshuffled when all have been seen, and where U* takes them."""
-        generator = torch.Generator().manual_seed(self.seed + 1)
-        samples = torch.randn(SAMPLES, self.width, dtype=torch.complex64, generator=generator)
-        for step in range(self.steps):
-            if step % (SAMPLES // self.batch) == 0:
-                order = torch.randperm(SAMPLES, generator=generator).split(self.batch)
-            x = samples[order[step % (SAMPLES // self.batch)]]
-            yield x, x @ self.target.mT
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the squared error of a sample, over 2n."""
-        return (outputs - targets).abs().square().sum(-1).mean() / (2 * self.width)
-
-    @torch.no_grad()
-    def score(self, network: nn.Module, device: torch.device | str) -> float:
-        """Return the squared distance from U*, over 2n: the loss on all samples there are."""
-        eye = torch.eye(self.width, dtype=torch.complex64, device=device)
-        return self.loss(network(eye).cpu(), self.target.mT).item() * self.width
+from common.matrices import RandomUnitary
 
 
 def main(arguments: list[str] | None = None) -> int:

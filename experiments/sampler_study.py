@@ -29,11 +29,11 @@ import torch
 from common.descents import Matrix
 from common.experiment import summary
 from common.figures import study
+from common.matrices import RandomUnitary
 from common.networks import Choices, Method, Optimizers, Reader, on_manifold
 from common.report import add_record_options, environment, markdown, recorded, tell
 from common.tasks import Copying, Pixels, Task
 from common.training import NonFiniteError, train
-from random_unitary import RandomUnitary
 from torch import Tensor
 from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""What the comparison leaves behind: a table, the same with all curves as JSON, and one picture."""
+"""What the demo leaves behind: a table, the same with all curves as JSON, and one picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all examples leave behind in one way: markdown tables, text within a page, versions and machine."""
+"""What all scripts leave behind in one way: markdown tables, text within a page, versions and machine."""
 
 from __future__ import annotations
 
