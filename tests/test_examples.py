@@ -1,4 +1,4 @@
-"""Examples and benchmarks run: a smoke run of each, on sizes of a few seconds, with everything they promise to write."""
+"""Examples and benchmarks run: a smoke run of each, of a few seconds, with everything they promise to write."""
 
 import importlib.util
 import shutil
