@@ -55,7 +55,7 @@ def images() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def train(network: nn.Module, epochs: int, options: argparse.Namespace, seed: int, label: str) -> list[float]:
     """Train by RMSprop, what is on a manifold by projUNN; return the test accuracy before, and after every epoch."""
-    optimizer = torch.optim.RMSprop(param_groups(network, options.lr, options.unitary_lr))
+    optimizer = torch.optim.RMSprop(param_groups(network, options.lr, unitary_lr=options.unitary_lr))
     constrain(optimizer)
     (pixels, labels), _ = images()
     generator = torch.Generator().manual_seed(seed)

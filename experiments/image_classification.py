@@ -132,7 +132,7 @@ class Kind:
         deep = task.depth is not None
         shape = (self.convolution(choices, deep), task.width, task.outputs, task.side, choices.hidden)
         network = Classifier(Deep(*shape, depth=task.depth) if deep else ResNet9(*shape)).to(device)
-        optimizer = torch.optim.RMSprop(param_groups(network, choices.lr, choices.unitary_lr))
+        optimizer = torch.optim.RMSprop(param_groups(network, choices.lr, unitary_lr=choices.unitary_lr))
         constrain(optimizer)
         return network, [optimizer]
 
