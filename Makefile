@@ -5,7 +5,6 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A process for each core; what a module prepares is prepared once, and the blocks of a page run in their order.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
-WHEEL_TESTS := README.md docs/start.md $(addprefix tests/test_,init.py layers.py nearest.py optim.py passes.py plan.py projunn.py sampling.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench compare test test-all lint hooks docs dist clean
@@ -22,13 +21,13 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, draw a plot (under 10 minutes)
-	$(BIN)/python examples/compare_stiefel.py
+	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
-	$(BIN)/python examples/benchmark/run.py
+	$(BIN)/python benchmarks/run.py
 
 compare: $(VENV)/.bench ## every system of the field on the same four tasks, with tables and plots (under 20 minutes)
-	$(BIN)/python examples/compare.py
+	$(BIN)/python benchmarks/systems.py
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
@@ -50,7 +49,7 @@ docs: $(VENV)/.docs ## build the documentation, warnings as errors, and follow i
 
 # The tests come from the sdist, without the package beside them, so that only the installed wheel can be imported.
 # mypy finds types in it by py.typed alone.
-dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the wheel in an environment of its own (3 minutes)
+dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the wheel in an environment of its own (10 minutes)
 	rm -rf build dist
 	$(BIN)/python -m build
 	$(BIN)/python -m pytest tests/test_dist.py
@@ -62,7 +61,7 @@ dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the
 	build/venv/bin/python $(INSTALL) "$$(ls dist/*.whl)[test]"
 	cd build/source && ../venv/bin/python -c "import projunn_manifold as p; assert 'site-packages' in p.__file__, p.__file__"
 	cd build/source && ../venv/bin/mypy --config-file= --strict -c "from projunn_manifold import UnitaryLowRank"
-	cd build/source && ../venv/bin/python -m pytest $(WHEEL_TESTS) --pyargs projunn_manifold
+	cd build/source && ../venv/bin/python -m pytest -m "not site and not slow" tests --pyargs projunn_manifold
 
 clean: ## remove the environment and everything built
 	-$(BIN)/pre-commit uninstall

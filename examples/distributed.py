@@ -19,14 +19,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from data import digits
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, tell
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.data import digits
+from common.report import add_record_options, environment, markdown, recorded, tell
 
 from projunn_manifold.distributed import data_parallel
 from projunn_manifold.layers import UnitaryLinear

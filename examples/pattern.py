@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from report import environment
 from sklearn.datasets import load_digits
 from torch import Tensor
 from tqdm import trange
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.report import environment
 
 from projunn_manifold.layers import UnitaryConvRNNCell
 

@@ -16,12 +16,14 @@ from statistics import median
 from typing import Any
 
 import torch
-from data import digits
 from matplotlib.figure import Figure
-from report import add_record_options, environment, markdown, recorded, tell
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.data import digits
+from common.report import add_record_options, environment, markdown, recorded, tell
 
 from projunn_manifold import unitarize
 from projunn_manifold.layers import param_groups
@@ -53,7 +55,7 @@ def images() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 def train(network: nn.Module, epochs: int, options: argparse.Namespace, seed: int, label: str) -> list[float]:
     """Train by RMSprop, what is on a manifold by projUNN; return the test accuracy before, and after every epoch."""
-    optimizer = torch.optim.RMSprop(param_groups(network, options.lr, options.unitary_lr))
+    optimizer = torch.optim.RMSprop(param_groups(network, options.lr, unitary_lr=options.unitary_lr))
     constrain(optimizer)
     (pixels, labels), _ = images()
     generator = torch.Generator().manual_seed(seed)

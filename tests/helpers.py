@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SQUARE = [(1, 1), (2, 2), (9, 9), (24, 24), (3, 12, 12), (2, 2, 6, 6)]
 TALL = [(5, 1), (24, 7), (24, 23), (3, 12, 5)]
@@ -96,9 +95,9 @@ class NewStorages(TorchDispatchMode):
         return result
 
 
-def run_example(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a script of the examples in a process of its own."""
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run an example, an experiment or a benchmark in a process of its own."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 

@@ -35,7 +35,8 @@ def test_the_sdist_holds_the_sources_and_nothing_built(built):
     """Sources are told by their suffixes; pages need their pictures, and tests of pages the records."""
     with tarfile.open(built / f"{NAME}.tar.gz") as sdist:
         sizes = {member.name.removeprefix(f"{NAME}/"): member.size for member in sdist.getmembers()}
-    kept = {file for folder in ("docs", "examples", "tests") for file in (ROOT / folder).rglob("*.*")}
+    folders = ("docs", "examples", "experiments", "benchmarks", "tests")
+    kept = {file for folder in folders for file in (ROOT / folder).rglob("*.*")}
     sources = {file for file in kept if file.suffix in {".py", ".md", ".rst", ".json", ".png", ".css"}}
     names = {file.relative_to(ROOT) for file in sources}
     expected = {

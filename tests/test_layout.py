@@ -5,11 +5,13 @@ import functools
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import ROOT
 
-PACKAGE = ROOT / "projunn_manifold"
+import projunn_manifold
+
+PACKAGE = Path(projunn_manifold.__file__).parent
 #: From the bottom to the top: no module imports one that stands after it.
 ORDER = [
     "context", "reference", "linalg", "validation", "init", "sketching", "moves", "manifold", "optim", "averaging",

@@ -1,4 +1,4 @@
-"""Drift over 100 000 steps, and 20 000 of training: the curves of ``examples/drift.py``, each within its promise."""
+"""Drift over 100 000 steps, and 20 000 of training: the curves of ``benchmarks/drift.py``, each within its promise."""
 
 import importlib.util
 import sys
@@ -6,19 +6,18 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+DRIFT_SCRIPT = Path(__file__).parent.parent / "benchmarks" / "drift.py"
 
 
-def example():
-    sys.path.insert(0, str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location("drift_example", EXAMPLES / "drift.py")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("drift_benchmark", DRIFT_SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-DRIFT = example()
+DRIFT = benchmark()
 COURSES = [course for course in DRIFT.courses(DRIFT.WALKS, DRIFT.RIVALS, DRIFT.TRAINING) if course.promised]
 
 

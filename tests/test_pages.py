@@ -7,14 +7,16 @@ from pathlib import Path
 import geoopt
 import pytest
 import torch
-from helpers import ROOT, recorded, run_example
+from helpers import ROOT, recorded, run_script
+
+pytestmark = pytest.mark.site
 
 
 def test_pages_show_the_recorded_benchmark(tmp_path):
     pages = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
     copies = [shutil.copy(page, tmp_path) for page in pages]
     record = ROOT / "docs" / "results" / "benchmark.json"
-    result = run_example("benchmark/render.py", record, "--out", tmp_path, "--into", *copies)
+    result = run_script("benchmarks/render.py", record, "--out", tmp_path, "--into", *copies)
     assert result.returncode == 0, result.stderr
     for page, copy in zip(pages, copies, strict=True):
         assert "<!-- benchmark: " in page.read_text()
@@ -52,7 +54,7 @@ def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_pa
     copy = shutil.copy(page, tmp_path)
     record = ROOT / "docs" / "results" / "drift.json"
     assert not recorded(record)["quick"]
-    result = run_example("drift.py", "--record", record, "--out", tmp_path, "--into", copy)
+    result = run_script("benchmarks/drift.py", "--record", record, "--out", tmp_path, "--into", copy)
     assert result.returncode == 0, result.stderr
     assert Path(copy).read_text() == page.read_text()
 
@@ -60,19 +62,19 @@ def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_pa
 def test_pages_show_the_recorded_experiments(tmp_path):
     results = ROOT / "docs" / "results"
     for script, page, record in (
-        ("render_experiments.py", "experiments.md", [results / "experiments"]),
-        ("sampler_study.py", "samplers.md", ["--record", results / "sampler_study.json"]),
-        ("convolution_speed.py", "convolution.md", ["--record", results / "convolution_speed.json"]),
-        ("exponential_speed.py", "convolution.md", ["--record", results / "exponential_speed.json"]),
-        ("pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
-        ("compare.py", "comparison.md", ["--record", results / "compare.json"]),
-        ("distributed.py", "distributed.md", ["--record", results / "distributed.json"]),
-        ("sharded.py", "distributed.md", ["--record", results / "sharded.json"]),
-        ("many_matrices.py", "speed.md", ["--record", results / "many_matrices.json"]),
+        ("experiments/render.py", "experiments.md", [results / "experiments"]),
+        ("experiments/sampler_study.py", "samplers.md", ["--record", results / "sampler_study.json"]),
+        ("benchmarks/convolution_speed.py", "convolution.md", ["--record", results / "convolution_speed.json"]),
+        ("benchmarks/exponential_speed.py", "convolution.md", ["--record", results / "exponential_speed.json"]),
+        ("examples/pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
+        ("benchmarks/systems.py", "comparison.md", ["--record", results / "compare.json"]),
+        ("examples/distributed.py", "distributed.md", ["--record", results / "distributed.json"]),
+        ("benchmarks/sharded.py", "distributed.md", ["--record", results / "sharded.json"]),
+        ("benchmarks/many_matrices.py", "speed.md", ["--record", results / "many_matrices.json"]),
     ):
         original = ROOT / "docs" / page
         copy = shutil.copy(original, tmp_path)
-        result = run_example(script, *record, "--out", tmp_path, "--into", copy)
+        result = run_script(script, *record, "--out", tmp_path, "--into", copy)
         assert result.returncode == 0, result.stderr
         assert Path(copy).read_text() == original.read_text()
 

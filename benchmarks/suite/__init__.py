@@ -1,0 +1,1 @@
+"""What the benchmarks measure, and how: subjects, checks, times, tables and plots."""

@@ -1,0 +1,1 @@
+"""Modules that experiments, benchmarks and examples share."""

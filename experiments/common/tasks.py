@@ -1,0 +1,218 @@
+"""Tasks for networks that read sequences: copying memory, adding, and images read pixel by pixel.
+
+Batches follow from a task's seed, so that all methods see the same data in the same order.  Inputs are
+``(time, batch, width)``, or for symbols integers ``(time, batch)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from .data import Batch, digits, mnist
+
+
+class Task(Protocol):
+    """What a network and its training need to know of a task."""
+
+    name: str
+    width: int  # of the inputs
+    outputs: int
+    everywhere: bool  # outputs are wanted at every step, not only at the last
+    measure: str  # what ``score`` returns
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+
+    @property
+    def baseline(self) -> float | None:
+        """Loss of a network without memory, where it is known."""
+
+    @property
+    def goal(self) -> float | None:
+        """Loss at which the task counts as solved."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield ``steps`` pairs of inputs and targets."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the training loss."""
+
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return how well the network does on data not trained on."""
+
+
+@dataclass(frozen=True)
+class Copying:
+    """Copying memory: repeat ten symbols after ``length`` steps.
+
+    A sequence is ten random symbols of eight, ``length - 1`` blanks, a delimiter and ten blanks; the
+    target is ``length + 10`` blanks and then the ten symbols.  A network without memory can at best
+    answer blank and then guess, with mean cross entropy ``10 ln 8 / (length + 20)``.
+    """
+
+    length: int
+    batch: int
+    steps: int
+    seed: int
+
+    name: ClassVar[str] = "copying"
+    width: ClassVar[int] = 10
+    outputs: ClassVar[int] = 9
+    everywhere: ClassVar[bool] = True
+    measure: ClassVar[str] = "symbols recalled"
+    symbols: ClassVar[int] = 8
+    copied: ClassVar[int] = 10
+    blank: ClassVar[int] = 8
+    delimiter: ClassVar[int] = 9
+
+    @property
+    def baseline(self) -> float:
+        """Loss of the memoryless strategy."""
+        return self.copied * math.log(self.symbols) / (self.length + 2 * self.copied)
+
+    @property
+    def goal(self) -> float:
+        """A tenth of the baseline."""
+        return self.baseline / 10
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield fresh random sequences."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            yield self.sequences(generator)
+
+    def sequences(self, generator: torch.Generator) -> Batch:
+        """Draw one batch of sequences and their targets."""
+        symbols = torch.randint(self.symbols, (self.copied, self.batch), generator=generator)
+        inputs = torch.full((self.length + 2 * self.copied, self.batch), self.blank)
+        targets = inputs.clone()
+        inputs[: self.copied] = symbols
+        inputs[self.copied + self.length - 1] = self.delimiter
+        targets[-self.copied :] = symbols
+        return inputs, targets
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross entropy over all positions."""
+        return cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the fraction of the ten symbols recalled, on a batch of sequences of another seed."""
+        inputs, targets = self.sequences(torch.Generator().manual_seed(self.seed + 1))
+        answers = network(inputs.to(device))[-self.copied :].argmax(-1).cpu()
+        return (answers == targets[-self.copied :]).float().mean().item()
+
+
+@dataclass(frozen=True)
+class Adding:
+    """The sum of two marked numbers among ``length`` uniform ones, one mark in each half; to answer 1 costs 1/6."""
+
+    length: int
+    batch: int
+    steps: int
+    seed: int
+
+    name: ClassVar[str] = "adding"
+    width: ClassVar[int] = 2
+    outputs: ClassVar[int] = 1
+    everywhere: ClassVar[bool] = False
+    measure: ClassVar[str] = "mean squared error"
+    baseline: ClassVar[float] = 1 / 6
+    goal: ClassVar[float] = 0.01
+    held_out: ClassVar[int] = 2000
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield fresh random sequences."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.steps):
+            yield self.sequences(self.batch, generator)
+
+    def sequences(self, batch: int, generator: torch.Generator) -> Batch:
+        """Draw sequences and their sums."""
+        numbers, marks = torch.rand(self.length, batch, generator=generator), torch.zeros(self.length, batch)
+        half, columns = self.length // 2, torch.arange(batch)
+        marks[torch.randint(half, (batch,), generator=generator), columns] = 1
+        marks[torch.randint(half, self.length, (batch,), generator=generator), columns] = 1
+        return torch.stack((numbers, marks), -1), (numbers * marks).sum(0)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean squared error."""
+        return mse_loss(outputs[:, 0], targets)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the mean squared error on sequences of another seed."""
+        inputs, sums = self.sequences(self.held_out, torch.Generator().manual_seed(self.seed + 1))
+        return self.loss(network(inputs.to(device)).cpu(), sums).item()
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Handwritten digits, one pixel a step, in the order of reading or in one fixed random order.
+
+    Without a ``folder`` these are scikit-learn's 1797 images of 8 x 8 pixels, otherwise MNIST's 70 000 of 28 x 28.
+    """
+
+    batch: int
+    epochs: int
+    seed: int
+    permuted: bool = True
+    folder: Path | None = None
+
+    width: ClassVar[int] = 1
+    outputs: ClassVar[int] = 10
+    everywhere: ClassVar[bool] = False
+    measure: ClassVar[str] = "test accuracy"
+    baseline: ClassVar[None] = None
+    goal: ClassVar[None] = None
+
+    @property
+    def name(self) -> str:
+        """What the images are called."""
+        kind = "digits" if self.folder is None else "MNIST"
+        return f"permuted {kind}" if self.permuted else kind
+
+    def images(self) -> tuple[Batch, Batch]:
+        """Return training and test images, with labels."""
+        return digits(self.permuted) if self.folder is None else mnist(self.folder, self.permuted)
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps; an epoch's last batch may be smaller."""
+        (_, labels), _ = self.images()
+        return self.epochs * math.ceil(len(labels) / self.batch)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the training images, reshuffled every epoch."""
+        (images, labels), _ = self.images()
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            for chosen in torch.randperm(len(labels), generator=generator).split(self.batch):
+                yield _grey(images[:, chosen]), labels[chosen]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy of the answer after the last pixel."""
+        return cross_entropy(outputs, targets)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the share of test images that are recognised."""
+        _, (images, labels) = self.images()
+        right = 0
+        for chosen in torch.arange(len(labels)).split(1000):
+            answers = network(_grey(images[:, chosen]).to(device)).argmax(-1).cpu()
+            right += int((answers == labels[chosen]).sum())
+        return right / len(labels)
+
+
+def _grey(images: Tensor) -> Tensor:
+    return images if images.is_floating_point() else images.float() / 255

@@ -1,0 +1,40 @@
+"""Tables and pictures of recorded experiments, for the documentation.
+
+``python experiments/render.py docs/results/experiments --out docs/_static --into docs/experiments.md`` reads
+every folder of runs, draws ``<folder>.png`` and replaces what the page has between ``<!-- folder -->`` marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from common.descents import METHODS as DESCENTS
+from common.experiment import caption, table
+from common.figures import curves
+from common.networks import METHODS
+from common.report import write_between
+from image_classification import METHODS as IMAGES
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Render, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("records", type=Path, help="folder of folders of runs")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the pictures")
+    command.add_argument("--into", type=Path, required=True, metavar="PAGE", help="for the tables")
+    options = command.parse_args(arguments)
+    order = [*METHODS, *DESCENTS, *IMAGES]
+    for folder in sorted(folder for folder in options.records.iterdir() if folder.is_dir()):
+        runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
+        runs.sort(key=lambda run: (order.index(run["method"]), run["settings"]["k"], run["settings"]["seed"]))
+        curves(options.out / f"{folder.name}.png", runs)
+        machines = " and ".join(sorted({run["machine"] for run in runs}))
+        write_between(options.into, folder.name, f"\n{table(runs)}\n\n{caption(runs)}.  On {machines}.\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
