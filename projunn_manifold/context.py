@@ -1,4 +1,4 @@
-"""What PyTorch is doing right now, and the home of every private name of PyTorch's that this package uses.
+"""What PyTorch is doing right now, and the home of the private names of PyTorch that tell it.
 
 Compiled code, transforms of ``torch.func``, forward-mode derivatives, fake tensors, GPUs and autocast each change what
 a function may do: look at a tensor's values, touch its memory, or compute in its own precision.

@@ -20,7 +20,7 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from projunn_manifold.context import outside_graphs
+from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import sharded
 from projunn_manifold.linalg.products import LinearOperator, matrix, normalized_image
 from projunn_manifold.manifold.parameters import has_closure_among, is_dtensor, parameters_of
@@ -150,6 +150,7 @@ class Exchange:
             constraint.exchange = self
 
     @outside_graphs
+    @in_full_precision
     @torch.no_grad()
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         ahead: dict[Any, int] = {}  # of every manifold, gradients that come before in this step

@@ -66,9 +66,14 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
     check_point(tensor, "tensor")
     if not torch.isfinite(tensor).all():
         raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
-    u, s, vh = torch.linalg.svd(tensor, full_matrices=False)
-    check_full_rank(s, tensor.shape, "`tensor`")
-    return tensor.copy_(dense.newton_schulz(u @ vh))
+    return tensor.copy_(closest_unitary(tensor, "`tensor`"))
+
+
+def closest_unitary(a: Tensor, name: str) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return the polar factors of square or tall matrices; raise ValueError for one that is rank deficient."""
+    u, s, vh = torch.linalg.svd(a, full_matrices=False)
+    check_full_rank(s, a.shape, name)
+    return dense.newton_schulz(u @ vh)
 
 
 def _block_rotations_(tensor: Tensor, low: float, high: float, generator: torch.Generator | None) -> Tensor:

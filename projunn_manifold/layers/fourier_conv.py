@@ -16,7 +16,7 @@ from geoopt import ManifoldParameter
 from torch import Tensor, nn
 
 from projunn_manifold.context import in_full_precision
-from projunn_manifold.init import haar_, identity_, nearest_unitary_
+from projunn_manifold.init import closest_unitary, haar_, identity_
 from projunn_manifold.layers import fourier
 from projunn_manifold.layers.base import KeepsManifolds, cast
 from projunn_manifold.layers.blocks import apply_blocks
@@ -356,7 +356,7 @@ def _polar_blocks(layer: FourierConv, blocks: Tensor) -> list[Tensor]:
         own = blocks.index_select(-3, chosen)
         own = own.real if chosen is grid.self_conjugate and grid.real else own
         is_wide = own.shape[-2] < own.shape[-1]
-        tall = (own.mH if is_wide else own).resolve_conj().contiguous()
-        polar = nearest_unitary_(tall) if tall.numel() else tall
+        tall = own.mH if is_wide else own
+        polar = closest_unitary(tall, "a block of the kernel") if tall.numel() else tall
         found.append(polar.mH if is_wide else polar)
     return found

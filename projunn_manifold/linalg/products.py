@@ -156,7 +156,7 @@ class PlainMatrix:
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``X + left right^H`` in fresh memory."""
-        return dense.add_product_(self.like.clone(), left, right)
+        return matrix(self.like.clone()).add_product_(left, right)
 
 
 @final

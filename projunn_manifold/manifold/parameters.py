@@ -30,7 +30,6 @@ from projunn_manifold.linalg import sharded
 __all__ = [
     "ADVICE",
     "about_to_move",
-    "added_decay",
     "after_steps",
     "before_steps",
     "gradient_of",
@@ -40,8 +39,9 @@ __all__ = [
     "keeps",
     "local_view",
     "manifold_of",
+    "note_added_decay",
     "parameters_of",
-    "set_added_decay",
+    "take_added_decay",
     "watch_optimizers",
     "watch_shards",
 ]
@@ -102,16 +102,23 @@ def gradient_of(p: Any) -> Any:
 # -- weight decay --------------------------------------------------------------------------------------------
 
 
-def added_decay(x: Tensor) -> float:
-    """Return the λ of the weight decay λX that the current step of an optimiser adds to the gradient at x."""
-    return _added_decay.get(x, 0.0) if _added_decay else 0.0
+def take_added_decay(x: Tensor) -> float:
+    """Return the λ of the weight decay λX that a step has added to the gradient at x, and forget it.
+
+    A component of a product manifold is a view of the parameter, whose λ serves all its components.
+    """
+    if not _added_decay:
+        return 0.0
+    if x in _added_decay:
+        return float(_added_decay.pop(x))
+    return 0.0 if x._base is None else float(_added_decay.get(x._base, 0.0))
 
 
-def set_added_decay(x: Tensor, decay: float) -> None:
-    """Note the weight decay that a step is going to add; 0 after it."""
+def note_added_decay(x: Tensor, decay: float) -> None:
+    """Note the weight decay that a step is going to add to the gradient at x; 0: none."""
     if decay:
         _added_decay[x] = decay
-    else:
+    elif _added_decay:
         _added_decay.pop(x, None)
 
 
@@ -158,10 +165,12 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def watch_optimizers() -> None:
     """Have the steps of all optimisers call the functions above, and stay outside the graphs of torch.compile."""
 
+    @context.outside_graphs  # where parameters have lost their manifolds
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for function in before_steps:
             function(optimizer, args, kwargs)
 
+    @context.outside_graphs
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for function in after_steps:
             function(optimizer, args, kwargs)

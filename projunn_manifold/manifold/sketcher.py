@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import validation
+from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import LinearOperator, Matrix, matrix
 from projunn_manifold.manifold.state import State
@@ -70,6 +71,7 @@ class Sketcher:
             gradient = WithoutDecay(as_plain(u), x, decay) if decay else matrix(as_plain(u))
         return self.sketch(gradient if averaging is None else averaging.gradient(gradient))
 
+    @in_full_precision
     def sketch(self, gradient: LinearOperator, ahead: int = 0) -> LowRank:
         """Return rank-k factors of a gradient; ``ahead`` gradients come before it that are not counted yet.
 

@@ -19,7 +19,7 @@ from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.finiteness import Finiteness
 from projunn_manifold.manifold.geometry import Geometry
-from projunn_manifold.manifold.parameters import added_decay, manifold_of, watch_optimizers
+from projunn_manifold.manifold.parameters import manifold_of, take_added_decay, watch_optimizers
 from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, State
 from projunn_manifold.moves import drift
@@ -200,7 +200,7 @@ class UnitaryLowRank(Geometry):
             gradient = self._dense_gradient(x, as_plain(u))
             self._state.count_gradient(x)
             return gradient
-        decay = added_decay(x)
+        decay = take_added_decay(x)
         x, u = validation.broadcast(x, u)
         tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), u, decay), u)
         self._state.count_gradient(x)

@@ -6,8 +6,8 @@ This is the training loop of the projUNN paper, with RMSprop: the optimiser sees
 
 X' - X carries the rounding of X', which counts for steps near the precision of X: 0.6 % of a step of norm 1e-4 in
 float32 at n = 512.  Weight decay is normal to the manifold and moves no point; that of torch's own optimisers is taken
-out, of the gradient where it is coupled, of the move where it is decoupled (AdamW, Muon, Adafactor).  Of other
-optimisers, and of steps with a closure, it is not known: give unitary weights no decay there.
+out to rounding, of the gradient where it is coupled, of the move where it is decoupled (AdamW, Muon, Adafactor).  Of
+other optimisers, and of steps with a closure, it is not known: give unitary weights no decay there.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Constraint:
         self.feedback = feedback
         self.exchange: Any = None  # with other processes; see projunn_manifold.distributed
         self._points: dict[Tensor, Tensor] = {}  # before the step
-        self._gradients: dict[Tensor, Tensor] = {}  # before weight decay was taken out
+        self._gradients: dict[Tensor, tuple[Tensor, Tensor]] = {}  # before and after weight decay was taken out
         self._hooks = (
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._constrain),
@@ -73,7 +73,8 @@ class Constraint:
         for p, x in self._points.items():  # left by a step that raised half-way
             if not is_dtensor(p) and (dense.probed_unitarity_error(p) > dense.tolerance(p.dtype, len(p))).any():
                 p.copy_(x)
-        self._points, self._gradients = {}, {}
+        self._restore_gradients()
+        self._points = {}
         for group in optimizer.param_groups:
             for p in group["params"]:
                 if unitary_of(p) is not None and (has_closure or p.grad is not None):
@@ -81,17 +82,17 @@ class Constraint:
                     if isinstance(p.grad, FactoredTensor):
                         p.grad = p.grad.clone()  # formed once: the optimiser will read it more than once
                     decay = _coupled_decay(optimizer, group)
-                    if decay and not has_closure:  # the optimiser will add it back
-                        self._gradients[p] = p.grad
-                        p.grad = p.grad.sub(p, alpha=decay)
+                    if decay is not None and not has_closure:  # the optimiser will add it back
+                        without = p.grad - decay * p
+                        self._gradients[p] = (p.grad, without)
+                        p.grad = without
 
     @outside_graphs
     @torch.no_grad()
     def _constrain(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Take every point from where the optimiser has left it to the end of a rank-k step."""
         points, self._points = self._points, {}
-        for p, grad in self._gradients.items():
-            p.grad = grad
+        self._restore_gradients()
         moves = {}
         for p, x in points.items():  # all are put back first, so that a failure leaves none off its manifold
             if p.grad is not None:  # there may be a closure that makes none
@@ -99,9 +100,13 @@ class Constraint:
                 p.copy_(x)
         for group in optimizer.param_groups:
             shrinkage = _decoupled_decay(optimizer, group)
-            for p in group["params"] if shrinkage else ():
+            if shrinkage is None:
+                continue
+            for p in group["params"]:
                 if p in moves:
                     moves[p].add_(points[p] * shrinkage)
+                    rounding = 2 * torch.finfo(p.dtype).eps * points[p].abs()
+                    moves[p].masked_fill_(moves[p].abs() <= rounding, 0)  # a point that only shrank has not moved
         failures = []
         for p, move in moves.items():
             try:
@@ -112,6 +117,13 @@ class Constraint:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def _restore_gradients(self) -> None:
+        """Give parameters back their gradients with the weight decay, unless they have got others since."""
+        for p, (grad, without) in self._gradients.items():
+            if p.grad is without:
+                p.grad = grad
+        self._gradients = {}
 
     def _residual(self, optimizer: torch.optim.Optimizer, p: Tensor) -> Tensor | None:
         """Return what steps have left out of p's moves; it is kept with the optimiser's state of p."""
@@ -127,28 +139,33 @@ class Constraint:
 # -- weight decay, which is normal to the manifold: it moves no point, but would spoil a sketch -------------
 
 
-def _coupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float:
-    """Return the λ of the λX that an optimiser of torch adds to a gradient, with the sign of its descent."""
-    if not _is_torchs(optimizer) or _is_decoupled(optimizer, group):
-        return 0.0
+def _coupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float | Tensor | None:
+    """Return the λ of the λX that an optimiser of torch adds to a gradient, scaled and signed as it is, or None."""
     decay: float = group.get("weight_decay", 0.0)
-    return -decay if group.get("maximize", False) else decay
+    if not decay or not _steps_like_torchs(optimizer) or _is_decoupled(optimizer, group):
+        return None
+    decay = -decay if group.get("maximize", False) else decay
+    scale: Tensor | None = getattr(optimizer, "grad_scale", None)  # of a GradScaler, which a fused step undoes itself
+    return decay if scale is None else decay * scale
 
 
-def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float | Tensor:
-    """Return the part of X by which an optimiser of torch shrinks it in a step."""
-    if not _is_torchs(optimizer) or not _is_decoupled(optimizer, group):
-        return 0.0
-    shrinkage: float | Tensor = group["lr"] * group.get("weight_decay", 0.0)
+def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float | Tensor | None:
+    """Return the part of X by which an optimiser of torch shrinks it in a step, or None."""
+    if not group.get("weight_decay") or not _steps_like_torchs(optimizer) or not _is_decoupled(optimizer, group):
+        return None
+    shrinkage: float | Tensor = group["lr"] * group["weight_decay"]
     return shrinkage
 
 
-def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim")
+def _steps_like_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a class makes the steps of an optimiser of torch's own: it is one, or inherits its step."""
+    owner = next(kind for kind in type(optimizer).__mro__ if "step" in vars(kind))
+    return owner.__module__.partition(".")[0] == "torch"
 
 
 def _is_decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return type(optimizer).__name__ in ("AdamW", "Adafactor", "Muon") or group.get("decoupled_weight_decay", False)
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    return bool(names & {"AdamW", "Adafactor", "Muon"}) or group.get("decoupled_weight_decay", False)
 
 
 # -- the step ----------------------------------------------------------------------------------------------
@@ -307,6 +324,13 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
+    for group in optimizer.param_groups:
+        decays = group.get("weight_decay") and not _steps_like_torchs(optimizer)
+        if decays and any(unitary_of(p) is not None for p in group["params"]):
+            validation.warn(
+                f"the weight decay of {type(optimizer).__name__} is not known to {__name__} and spoils the sketch of a "
+                "step: give parameters on manifolds a group with weight_decay=0"
+            )
     handle = constraint_of(optimizer) or Constraint(optimizer, feedback)
     if handle.feedback is not feedback:
         raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from geoopt.optim.mixin import OptimMixin
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from projunn_manifold import validation
@@ -16,10 +17,11 @@ from projunn_manifold.manifold.parameters import (
     before_steps,
     is_dtensor,
     keeps,
+    manifold_of,
+    note_added_decay,
     parameters_of,
-    set_added_decay,
 )
-from projunn_manifold.manifold.unitary import unitary_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.in_place import InPlace
 
 __all__: list[str] = []
@@ -62,13 +64,18 @@ def _forget_decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> N
 
 
 def _note_decay(optimizer: torch.optim.Optimizer, about_to_step: bool) -> None:
-    if not isinstance(optimizer, OptimMixin) or isinstance(optimizer, InPlace):
+    if not isinstance(optimizer, OptimMixin):
         return
     for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0)
-        for p in group["params"] if decay else ():
-            if unitary_of(p) is not None:
-                set_added_decay(p, decay if about_to_step else 0)
+        for p in group["params"]:  # those without decay, too: a step that raised may have left a note
+            adds = about_to_step and not (isinstance(optimizer, InPlace) and unitary_of(p) is not None)
+            note_added_decay(p, group.get("weight_decay", 0) if adds and _is_on_unitary(p) else 0)
+
+
+def _is_on_unitary(p: Tensor) -> bool:
+    """Tell whether a manifold of this package is a parameter's, or a part of it (scaled, product)."""
+    manifold = manifold_of(p)
+    return manifold is not None and any(isinstance(part, UnitaryLowRank) for part in manifold.modules())
 
 
 before_steps.extend((_warn, _tell_decay))

@@ -84,6 +84,70 @@ def test_weight_decay_moves_no_point(draw, name, dtype):
     assert error(*points) <= 1e-10
 
 
+class Mine(torch.optim.AdamW):
+    """Steps like its parent."""
+
+
+class Foreign(torch.optim.SGD):
+    """Has a step of its own, whose decay nobody knows."""
+
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+def test_subclasses_decay_as_their_parents_and_others_are_warned_of(draw):
+    start, g, points = draw.point(12, 12, dtype=torch.float64), draw.matrix(12, 12, dtype=torch.float64), []
+    for decay in (0.0, 10.0):
+        p = geoopt.ManifoldParameter(start.clone(), manifold=UnitaryLowRank(2))
+        p.grad = g.clone()
+        optimizer = Mine([p], lr=0.01, weight_decay=decay)
+        constrain(optimizer)
+        optimizer.step()
+        points.append(p.detach())
+    assert error(*points) <= 1e-10
+    with pytest.warns(RuntimeWarning, match="weight decay of Foreign is not known"):
+        constrain(Foreign([p], lr=0.1, weight_decay=0.1))
+
+
+def test_a_gradient_survives_a_step_that_raises(draw):
+    p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    other = torch.nn.Parameter(torch.zeros(8, 8, dtype=torch.float64))
+    optimizer = torch.optim.Adam([{"params": [p]}, {"params": [other]}], lr=0.1, weight_decay=0.5)
+    constrain(optimizer)
+    g = draw.matrix(8, 8, dtype=torch.float64)
+    p.grad, other.grad = g.clone(), torch.eye(8, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    other.grad = None
+    optimizer.step()
+    assert torch.equal(p.grad, g)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_weight_decay_under_a_gradient_scaler_moves_no_point(draw, kind):
+    start, g, points = draw.point(12, 12, dtype=torch.float32), draw.matrix(12, 12, dtype=torch.float32), []
+    for decay in (0.0, 1.0):
+        p = geoopt.ManifoldParameter(start.clone(), manifold=UnitaryLowRank(2))
+        optimizer = kind([p], lr=0.01, weight_decay=decay, fused=True)
+        constrain(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        scaler.scale((p * g).sum()).backward()
+        scaler.step(optimizer)
+        points.append(p.detach())
+    assert error(*points) <= 1e-4 * error(points[0], start)
+
+
+def test_a_point_that_only_shrinks_has_made_no_step(draw):
+    p = geoopt.ManifoldParameter(draw.point(12, 12, dtype=torch.float64), manifold=UnitaryLowRank(2))
+    start, before = p.detach().clone(), p.manifold.draws()
+    optimizer = torch.optim.AdamW([p], lr=0.01, weight_decay=0.1)
+    constrain(optimizer)
+    p.grad = torch.zeros_like(start)
+    optimizer.step()
+    assert torch.equal(p.detach(), start)
+    assert p.manifold.draws() == before
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(20, 20), (24, 10), (3, 12, 12)], ids=str)
 @pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])

@@ -130,3 +130,59 @@ def test_a_point_that_starts_far_off_is_named_once(draw):
                 warnings.simplefilter("always")
                 manifold.step_(p, p.grad, 0.01)
             assert any("starts off the manifold" in str(warning.message) for warning in caught) is expected
+
+
+# -- weight decay of geoopt's optimisers --------------------------------------------------------------------
+
+
+def turned(step, direction):
+    """Cosine between a step that was made and one without weight decay."""
+    return ((step * direction).sum() / (step.norm() * direction.norm())).item()
+
+
+def decayed_step(draw, prepare=lambda manifold: manifold, run=lambda optimizer: optimizer.step(), before=None):
+    """Cosine between the steps of geoopt's SGD with a large weight decay and without, for a gradient of rank 2."""
+    x, (a, b) = draw.point(64, 64, dtype=torch.float64), draw.factors((64, 64), 2, torch.float64)
+    steps = []
+    for decay in (0.0, 10.0):
+        p = geoopt.ManifoldParameter(x.clone(), manifold=prepare(UnitaryLowRank(2)))
+        optimizer = geoopt.optim.RiemannianSGD([p], lr=1e-3, weight_decay=decay)
+        if before is not None:
+            optimizer = before(p, optimizer)
+        p.grad = a @ b.mH
+        run(optimizer)
+        steps.append(p.detach() - x)
+    return turned(*steps)
+
+
+def test_the_decay_of_geoopts_optimisers_is_known(draw):
+    assert decayed_step(draw) > 0.999
+    assert decayed_step(draw, lambda manifold: geoopt.Scaled(manifold, 2.0)) > 0.999
+
+
+def test_it_is_known_to_compiled_steps(draw):
+    torch.compiler.reset()
+    assert decayed_step(draw, run=lambda optimizer: torch.compile(optimizer.step, backend="eager")()) > 0.999
+
+
+def test_it_is_known_to_every_part_of_a_product(draw):
+    x, (a, b) = draw.point(48, 48, dtype=torch.float64), draw.factors((48, 48), 2, torch.float64)
+    steps = []
+    for decay in (0.0, 10.0):
+        manifold = geoopt.ProductManifold((UnitaryLowRank(2), (48, 48)), (UnitaryLowRank(2), (48, 48)))
+        p = geoopt.ManifoldParameter(torch.cat((x.flatten(), x.flatten())), manifold=manifold)
+        p.grad = torch.cat(((a @ b.mH).flatten(),) * 2)
+        geoopt.optim.RiemannianSGD([p], lr=1e-3, weight_decay=decay).step()
+        steps.append(p.detach().view(2, 48, 48) - x)
+    for without, with_decay in zip(*steps, strict=True):
+        assert turned(without, with_decay) > 0.999
+
+
+def test_it_is_forgotten_after_a_step_that_was_refused(draw):
+    def refused(p, optimizer):
+        p.grad = torch.full_like(p, torch.nan).detach()
+        with pytest.raises(ValueError, match="non-finite"):
+            optimizer.step()
+        return geoopt.optim.RiemannianSGD([p], lr=1e-3)
+
+    assert decayed_step(draw, before=refused) > 0.999
