@@ -29,7 +29,7 @@ DTYPES = {"complex64": torch.complex64, "float32": torch.float32}
 @torch.no_grad()
 def measure(size: int, dtype: torch.dtype, rounds: int) -> dict[str, list[float]]:
     """Return quartiles of the milliseconds of both, taken in turn."""
-    cell = UnitaryConvRNNCell(1, size, dtype=dtype)
+    cell = UnitaryConvRNNCell(1, image_size=size, dtype=dtype)
     z, blocks = torch.randn(1, 1, size, size, dtype=dtype), cell.conv.blocks()
     subjects: dict[str, Callable[[], Any]] = {
         "parametrisation": cell.conv.blocks,

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     digit = torch.tensor(load_digits().images[4] / 16).repeat_interleave(4, 0).repeat_interleave(4, 1)
     pattern = digit.to(torch.complex64)[None, None]
-    cell = UnitaryConvRNNCell(1, SIDE, 5)
+    cell = UnitaryConvRNNCell(1, image_size=SIDE, kernel_size=5)
     shown = [t for t in SHOWN if t <= options.steps]
     rows: dict[str, Any] = {}
     for name in ("unitary", "plain, contracting", "plain, expanding"):

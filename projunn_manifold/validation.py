@@ -18,6 +18,7 @@ __all__ = [
     "check_count",
     "check_dtype",
     "check_full_rank",
+    "check_image_size",
     "check_point",
     "check_positive",
     "check_rate",
@@ -173,6 +174,19 @@ def check_positive(name: str, value: object, least: int = 1) -> None:
     number = _whole(value)
     if number is None or number < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+
+
+def check_image_size(
+    size: int | tuple[int, ...] | None, dims: int, layer: str, channels: tuple[int, ...], unexpected: tuple[object, ...]
+) -> tuple[int, ...]:
+    """Return the sides of a convolution's images; raise TypeError where torch's convolutions have the kernel's size."""
+    if unexpected or size is None:
+        call = ", ".join(map(repr, (*channels, *unexpected)))
+        raise TypeError(
+            f"{layer}({call}): give the size of the images as image_size=; the layer is made for images of one size, "
+            "and its kernel is as large as they are"
+        )
+    return sides_of(size, dims, "image_size")
 
 
 def sides_of(size: int | tuple[int, ...], dims: int, name: str = "size") -> tuple[int, ...]:

@@ -17,13 +17,13 @@ from projunn_manifold.context import in_full_precision
 from projunn_manifold.layers import fourier
 from projunn_manifold.layers.base import StaysComplex, cast
 from projunn_manifold.linalg import dense
-from projunn_manifold.validation import check_dtype, check_positive, sides_of
+from projunn_manifold.validation import check_dtype, check_image_size, check_positive, sides_of
 
 __all__ = ["ExpConv1d", "ExpConv2d", "UnitaryConvRNN", "UnitaryConvRNNCell", "conv_exponential", "squash"]
 
 
 @in_full_precision
-def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
+def conv_exponential(kernel: Tensor, image_size: int | tuple[int, ...]) -> Tensor:
     r"""Return the kernel of :math:`e^{(A - A^*)/2}` on a periodic grid, A a kernel of torch's circular convolution.
 
     Real kernels give orthogonal convolutions, complex ones unitary.  Cost: an FFT, and for C channels the exponential
@@ -34,8 +34,8 @@ def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
     ----------
     kernel : Tensor
         ``(C, C, *kernel_size)``, centre at ``(kernel_size - 1) // 2``.
-    size : int or tuple of int
-        Of the grid, not smaller than the kernel.
+    image_size : int or tuple of int
+        Size of the grid, not smaller than the kernel.
 
     Returns
     -------
@@ -47,7 +47,7 @@ def conv_exponential(kernel: Tensor, size: int | tuple[int, ...]) -> Tensor:
     Magnasco, *Convolutional unitary or orthogonal recurrent neural networks*, 2023; Hoogeboom, Garcia Satorras,
     Tomczak, Welling, *The convolution exponential and generalized Sylvester flows*, NeurIPS 2020.
     """
-    grid = _grid_of(kernel, size)
+    grid = _grid_of(kernel, image_size)
     centred = fourier.embedded(kernel, grid.size)
     whole = _Phases.apply(centred, grid) if len(kernel) == 1 else _of_several(centred, grid)  # type: ignore[no-untyped-call]
     return fourier.from_origin(whole, grid.size)
@@ -103,9 +103,9 @@ class _ExpConv(StaysComplex):
     def __init__(
         self,
         channels: int,
-        size: int | tuple[int, ...],
+        *unexpected: Any,
+        image_size: int | tuple[int, ...] | None = None,
         kernel_size: int | tuple[int, ...] | None = None,
-        *,
         bias: bool = True,
         device: Any = None,
         dtype: torch.dtype | None = None,
@@ -113,12 +113,12 @@ class _ExpConv(StaysComplex):
         super().__init__()
         check_positive("channels", channels)
         check_dtype(dtype or torch.get_default_dtype(), "dtype")
-        self.size = sides_of(size, self.dims)
+        self.image_size = check_image_size(image_size, self.dims, type(self).__name__, (channels,), unexpected)
         self.channels = channels
-        sides = self.size if kernel_size is None else sides_of(kernel_size, self.dims, "kernel_size")
+        sides = self.image_size if kernel_size is None else sides_of(kernel_size, self.dims, "kernel_size")
         self.generator = nn.Parameter(torch.empty(channels, channels, *sides, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(channels, device=device, dtype=dtype)) if bias else None
-        _grid_of(self.generator, self.size)
+        _grid_of(self.generator, self.image_size)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -131,17 +131,17 @@ class _ExpConv(StaysComplex):
     @in_full_precision
     def blocks(self) -> Tensor:  # (stored, C, C)
         """Return the unitary blocks at the frequencies that are stored: prepared once, they serve many calls."""
-        return _blocks(fourier.embedded(self.generator, self.size), self._grid())
+        return _blocks(fourier.embedded(self.generator, self.image_size), self._grid())
 
     def kernel(self) -> Tensor:  # (C, C, *size)
         """Return the kernel, as torch's circular convolution of this size has it; differentiable."""
-        return conv_exponential(self.generator, self.size)
+        return conv_exponential(self.generator, self.image_size)
 
     @in_full_precision
     def forward(self, x: Tensor, blocks: Tensor | None = None) -> Tensor:  # (B, C, *size) -> (B, C, *size)
         """Return the convolution of a batch of images; ``blocks`` may be given as they were prepared."""
-        if x.dim() != self.dims + 2 or x.shape[1:] != (self.channels, *self.size):
-            expected = (self.channels, *self.size)
+        if x.dim() != self.dims + 2 or x.shape[1:] != (self.channels, *self.image_size):
+            expected = (self.channels, *self.image_size)
             raise ValueError(f"{type(self).__name__}: expected (batch, *{expected}), got shape {tuple(x.shape)}")
         x = cast(self, x, "input", self.generator.dtype)
         grid = self._grid()
@@ -153,11 +153,11 @@ class _ExpConv(StaysComplex):
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * self.dims)
 
     def _grid(self) -> fourier.Spectrum:
-        return _grid_of(self.generator, self.size)
+        return _grid_of(self.generator, self.image_size)
 
     def extra_repr(self) -> str:
         """Return channels and sizes."""
-        return f"{self.channels}, size={self.size}, kernel_size={tuple(self.generator.shape[2:])}"
+        return f"{self.channels}, image_size={self.image_size}, kernel_size={tuple(self.generator.shape[2:])}"
 
 
 class ExpConv1d(_ExpConv):
@@ -173,8 +173,8 @@ class ExpConv2d(_ExpConv):
     ----------
     channels : int
         C, in and out.
-    size : int or tuple of int
-        Of the images, for which alone the layer is made.
+    image_size : int or tuple of int
+        Size of the images, for which alone the layer is made; keyword-only.
     kernel_size : int or tuple of int, optional
         Sides of the generator; the kernel itself is as large as the image.
     bias : bool
@@ -195,7 +195,7 @@ class ExpConv2d(_ExpConv):
     --------
     >>> import torch
     >>> from projunn_manifold.layers import ExpConv2d
-    >>> layer = ExpConv2d(1, size=16, kernel_size=3, bias=False)
+    >>> layer = ExpConv2d(1, image_size=16, kernel_size=3, bias=False)
     >>> x = torch.randn(2, 1, 16, 16)
     >>> torch.allclose(layer(x).norm(), x.norm())
     True
@@ -214,8 +214,8 @@ class UnitaryConvRNNCell(nn.Module):
 
     Parameters
     ----------
-    channels, size, kernel_size, device
-        As in :class:`ExpConv2d`, of which U is one (``ExpConv1d`` for a size of one number in a tuple).
+    channels, image_size, kernel_size, device
+        As in :class:`ExpConv2d`, of which U is one (``ExpConv1d`` for an ``image_size`` of one number in a tuple).
     dtype
         complex64 by default.
 
@@ -227,15 +227,16 @@ class UnitaryConvRNNCell(nn.Module):
     def __init__(
         self,
         channels: int,
-        size: int | tuple[int, ...],
+        *unexpected: Any,
+        image_size: int | tuple[int, ...] | None = None,
         kernel_size: int | tuple[int, ...] | None = None,
-        *,
         device: Any = None,
         dtype: torch.dtype = torch.complex64,
     ) -> None:
         super().__init__()
-        conv = ExpConv1d if isinstance(size, tuple) and len(size) == 1 else ExpConv2d
-        self.conv = conv(channels, size, kernel_size, bias=False, device=device, dtype=dtype)
+        conv = ExpConv1d if isinstance(image_size, tuple) and len(image_size) == 1 else ExpConv2d
+        sides = check_image_size(image_size, conv.dims, type(self).__name__, (channels,), unexpected)
+        self.conv = conv(channels, image_size=sides, kernel_size=kernel_size, bias=False, device=device, dtype=dtype)
 
     def forward(self, input: Tensor | None, z: Tensor, blocks: Tensor | None = None) -> Tensor:
         """Return the next state ``(B, C, *size)``; an input of None is zero."""
@@ -250,7 +251,7 @@ class UnitaryConvRNN(UnitaryConvRNNCell):
     --------
     >>> import torch
     >>> from projunn_manifold.layers import UnitaryConvRNN
-    >>> network = UnitaryConvRNN(1, size=16, kernel_size=3)
+    >>> network = UnitaryConvRNN(1, image_size=16, kernel_size=3)
     >>> states, last = network(torch.randn(5, 2, 1, 16, 16, dtype=torch.complex64))
     >>> states.shape, last.shape
     (torch.Size([5, 2, 1, 16, 16]), torch.Size([2, 1, 16, 16]))

@@ -24,7 +24,7 @@ from projunn_manifold.layers.confined import confined
 from projunn_manifold.layers.plain_conv import PLAIN, centred_kernel
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
-from projunn_manifold.validation import check_dtype, check_positive, sides_of
+from projunn_manifold.validation import check_dtype, check_image_size, check_positive, sides_of
 
 __all__ = ["FourierConv", "Nearest"]
 
@@ -43,7 +43,7 @@ class FourierConv(KeepsManifolds):
         in_channels: int,
         out_channels: int,
         *unexpected: Any,
-        image_size: int | tuple[int, ...],
+        image_size: int | tuple[int, ...] | None = None,
         stride: int = 1,
         groups: int = 1,
         bias: bool = True,
@@ -55,19 +55,14 @@ class FourierConv(KeepsManifolds):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if unexpected:
-            raise TypeError(
-                f"{type(self).__name__}({in_channels}, {out_channels}, {', '.join(map(repr, unexpected))}): the kernel "
-                "is as large as the image, so give the size of the images as image_size=; support= keeps the first "
-                "kernel small"
-            )
         check_positive("in_channels", in_channels)
         check_positive("out_channels", out_channels)
         check_positive("stride", stride)
         check_positive("groups", groups)
         if in_channels % groups or out_channels % groups:
             raise ValueError(f"groups={groups} must divide in_channels={in_channels} and out_channels={out_channels}")
-        self.image_size = sides_of(image_size, self.dims, "image_size")
+        channels = (in_channels, out_channels)
+        self.image_size = check_image_size(image_size, self.dims, type(self).__name__, channels, unexpected)
         if any(side % stride for side in self.image_size):
             raise ValueError(f"stride={stride} must divide every side of the image, got image_size={self.image_size}")
         if init not in ("haar", "identity"):

@@ -72,10 +72,10 @@ def test_the_written_derivative_has_derivatives():
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("layer", "size"), [(ExpConv1d, 7), (ExpConv2d, (4, 5))], ids=str)
 def test_the_layer_convolves_with_its_kernel_and_keeps_norms(dtype, channels, layer, size):
-    conv = layer(channels, size, 3, dtype=dtype)
-    x = torch.randn(2, channels, *conv.size, dtype=dtype)
+    conv = layer(channels, image_size=size, kernel_size=3, dtype=dtype)
+    x = torch.randn(2, channels, *conv.image_size, dtype=dtype)
     y = conv(x)
-    u = circulant(conv.kernel(), conv.size)
+    u = circulant(conv.kernel(), conv.image_size)
     assert torch.allclose(y.flatten(1), x.flatten(1) @ u.T, atol=1e-12)
     assert torch.allclose(conv(x, conv.blocks()), y)
     assert y.norm().item() == pytest.approx(x.norm().item())
@@ -84,8 +84,8 @@ def test_the_layer_convolves_with_its_kernel_and_keeps_norms(dtype, channels, la
 
 
 def test_the_network_is_its_cell_step_by_step():
-    network = UnitaryConvRNN(2, (4, 5), 3)
-    cell = UnitaryConvRNNCell(2, (4, 5), 3)
+    network = UnitaryConvRNN(2, image_size=(4, 5), kernel_size=3)
+    cell = UnitaryConvRNNCell(2, image_size=(4, 5), kernel_size=3)
     cell.load_state_dict(network.state_dict())
     x = torch.randn(6, 3, 2, 4, 5, dtype=torch.complex64)
     states, last = network(x)
@@ -110,10 +110,10 @@ def test_squash_keeps_phases():
     [
         (lambda: conv_exponential(torch.zeros(1, 2, 3), 4), r"\(C, C, \*kernel_size\)"),
         (lambda: conv_exponential(torch.zeros(1, 1, 5), 4), "does not fit"),
-        (lambda: ExpConv2d(1, (4, 4, 4)), "2 of them"),
-        (lambda: ExpConv2d(1, 4, 5), "does not fit"),
-        (lambda: ExpConv2d(1, 4)(torch.zeros(1, 1, 4, 5)), r"\(1, 4, 4\)"),
-        (lambda: UnitaryConvRNN(1, 4)(torch.zeros(0, 1, 1, 4, 4)), "at least one time step"),
+        (lambda: ExpConv2d(1, image_size=(4, 4, 4)), "2 of them"),
+        (lambda: ExpConv2d(1, image_size=4, kernel_size=5), "does not fit"),
+        (lambda: ExpConv2d(1, image_size=4)(torch.zeros(1, 1, 4, 5)), r"\(1, 4, 4\)"),
+        (lambda: UnitaryConvRNN(1, image_size=4)(torch.zeros(0, 1, 1, 4, 4)), "at least one time step"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):
@@ -121,7 +121,10 @@ def test_what_does_not_fit_is_refused(build, message):
         build()
 
 
-@pytest.mark.parametrize("build", [lambda: ExpConv2d(2, 4, 3, dtype=torch.complex64), lambda: UnitaryConvRNN(1, 4)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda: ExpConv2d(2, image_size=4, kernel_size=3, dtype=torch.complex64), lambda: UnitaryConvRNN(1, image_size=4)],
+)
 @pytest.mark.parametrize("convert", [lambda layer: layer.double(), lambda layer: layer.to(torch.float64)])
 def test_conversions_keep_complex_numbers(build, convert):
     layer = build()
@@ -133,10 +136,11 @@ def test_conversions_keep_complex_numbers(build, convert):
 
 @pytest.mark.parametrize(("arguments", "kind"), [((0, 4), ValueError), ((1, 4, 0), ValueError), ((1, 0), ValueError)])
 def test_sizes_that_are_none_are_refused(arguments, kind):
+    names = ("channels", "image_size", "kernel_size")
     with pytest.raises(kind, match="int >= 1"):
-        ExpConv2d(*arguments)
+        ExpConv2d(**dict(zip(names, arguments, strict=False)))
 
 
 def test_a_dtype_that_has_no_transform_is_refused():
     with pytest.raises(TypeError, match="float16"):
-        ExpConv2d(1, 4, dtype=torch.float16)
+        ExpConv2d(1, image_size=4, dtype=torch.float16)

@@ -11,7 +11,18 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
-from projunn_manifold.layers import ModReLU, UnitaryLinear, UnitaryRNN, UnitaryRNNCell, param_groups, unitary_
+from projunn_manifold.layers import (
+    ExpConv2d,
+    ModReLU,
+    OrthogonalConv2d,
+    UnitaryConv1d,
+    UnitaryConvRNN,
+    UnitaryLinear,
+    UnitaryRNN,
+    UnitaryRNNCell,
+    param_groups,
+    unitary_,
+)
 from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
@@ -261,3 +272,25 @@ def test_groups_and_modrelu():
 def test_wrong_input_is_told_what_was_expected(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("build", "call"),
+    [
+        (lambda: OrthogonalConv2d(3, 16, 3), r"OrthogonalConv2d\(3, 16, 3\)"),
+        (lambda: UnitaryConv1d(3, 16, 3, image_size=8), r"UnitaryConv1d\(3, 16, 3\)"),
+        (lambda: OrthogonalConv2d(3, 16), r"OrthogonalConv2d\(3, 16\)"),
+        (lambda: ExpConv2d(3, 5), r"ExpConv2d\(3, 5\)"),
+        (lambda: UnitaryConvRNN(1, 16, 3), r"UnitaryConvRNN\(1, 16, 3\)"),
+    ],
+)
+def test_the_size_of_a_kernel_is_not_taken_for_that_of_the_images(build, call):
+    with pytest.raises(TypeError, match=f"^{call}: give the size of the images as image_size="):
+        build()
+
+
+def test_the_repr_of_a_recurrent_network_shows_what_differs_from_the_defaults():
+    assert repr(UnitaryRNN(3, 8)).startswith("UnitaryRNN(\n  3, 8\n")
+    network = UnitaryRNN(3, 8, 2, "relu", bias=False, batch_first=True, dropout=0.5, init="haar")
+    shown = "3, 8, num_layers=2, nonlinearity=relu, bias=False, batch_first=True, dropout=0.5, init=haar"
+    assert shown in repr(network)
