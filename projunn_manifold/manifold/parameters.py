@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from geoopt import ManifoldTensor
 from geoopt.manifolds.base import Manifold
+from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -165,16 +166,20 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 def watch_optimizers() -> None:
     """Have the steps of all optimisers call the functions above, and stay outside the graphs of torch.compile."""
 
-    @context.outside_graphs  # where parameters have lost their manifolds
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for function in before_steps:
-            function(optimizer, args, kwargs)
+        if isinstance(optimizer, OptimMixin) or not torch.compiler.is_compiling():
+            _call(before_steps, optimizer, args, kwargs)
 
-    @context.outside_graphs
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for function in after_steps:
-            function(optimizer, args, kwargs)
+        if isinstance(optimizer, OptimMixin) or not torch.compiler.is_compiling():
+            _call(after_steps, optimizer, args, kwargs)
 
     context.register_optimizer_step_pre_hook(before)
     context.register_optimizer_step_post_hook(after)
     context.keep_optimizers_outside_graphs()
+
+
+@context.outside_graphs  # in which parameters have lost their manifolds
+def _call(functions: list[Callable[[Optimizer, Any, Any], None]], optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for function in functions:
+        function(optimizer, args, kwargs)
