@@ -313,14 +313,16 @@ def test_a_step_is_no_graph_and_says_so(draw, name):
         torch.compile(lambda: optimizer.step(), fullgraph=True, backend="aot_eager")()
 
 
-def test_steps_of_other_optimisers_stay_one_graph(draw):
+def test_steps_of_other_optimisers_are_not_interrupted(draw):
     torch.compiler.reset()
     UnitaryLowRank(k=1)  # watches all optimisers
     w = torch.nn.Parameter(draw.matrix(4, 4, dtype=torch.float64))
     optimizer = torch.optim.SGD([w], lr=0.5)
     w.grad, expected = torch.ones_like(w).detach(), w.detach() - 0.5
-    torch.compile(lambda: optimizer.step(), fullgraph=True, backend="eager")()
+    torch._dynamo.utils.counters.clear()
+    torch.compile(lambda: optimizer.step(), backend="eager")()
     assert torch.equal(w.detach(), expected)
+    assert not [reason for reason in torch._dynamo.utils.counters["graph_break"] if "projunn_manifold" in reason]
 
 
 def test_compiled_steps_exchange_sketches(draw):
