@@ -15,11 +15,12 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
     r"""``torch.optim.swa_utils.AveragedModel`` whose parameters on manifolds are projected after each average.
 
     An average of unitary matrices is not unitary.  Its polar factor, the closest unitary, is also the unitary Y with
-    the least mean of :math:`\|Y - X_i\|_F^2` over the matrices averaged (the chordal mean).  Here the running average
-    itself is replaced by it at every update.  (Of X and -X no unitary is closest to the mean; any is returned.)
+    the least mean of :math:`\|Y - X_i\|_F^2` over the matrices averaged (the chordal mean).  At every update the
+    running average is replaced by its polar factor.  (The mean of X and -X is zero, to which no unitary is closest;
+    an arbitrary one is returned.)
 
-    Takes the arguments of torch's class, so any ``avg_fn`` or ``multi_avg_fn``.  An update costs :math:`O(nm^2)` for
-    each parameter on a manifold: average every few steps where n is large.
+    Accepts the arguments of torch's class, including any ``avg_fn`` or ``multi_avg_fn``.  An update costs
+    :math:`O(nm^2)` for each parameter on a manifold: average every few steps where n is large.
 
     Examples
     --------

@@ -1,10 +1,10 @@
-"""What PyTorch is doing right now, and the home of the private names of PyTorch that tell it.
+"""What PyTorch is doing right now; the private names of PyTorch that tell it are confined to this module.
 
 Compiled code, transforms of ``torch.func``, forward-mode derivatives, fake tensors, GPUs and autocast each change what
 a function may do: look at a tensor's values, touch its memory, or compute in its own precision.
 
-``torch.compile`` takes an optimiser's parameters for plain ones: it loses their class, by which geoopt recognises a
-manifold (torch 2.13), and a traced step is then silently Euclidean.  So the functions of this package that make steps
+``torch.compile`` treats an optimiser's parameters as plain tensors and drops their class, by which geoopt recognises
+a manifold (torch 2.13), and a traced step is then silently Euclidean.  So the functions of this package that make steps
 stay outside its graphs, and :func:`keep_optimizers_outside_graphs` does the same for geoopt's optimisers.
 """
 
@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but without the second that torch._dynamo takes
+from torch._compile import _disable_dynamo  # torch.compiler.disable, without the one-second import of torch._dynamo
 from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map
@@ -75,7 +75,7 @@ def is_differentiated(t: Tensor) -> bool:
 
 
 def is_plain(t: Tensor) -> bool:
-    """Tell whether t's memory is what it seems: no derivatives to follow; not fake, traced or distributed."""
+    """Tell whether t's memory can be used directly: not differentiated, conjugated, fake, traced or distributed."""
     if is_differentiated(t) or t.is_conj() or t.is_neg():
         return False
     return type(t).__torch_dispatch__ is _DISPATCH

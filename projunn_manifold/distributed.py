@@ -37,13 +37,13 @@ __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 def data_parallel(
     model: nn.Module, optimizer: torch.optim.Optimizer, *, process_group: Any = None, **options: Any
 ) -> tuple[nn.Module, Exchange]:
-    """Replicate a model: its unitary parameters exchange sketches at each step, all others are torch's to average.
+    """Replicate a model: unitary parameters exchange sketches at each step, and torch averages all other gradients.
 
     Every process calls it with the same model; parameters become those of the first process.  A unitary parameter
     hands over k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); those that are dense anyhow (``k=None``, or
     2k >= m) travel whole.  Use ``ddp`` for the forward pass and go on with this very ``optimizer``; gradients of
-    unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of either know
-    nothing of the exchange, and ``ddp.join()`` is not supported.
+    unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of the model
+    or the optimiser take no part in the exchange, and ``ddp.join()`` is not supported.
 
     Parameters
     ----------
@@ -207,7 +207,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class MeanGradient:
-    """The mean of the gradients of all processes, known by its products: one here, then the mean of them."""
+    """The mean of all processes' gradients, known by its products: each process computes its own, then the mean."""
 
     local: LinearOperator
     exchange: Exchange

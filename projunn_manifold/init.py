@@ -1,8 +1,8 @@
 """In-place initialisers of unitary weights; like torch.nn.init they draw from torch's default generator.
 
 Every function fills its argument with a point of the manifold, keeps its shape, dtype, device and memory
-order, accepts leading batch dimensions (one draw for each matrix) and returns it.  A shape or dtype that no point has
-raises ValueError or TypeError.
+order, accepts leading batch dimensions (one draw for each matrix) and returns it.  An unsupported shape raises
+ValueError, an unsupported dtype TypeError.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all layers share: weights on manifolds that are not lost, their first values, dtypes of inputs."""
+"""What all layers share: keeping weights on their manifolds, initialising them, checking the dtypes of inputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class KeepsManifolds(StaysComplex):
     """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
 
     def remember_manifolds(self) -> None:
-        """Take note of the manifolds of all parameters; to be called when these are there."""
+        """Remember the manifolds of all parameters; call it once these have been created."""
         self._plan = manifolds_of(self)
         self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
 
@@ -58,7 +58,7 @@ class KeepsManifolds(StaysComplex):
         """Convert parameters, and put them back on their manifolds."""
         for p in self.parameters(recurse=False):
             if isinstance(p.grad, FactoredTensor):
-                p.grad = p.grad.clone()  # PyTorch would convert what it stands for, and not its factors
+                p.grad = p.grad.clone()  # PyTorch would convert the wrapper, but not its factors
         plan = manifolds_of(self)
         super()._apply(fn, recurse)
         reattach_manifolds(self, plan)
@@ -70,7 +70,7 @@ def _reattach(module: Any, _: Any) -> None:
 
 
 def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
-    """Bring real or less precise numbers to a layer's dtype; refuse what it would cut."""
+    """Convert real or less precise input to the layer's dtype; refuse a conversion that would lose information."""
     if x.dtype == dtype:
         return x
     if not (x.is_floating_point() or x.is_complex()) or torch.promote_types(x.dtype, dtype) != dtype:
@@ -85,7 +85,7 @@ def on_manifold(
     device: Any = None,
     dtype: torch.dtype | None = None,
 ) -> ManifoldParameter:
-    """Return a parameter with the first values of that name (INITS), unless on the meta device."""
+    """Return a parameter initialised by the named entry of INITS; on the meta device it stays uninitialised."""
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(map(repr, sorted(INITS)))}, got {init!r}")
     point = torch.empty(shape, device=device, dtype=dtype)

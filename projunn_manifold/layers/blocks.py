@@ -18,7 +18,7 @@ __all__ = ["apply_blocks"]
 def apply_blocks(
     stack: Tensor, x: Tensor, adjoint: bool, factored: bool
 ) -> Tensor:  # (*batch, n, m), (*batch, m, B) -> (*batch, n, B)
-    """Return the product of each block, or ``adjoint``, of its adjoint, with the complex x.
+    """Multiply each block, or with ``adjoint`` its adjoint, by the complex x.
 
     ``factored`` keeps the gradient of the blocks as factors.
     """

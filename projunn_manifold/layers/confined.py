@@ -20,7 +20,7 @@ __all__ = ["confined"]
 def confined(grid: Spectrum, groups: int, block: tuple[int, int], support: int, adjoint: bool) -> Tensor:
     """Return blocks ``(groups, stored, n, m)`` of kernels that are zero outside a window of ``support`` points a side.
 
-    ``adjoint``: the blocks are adjoints of the operator's, for the window to be at the same place.
+    With ``adjoint`` the blocks are adjoints of the operator's; the window then stays in the same place.
     """
     n, m = block
     precision = torch.float64 if grid.real else torch.complex128

@@ -24,15 +24,15 @@ class OrthogonalConv1d(FourierConv):
 class OrthogonalConv2d(FourierConv):
     r"""A circular convolution of real images that preserves norms: :math:`\|y\| = \|x\|`, an orthogonal operator.
 
-    With more outputs than inputs (times stride²) it is an isometry, with fewer the adjoint of one.  A stride first
-    takes the points it skips for channels of their own.  The kernel is as large as the image.
+    With more outputs than inputs (times stride²) it is an isometry, with fewer the adjoint of one.  With a stride,
+    the skipped points first become channels of their own.  The kernel is as large as the image.
 
     Parameters
     ----------
     in_channels, out_channels : int
         Channels.
     image_size : int or tuple of int
-        Size of the images, for which alone the layer is made; keyword-only.
+        Size of the images; the layer accepts no other.  Keyword-only.
     stride, groups : int
         As in torch.nn.Conv2d; the stride divides the image size.
     bias : bool
@@ -44,8 +44,8 @@ class OrthogonalConv2d(FourierConv):
     init : {"haar", "identity"}
         First blocks: independent ones, or all the identity.
     support : int, optional
-        Start instead with a random kernel that is zero outside a window of so many points a side (times the stride).
-        One channel alone has none but a single point.
+        Start instead with a random kernel that is zero outside a window of this many points per side (times the
+        stride).  With a single channel the only such kernel is a single point.
     device, dtype
         As in torch.nn; dtype is that of the images.  The output is contiguous.
 
@@ -98,7 +98,7 @@ class UnitaryConv2d(FourierConv):
     """A unitary circular convolution of complex images: :class:`OrthogonalConv2d` with all blocks complex and free.
 
     The space of unitary convolutions is connected, that of orthogonal ones is not (Kiani et al. 2022, Theorem 4.5).
-    ``dtype`` may be given real, for its precision; real images are taken for complex.
+    ``dtype`` may be real: then only its precision counts.  Real images are converted to complex ones.
     """
 
     dims, real = 2, False

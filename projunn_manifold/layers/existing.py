@@ -1,4 +1,4 @@
-"""Weights of existing modules, put on a manifold; parameter groups of a model that has some."""
+"""Weights of existing modules put on a manifold, and parameter groups for models that have some."""
 
 from __future__ import annotations
 

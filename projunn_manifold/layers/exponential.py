@@ -96,7 +96,7 @@ class _Phases(torch.autograd.Function):
 
 
 class _ExpConv(StaysComplex):
-    """What both share; see :class:`ExpConv2d`."""
+    """What the exponential convolutions share; see :class:`ExpConv2d`."""
 
     dims: ClassVar[int]
 
@@ -130,7 +130,7 @@ class _ExpConv(StaysComplex):
 
     @in_full_precision
     def blocks(self) -> Tensor:  # (stored, C, C)
-        """Return the unitary blocks at the frequencies that are stored: prepared once, they serve many calls."""
+        """Return the unitary blocks at the stored frequencies: compute them once and pass them to many calls."""
         return _blocks(fourier.embedded(self.generator, self.image_size), self._grid())
 
     def kernel(self) -> Tensor:  # (C, C, *size)
@@ -174,7 +174,7 @@ class ExpConv2d(_ExpConv):
     channels : int
         C, in and out.
     image_size : int or tuple of int
-        Size of the images, for which alone the layer is made; keyword-only.
+        Size of the images; the layer accepts no other.  Keyword-only.
     kernel_size : int or tuple of int, optional
         Sides of the generator; the kernel itself is as large as the image.
     bias : bool

@@ -63,7 +63,10 @@ def spectrum(size: tuple[int, ...], real: bool, device: str = "cpu") -> Spectrum
 
 @lru_cache
 def _kept_spectrum(size: tuple[int, ...], real: bool, device: str) -> Spectrum:
-    with torch.inference_mode(False), torch.device("cpu"):  # kept for ever: nothing of the caller's modes
+    with (
+        torch.inference_mode(False),
+        torch.device("cpu"),
+    ):  # cached for the life of the process: independent of the caller's modes
         if device == "cpu":
             return _on_cpu(size, real)
         on_cpu = _kept_spectrum(size, real, "cpu")
@@ -110,8 +113,8 @@ def synthesise(x: Tensor, grid: Spectrum) -> Tensor:  # (..., stored) -> (..., *
 def embedded(kernel: Tensor, size: tuple[int, ...], before: tuple[int, ...] | None = None) -> Tensor:
     """Return a kernel ``(..., *kernel_size)`` on the whole grid, its centre at entry 0.
 
-    ``before`` is how many points torch pads before the image, and so where the centre is; as for padding="same" if
-    left out.
+    ``before`` is the number of points that torch pads before the image, which locates the centre; as for
+    padding="same" if left out.
     """
     dims = len(size)
     widths = kernel.shape[-dims:]
@@ -162,7 +165,7 @@ def space_to_depth(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c, *si
 
 
 def depth_to_space(x: Tensor, stride: int, dims: int) -> Tensor:  # (..., c stride^d, *size / stride) -> (..., c, *size)
-    """Undo :func:`coarsened`."""
+    """Undo :func:`space_to_depth`."""
     lead = x.dim() - dims
     x = x.unflatten(lead - 1, (-1, *(stride,) * dims))
     x = x.permute(*range(lead), *(axis for j in range(dims) for axis in (lead + dims + j, lead + j)))

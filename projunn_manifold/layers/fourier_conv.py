@@ -1,4 +1,4 @@
-r"""What all unitary convolutions share: the operator, its first values, its kernel, its closest one to another kernel.
+r"""What all unitary convolutions share: the operator, its initialisation, its kernel, the closest layer to a kernel.
 
 There is one unitary block for each frequency.  Kernels are as large as the image, and live in the Fourier domain
 (:mod:`projunn_manifold.layers.fourier`): a stack of unitary blocks, and for real signals a second one of real
@@ -146,7 +146,7 @@ class FourierConv(KeepsManifolds):
         for stack in stacks:
             (haar_ if self.init == "haar" else identity_)(stack)
         if self.weight_real is not None and self.init == "haar" and self._block[0] == self._block[1]:
-            turned = torch.linalg.det(self.weight_real) < 0  # its sign is there to stay
+            turned = torch.linalg.det(self.weight_real) < 0  # training never changes the sign of a determinant
             self.weight_real[..., 0].mul_(torch.where(turned, -1.0, 1.0)[..., None])
 
     # -- the operator -----------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class FourierConv(KeepsManifolds):
         grid = self.grid(x.device)
         waves = self.waves(x, grid)
         if torch.compiler.is_compiling():
-            waves = waves.contiguous()  # inductor mistakes the layout of what is selected from another (torch 2.13)
+            waves = waves.contiguous()  # inductor assumes a wrong layout for what is selected from it (torch 2.13)
         parts = []
         for stack, chosen in ((self.weight, grid.paired), (self.weight_real, grid.self_conjugate)):
             if stack is not None:
@@ -212,7 +212,7 @@ class FourierConv(KeepsManifolds):
 
     @property
     def _centre(self) -> tuple[int, ...]:
-        """Where the kernel's own point is: as many points are before it as torch pads."""
+        """Position of the kernel's centre: as many points come before it as torch pads."""
         return tuple(fourier.centre_of(side, self.stride) for side in self.image_size)
 
     @classmethod
@@ -307,7 +307,7 @@ class FourierConv(KeepsManifolds):
     def singular_values(self, kernel: Tensor | None = None) -> Tensor:
         """Return all singular values of the operator, descending: they are one but for rounding.
 
-        With another ``kernel`` of the shape of :meth:`kernel`'s, such as an unconstrained one, its operator's.
+        Given another ``kernel`` of the shape that :meth:`kernel` returns, return those of its operator.
         """
         grid = self.grid(self._device)
         blocks = None if kernel is None else self._blocks_of(kernel)

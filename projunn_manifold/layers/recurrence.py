@@ -135,7 +135,7 @@ class _Recurrence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, h0, inward, weight, beta, bias, history, sizes = ctx.saved_tensors
         if torch.is_grad_enabled():  # derivatives of derivatives: through the graph of every step
-            # fresh aliases: one input may depend on another, and that is for others to follow
+            # fresh aliases: one input may depend on another, which is differentiated outside this function
             given = [None if t is None else t.view_as(t) for t in (x, h0, inward, weight, beta, bias)]
             inputs = [t for t in given if t is not None and t.requires_grad]
             arguments: Any = (*given, NONLINEARITIES[ctx.nonlinearity])

@@ -223,7 +223,7 @@ class UnitaryRNN(_Recurrent):
     init : {"henaff", "cayley", "haar", "identity"}
         First transition.
     device, dtype
-        As in torch.nn; a complex dtype gives a unitary network, and real input is taken for complex.
+        As in torch.nn; a complex dtype gives a unitary network, and real input is converted to complex.
 
     Raises
     ------
@@ -328,7 +328,7 @@ class UnitaryRNN(_Recurrent):
     def to_plain(self) -> nn.RNN:
         """Return the same network as a ``torch.nn.RNN`` (relu or tanh), its weights copied.
 
-        torch's network has a second bias, zero here; trained on, the two move twice as fast as one.
+        torch's network has a second bias, zero here; if training goes on, the two together move twice as fast as one.
         """
         weight = self._weight("weight_hh_l0")
         plain = nn.RNN(

@@ -119,8 +119,9 @@ def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
 def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
     """QR factorisation of a thin matrix of any rank; Q contiguous.
 
-    A column that the others span leaves rounding, the next one rounding of that, until LAPACK divides by what is left
-    (complex routines overflow there).  So each column gets its rounding error, eps times its norm, as a floor.
+    A linearly dependent column leaves only rounding error, the next one the rounding error of that, until LAPACK
+    divides by the remainder (complex routines overflow there).  So each column gets its rounding error, eps times its
+    norm, as a floor.
     """
     y = y.clone(memory_format=torch.contiguous_format)
     norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))
@@ -133,7 +134,7 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Closest matrix with orthonormal columns (unitary polar factor); contiguous.
 
-    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; :func:`newton_schulz` takes that back.
+    A dense SVD leaves U V^H some 20 to 30 eps away from unitary; :func:`newton_schulz` removes that error.
     """
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     return newton_schulz(u @ vh).contiguous()

@@ -7,10 +7,10 @@ as wide, and its factors complex.  A call works on the matrices ``t0 <= t < t1``
 Sums may be taken in any order, but NaN and infinity keep their meaning.
 
 The innermost loops are written out for four rows of the matrix and one or two factors (updates: one or four rows and
-two or four factors): so the compiler keeps all sums in registers and a load serves several multiplications.
+two or four factors): so the compiler keeps all sums in registers and uses each load for several multiplications.
 
-All loops are in one module, long as it is: numba keeps machine code by the date of a function's file, and would not see
-that a function it calls in another file has changed.
+All loops are in one module, long as it is: numba invalidates its cache by the date of the function's own file, and
+would not notice a change of a function in another file that it calls.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _adjoint(x: Any, left: Any, z: Any) -> None:  # pragma: no cover
         _adjoint_one(x, left[r - 1], z[r - 1])
 
 
-# The products of one or two columns with both sides are written out once more: a fifth faster than their parts.
+# The two-sided products of one or two columns are fused by hand: a fifth faster than the separate loops.
 
 
 @_compiled

@@ -81,8 +81,8 @@ class Matrix(LinearOperator, Protocol):
     def rank_one_tangent(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
         r"""Return W = [X b, a'], S = X^H W and the numbers ‖a'‖², ‖X b‖², Im b^H X^H a.
 
-        a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ X^H X b`, unless
-        little is left of a: then rounding of the difference would count, and X is read once more.  S is made from W,
+        a' = a - ρ X b with the real ρ that makes Re b^H X^H a' = 0, and :math:`X^H a' = X^H a - ρ X^H X b`, unless a'
+        is much smaller than a: then rounding would dominate the difference, and X is read once more.  S is made from W,
         not from b: then I + W F W^H stays unitary where X is not quite, and no step enlarges what rounding has left.
         Numbers are ``(*batch,)`` in double precision, or Python's own for a single matrix on CPU: there every
         operator on a tensor would cost more than all the arithmetic that follows.
@@ -96,7 +96,7 @@ class Matrix(LinearOperator, Protocol):
 
 
 def matrix(x: Tensor) -> Matrix:
-    """Return the products of x, by the fastest way that x allows."""
+    """Return x as the fastest :class:`Matrix` that suits it."""
     if _suits_loops(x):
         return CompiledMatrix(x)
     return RowShardedMatrix(x) if sharded.is_sharded(x) else PlainMatrix(x)
@@ -364,7 +364,7 @@ def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _is_readable_number(t: Tensor) -> bool:
-    """Tell whether this tensor of one element can become Python's number without a wait or a derivative lost."""
+    """Tell whether this one-element tensor can become a Python number without a wait or the loss of a derivative."""
     return t.numel() == 1 and t.is_cpu and context.readable(t) and not context.is_differentiated(t)
 
 

@@ -91,7 +91,7 @@ def first_entry(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1)
 
 
 def local_matrices(x: Any) -> Tensor:
-    """Return the local matrices of a sharded stack; they remember the group of processes that hold the others."""
+    """Return the local matrices of a sharded stack, with the group of the processes that hold the others."""
     here: Any = local_shard(x)
     here.process_group = _layout(x)[0]
     assert isinstance(here, Tensor)

@@ -39,7 +39,7 @@ class Finiteness:
         return self._checked(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
 
     def checked_step(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
-        """Return a step (made from u), with zero for matrices that are not finite or that rounding would swallow."""
+        """Return a step (made from u), with zero for matrices that are not finite or too long for their precision."""
         limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
         return self._checked(x, tangent, limit, tangent if u is None else u, "step")
 
@@ -86,7 +86,7 @@ def _error(u: Tensor, what: str) -> ValueError:
     if what == "step":
         problem += " (look at the learning rate and the optimiser's moments)"
     if what == "gradient" and not bad:
-        problem += ", or the sampler made such factors of it"
+        problem += ", or the sampler returned such factors"
     if sharded.is_sharded(u) and not bad:
         problem += ", or non-finite ones in another process"
     return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")

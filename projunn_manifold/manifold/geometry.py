@@ -1,6 +1,6 @@
 """Matrices with orthonormal columns as a geoopt manifold: points, tangent vectors, metric, distance.
 
-Everything that needs no rank is here.  How a point moves is told by :class:`~projunn_manifold.UnitaryLowRank`.
+Everything that needs no rank is here.  Moves are defined in :class:`~projunn_manifold.UnitaryLowRank`.
 """
 
 from __future__ import annotations

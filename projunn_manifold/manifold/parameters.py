@@ -7,7 +7,7 @@ ways of sharding are known:
 - the rows of one matrix, ``Shard(0)`` of ``(n, m)``: all processes compute its products with thin matrices together
   (:mod:`~projunn_manifold.linalg.sharded`);
 - a stack of matrices, ``Shard(d)`` of a batch dimension d: every process moves its own matrices, and nothing travels
-  but a few numbers, by which all processes refuse a step together, or none does.
+  but a few numbers, by which either all processes refuse a step or none does.
 
 The first manifold that is made has all optimisers of the process call :data:`before_steps` and :data:`after_steps`.
 """
@@ -76,7 +76,7 @@ def manifold_of(p: Tensor) -> Manifold | None:
 
 
 def local_view(t: Any) -> Any:
-    """Return what a step sees of a tensor: a ``DTensor`` of sharded rows as it is, of a stack the local matrices."""
+    """Return what a step works on: a row-sharded ``DTensor`` as it is, the local matrices of a sharded stack."""
     if not is_dtensor(t):
         return t
     if not sharded.is_sharded(t):

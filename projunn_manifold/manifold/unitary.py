@@ -1,6 +1,6 @@
 r"""The manifold of unitary, orthogonal and orthonormal-column matrices with rank-k moves, for geoopt.
 
-This module tells a step from top to bottom.  A gradient becomes rank-k factors and these a tangent
+This module walks through a step from top to bottom.  A gradient becomes rank-k factors and these a tangent
 (:mod:`~projunn_manifold.manifold.sketcher`), the tangent a move (:mod:`~projunn_manifold.moves`), and now and then a
 block of columns is corrected (:mod:`~projunn_manifold.moves.drift`).  Between ``egrad2rgrad`` and ``retr`` the tangent
 travels through geoopt's unmodified optimisers as a :class:`~projunn_manifold.sketching.FactoredTensor`.
@@ -36,7 +36,7 @@ __all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of
 
 _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
 _PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
-_THIN = 16  # an entry takes 16 times as long in a product with thin factors as in the product that forms a gradient
+_THIN = 16  # cost of an entry in a product with thin factors, relative to the product that forms a gradient
 
 
 def unitary_of(p: Tensor) -> UnitaryLowRank | None:
@@ -82,7 +82,8 @@ class UnitaryLowRank(Geometry):
     non_finite : {"raise", "skip"}
         What to do with a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
         of its dtype).  ``"raise"``: raise ValueError, with point and state as they were.  ``"skip"``: leave the matrix
-        where it is and count it (:meth:`pop_faults`).  CUDA always skips, because an error would wait for the device.
+        where it is and count it (:meth:`pop_faults`).  On CUDA matrices are always skipped, because raising would wait
+        for the device.
 
     Raises
     ------
@@ -196,11 +197,11 @@ class UnitaryLowRank(Geometry):
         """
         self._accept(x, u, "gradient")
         self._warn_if_far_off(x)
+        decay = take_added_decay(x)
         if self.is_dense(x):
             gradient = self._dense_gradient(x, as_plain(u))
             self._state.count_gradient(x)
             return gradient
-        decay = take_added_decay(x)
         x, u = validation.broadcast(x, u)
         tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), u, decay), u)
         self._state.count_gradient(x)

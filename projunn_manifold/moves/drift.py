@@ -48,7 +48,7 @@ class Schedule:
 
 
 def correct_columns_(x: Tensor, start: int) -> Tensor:
-    """Correct the block of x that starts at this column; return the number of its columns that were left, too far off.
+    """Correct the block of x that starts at this column; return how many of its columns were too far off and left.
 
     A column is too far off if it has a large part along the others, or is not finite.  A column whose norm alone is
     wrong is brought to unit norm, whatever its norm was, and so does not spoil the others for long.

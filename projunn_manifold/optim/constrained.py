@@ -71,7 +71,7 @@ class Constraint:
         check_attached(parameters_of(optimizer))
         has_closure = has_closure_among(args, kwargs)  # which may make gradients
         for p, x in self._points.items():  # left by a step that raised half-way
-            if not is_dtensor(p) and (dense.probed_unitarity_error(p) > dense.tolerance(p.dtype, len(p))).any():
+            if not is_dtensor(p) and (dense.probed_unitarity_error(p) > dense.tolerance(p.dtype, p.shape[-2])).any():
                 p.copy_(x)
         self._restore_gradients()
         self._points = {}
@@ -281,7 +281,7 @@ def _left_out(
 def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Constraint:
     """Keep the parameters that an optimiser of torch moves on their manifolds; return a handle.
 
-    Parameters on no such manifold move as ever.  Schedulers and groups are untouched, and so is ``state_dict`` but for
+    Other parameters move as before.  Schedulers and groups are unaffected, as is ``state_dict`` except with
     ``feedback``.  Calling it twice returns the handle of the first call.  A parameter without a gradient, or (on CPU)
     whose move is zero, is left alone.  Hooks do not survive ``copy.deepcopy`` and ``pickle``: constrain the copy again
     (:func:`~projunn_manifold.check_manifolds` tells).  If the optimiser's own step raises half-way, parameters that it

@@ -149,7 +149,7 @@ def fold(model: nn.Module) -> nn.Module:
     """Replace unitary weights by plain parameters, in place, and return the model: the way back from unitarize.
 
     ``UnitaryLinear`` becomes ``torch.nn.Linear``, an ``OrthogonalConv`` or ``UnitaryConv`` a circular convolution of
-    torch with a kernel as large as the image, and weights of other modules' that are on a ``UnitaryLowRank``
+    torch with a kernel as large as the image, and weights of other modules that are on a ``UnitaryLowRank`` become
     ordinary parameters.  The function that the model computes stays the same.
 
     Raises
