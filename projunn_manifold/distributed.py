@@ -40,10 +40,10 @@ def data_parallel(
     """Replicate a model: unitary parameters exchange sketches at each step, and torch averages all other gradients.
 
     Every process calls it with the same model; parameters become those of the first process.  A unitary parameter
-    hands over k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); those that are dense anyhow (``k=None``, or
-    2k >= m) travel whole.  Use ``ddp`` for the forward pass and go on with this very ``optimizer``; gradients of
-    unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of the model
-    or the optimiser take no part in the exchange, and ``ddp.join()`` is not supported.
+    sends k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); gradients of parameters whose moves are dense
+    (``k=None``, or 2k >= m) are sent whole.  Use ``ddp`` for the forward pass and go on with this very ``optimizer``;
+    gradients of unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of
+    the model or the optimiser take no part in the exchange, and ``ddp.join()`` is not supported.
 
     Parameters
     ----------
@@ -159,7 +159,7 @@ class Exchange:
             ahead[p.manifold] = ahead.get(p.manifold, 0) + 1
 
     def complete(self, args: Any, kwargs: Any) -> list[Any]:
-        """Return the parameters with a gradient in any process, zero where there is none: all must take part."""
+        """Return the parameters with a gradient in any process; it is zero where this process has none."""
         if has_closure_among(args, kwargs):
             raise ValueError("a closure would make gradients after they have been exchanged: call it before the step")
         active = [p for p, somewhere in zip(self.points, self._gradients_anywhere(), strict=True) if somewhere]

@@ -55,8 +55,8 @@ class OrthogonalConv2d(FourierConv):
         ``(groups, f, n, m)``, complex, n >= m: blocks at the frequencies that have an opposite, one of each pair
         (adjoints of the blocks for fewer outputs than inputs).
     weight_real : ManifoldParameter
-        ``(groups, s, n, m)``: those at the others, 1 to 4 of them.  Square ones keep the sign of their determinant;
-        it starts positive.
+        ``(groups, s, n, m)``: blocks at the self-conjugate frequencies, 1 to 4 of them.  Square ones keep the sign
+        of their determinant; it starts positive.
 
     Raises
     ------

@@ -56,7 +56,9 @@ def unitary_(
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         raise ValueError(f"{type(module).__name__}.{name} is a stack of three weights: as one matrix it means nothing")
     if weight.dim() != 2:
-        raise ValueError(f"{type(module).__name__}.{name} is a kernel of shape {tuple(weight.shape)}, and no matrix")
+        raise ValueError(
+            f"{type(module).__name__}.{name} must be a matrix, got a kernel of shape {tuple(weight.shape)}"
+        )
     if isinstance(weight, ManifoldTensor):
         raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
     manifold = UnitaryLowRank(k) if manifold is None else manifold

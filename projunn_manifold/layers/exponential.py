@@ -215,7 +215,7 @@ class UnitaryConvRNNCell(nn.Module):
     Parameters
     ----------
     channels, image_size, kernel_size, device
-        As in :class:`ExpConv2d`, of which U is one (``ExpConv1d`` for an ``image_size`` of one number in a tuple).
+        As in :class:`ExpConv2d`, the class of U (``ExpConv1d`` for an ``image_size`` of one number in a tuple).
     dtype
         complex64 by default.
 

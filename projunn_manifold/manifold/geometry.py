@@ -154,9 +154,9 @@ class Geometry(Manifold):
         r"""Closest point of the manifold (polar factor), exact.
 
         x itself is returned, after :math:`O(n m)` work, if it is on the manifold to working precision,
-        :math:`\|X^H X - I\|_F/\sqrt m` within :func:`~projunn_manifold.linalg.dense.tolerance`, as told by a few fixed
-        random probes z of :math:`X^H X z - z` (an error in one column alone is seen with a factor of up to
-        ten less).  Otherwise the matrices of a batch that are not, and only
+        :math:`\|X^H X - I\|_F/\sqrt m` within :func:`~projunn_manifold.linalg.dense.tolerance`, as estimated by a few
+        fixed random probes z of :math:`X^H X z - z` (an error in one column alone may be underestimated by up to a
+        factor of ten).  Otherwise the matrices of a batch that are not, and only
         these, are replaced: by a Newton-Schulz step (three matrix products) where that is exact, else
         through an SVD.
 

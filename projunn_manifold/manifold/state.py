@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 __all__ = ["Faults", "State"]
 
 _MASK = 2**64 - 1
-_PURPOSES = 4  # at least as many as there are; another number changes all draws
+_PURPOSES = 4  # an upper bound; changing it changes every draw
 
 
 class Faults(NamedTuple):

@@ -61,7 +61,7 @@ class UnitaryLowRank(Geometry):
 
     The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
     product on square X, twice the canonical one on tall X.  Its gradient is :math:`\tfrac12(G - X G^H X)`,
-    half of what geoopt's canonical Stiefel uses: at equal learning rate that one steps (at least) twice as far.
+    half of what geoopt's canonical Stiefel uses, which at equal learning rate steps (at least) twice as far.
 
     Parameters
     ----------

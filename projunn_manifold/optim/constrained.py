@@ -1,4 +1,4 @@
-r"""Any optimiser of torch, constrained: it moves X freely to X', and X arrives at a rank-k step of its move.
+r"""Any optimiser of torch, constrained: it moves X freely to X', and a rank-k step along X' - X takes the place of X'.
 
 This is the training loop of the projUNN paper, with RMSprop: the optimiser sees the Euclidean gradient, and its step
 :math:`X' - X` is replaced by rank-k factors, :math:`X \leftarrow \mathrm{projunn}(X, a, b)`, raw projUNN-D on

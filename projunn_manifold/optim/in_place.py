@@ -107,8 +107,9 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
-        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
+        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, are
+        already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianSGD
@@ -151,8 +152,9 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     Raises
     ------
     ValueError
-        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises of a
-        direction beyond all rounding, the parameter as it was, its moments, as in geoopt, already updated.
+        In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
+        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, are
+        already updated.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
@@ -232,7 +234,8 @@ def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
 def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1), real
     """Return one second moment for each matrix.
 
-    geoopt keeps it in every entry.  Euclidean steps, made while a manifold was lost, leave squares whose sum it is.
+    geoopt keeps it in every entry.  After Euclidean steps, made while a manifold was lost, the entries are squares
+    whose sum it is.
     """
     if is_dtensor(moments):  # on which no Euclidean steps are made
         return sharded.first_entry(local_view(moments)).real.clone()

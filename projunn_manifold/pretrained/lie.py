@@ -82,7 +82,7 @@ def descend(
         return max((torch.linalg.vector_norm(theta.grad, dim=-1).max().item() / 2 for theta in moving), default=0.0)
 
     losses: list[float] = []
-    optimizer = moving and torch.optim.LBFGS(  # with one iteration in a step torch's forgets the slope and stands
+    optimizer = moving and torch.optim.LBFGS(  # with one iteration per step torch's L-BFGS stalls
         moving, max_iter=5, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=0, tolerance_change=0
     )
     for step in range(1, steps + 1):

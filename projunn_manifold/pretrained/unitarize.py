@@ -155,7 +155,8 @@ def fold(model: nn.Module) -> nn.Module:
     Raises
     ------
     ValueError
-        A recurrent layer of this package, of which torch has none alike; a weight that is shared; a module with hooks.
+        A recurrent layer of this package, which has no equivalent in torch; a weight that is shared; a module with
+        hooks.
     """
     for name, module in model.named_modules():
         if isinstance(module, UnitaryRNN | UnitaryRNNCell):
