@@ -67,15 +67,17 @@ def _note_decay(optimizer: torch.optim.Optimizer, about_to_step: bool) -> None:
     if not isinstance(optimizer, OptimMixin):
         return
     for group in optimizer.param_groups:
+        decay = group.get("weight_decay", 0) if about_to_step else 0
         for p in group["params"]:  # those without decay, too: a step that raised may have left a note
-            adds = about_to_step and not (isinstance(optimizer, InPlace) and unitary_of(p) is not None)
-            note_added_decay(p, group.get("weight_decay", 0) if adds and _is_on_unitary(p) else 0)
+            note_added_decay(p, decay if decay and _adds_decay(optimizer, p) else 0)
 
 
-def _is_on_unitary(p: Tensor) -> bool:
-    """Tell whether a manifold of this package is a parameter's, or a part of it (scaled, product)."""
+def _adds_decay(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Tell whether decay is added to a gradient that this package's manifold sees, whole or as a part (product)."""
     manifold = manifold_of(p)
-    return manifold is not None and any(isinstance(part, UnitaryLowRank) for part in manifold.modules())
+    if manifold is None or (isinstance(optimizer, InPlace) and isinstance(manifold, UnitaryLowRank)):
+        return False
+    return any(isinstance(part, UnitaryLowRank) for part in manifold.modules())
 
 
 before_steps.extend((_warn, _tell_decay))

@@ -177,6 +177,16 @@ def test_a_step_that_raises_half_way_is_taken_back_by_the_next(draw):
     assert dense.unitarity_error(p) < 1e-14
 
 
+def raise_half_way(optimizer):
+    """Begin a step that ends with an error before it has moved anything."""
+
+    def closure():
+        raise FloatingPointError
+
+    with pytest.raises(FloatingPointError):
+        optimizer.step(closure)
+
+
 def test_a_stack_within_its_tolerance_is_not_put_back(draw):
     """The tolerance is that of a matrix's side, not of the number of matrices."""
     manifold = UnitaryLowRank(1)
@@ -185,12 +195,7 @@ def test_a_stack_within_its_tolerance_is_not_put_back(draw):
     nearby *= 1 + 4.5 * torch.finfo(torch.float32).eps  # an error between the two tolerances
     assert dense.tolerance(p.dtype, 1) < dense.probed_unitarity_error(nearby) < dense.tolerance(p.dtype, 256)
     constrain(optimizer)
-
-    def closure():
-        raise FloatingPointError
-
-    with pytest.raises(FloatingPointError):
-        optimizer.step(closure)
+    raise_half_way(optimizer)
     with torch.no_grad():
         p.copy_(nearby)
     p.grad = torch.zeros_like(nearby)
@@ -202,12 +207,7 @@ def test_what_is_loaded_after_a_step_that_raised_is_kept(draw):
     p = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=UnitaryLowRank(1))
     optimizer, loaded = torch.optim.SGD([p], lr=1e-6), draw.point(8, 8, dtype=torch.float64)
     constrain(optimizer)
-
-    def closure():
-        raise FloatingPointError
-
-    with pytest.raises(FloatingPointError):
-        optimizer.step(closure)
+    raise_half_way(optimizer)
     with torch.no_grad():
         p.copy_(loaded)
     p.grad = draw.matrix(8, 8, dtype=torch.float64)
