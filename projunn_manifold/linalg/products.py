@@ -108,9 +108,8 @@ def normalized_image(operator: LinearOperator, q: Tensor) -> tuple[Tensor, Tenso
     return y, operator.adjoint_times(y)
 
 
-@final
-class PlainMatrix:
-    """A matrix multiplied by PyTorch."""
+class _TensorMatrix:
+    """What the final classes share: the tensor that they multiply."""
 
     __slots__ = ("like",)
 
@@ -125,6 +124,13 @@ class PlainMatrix:
     def dense(self) -> Tensor:
         """Return X."""
         return self.like
+
+
+@final
+class PlainMatrix(_TensorMatrix):
+    """A matrix multiplied by PyTorch."""
+
+    __slots__ = ()
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``X q``."""
@@ -160,7 +166,7 @@ class PlainMatrix:
 
 
 @final
-class RowShardedMatrix:
+class RowShardedMatrix(_TensorMatrix):
     """A matrix whose rows are sharded over processes; thin matrices are whole in each of them.
 
     - ``X q``: the local rows, and then all rows are gathered, kn numbers;
@@ -168,19 +174,11 @@ class RowShardedMatrix:
     - ``X + L R^H``: the local rows of L, and nothing travels.
     """
 
-    __slots__ = ("_local", "like")
+    __slots__ = ("_local",)
 
     def __init__(self, x: Tensor) -> None:
-        self.like, self._local = x, matrix(sharded.local_shard(x))
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape ``(n, m)`` of the whole matrix."""
-        return self.like.shape
-
-    def dense(self) -> Tensor:
-        """Return X."""
-        return self.like
+        super().__init__(x)
+        self._local = matrix(sharded.local_shard(x))
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``X q``."""
@@ -214,22 +212,10 @@ class RowShardedMatrix:
 
 
 @final
-class CompiledMatrix:
+class CompiledMatrix(_TensorMatrix):
     """A matrix multiplied by compiled loops; thin matrices that do not suit these are left to PyTorch."""
 
-    __slots__ = ("like",)
-
-    def __init__(self, x: Tensor) -> None:
-        self.like = x
-
-    @property
-    def shape(self) -> torch.Size:
-        """Shape ``(*batch, n, m)``."""
-        return self.like.shape
-
-    def dense(self) -> Tensor:
-        """Return X."""
-        return self.like
+    __slots__ = ()
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``X q``."""
