@@ -159,8 +159,9 @@ def in_process(rank: int, processes: int, port: int, sizes: list[int], folder: s
     cells = [cost(way, n, mesh, STEPS) for way, n in progress]
     if rank == 0:
         Path(folder, "cells.json").write_text(json.dumps(cells), encoding="utf-8")
-    dist.barrier()  # gloo aborts a process that leaves while its threads still work
+    dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # DTensor keeps the group, and with it gloo's threads, which may abort a process while Python ends
 
 
 def simulate(_: int, n: int, processes: int, folder: str) -> None:

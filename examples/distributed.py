@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  (see the end of `measure`)
 from matplotlib.figure import Figure
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
@@ -85,7 +86,7 @@ def run(name: str, n: int, steps: int) -> dict[str, Any]:
     times, sent = [], 0
     for _ in tqdm(range(steps), f"{name}, n = {n}", leave=False, disable=True if rank else None):
         chosen = torch.randint(len(labels), (BATCH,), generator=generator)[rank::world]
-        dist.barrier()  # gloo aborts a process that leaves while its threads still work
+        dist.barrier()
         before = handed_over()
         begin = perf_counter()
         optimizer.zero_grad()
@@ -146,7 +147,10 @@ def measure(sizes: list[int], steps: int) -> dict[str, Any]:
     cells = [run(name, n, steps) for n in sizes for name in COLOURS]
     record = {"processes": dist.get_world_size(), "steps": steps, "cells": cells, **environment()}
     first = dist.get_rank() == 0
-    dist.barrier()  # gloo aborts a process that leaves while its threads still work
+    # Gloo's threads must end before Python does, or the process may abort.  They end with the last reference to the
+    # process group.  DistributedDataParallel imports a module whose functions keep the group of that moment as a
+    # default argument; imported above, before there is a group, it keeps none.
+    dist.barrier()
     dist.destroy_process_group()
     if not first:
         sys.exit()
