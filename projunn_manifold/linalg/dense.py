@@ -26,6 +26,7 @@ __all__ = [
     "normalized",
     "per_matrix",
     "phase_core",
+    "plus_product",
     "polar",
     "probed_unitarity_error",
     "rotation_angles",
@@ -81,6 +82,13 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     if x.dim() == 3 and left.dim() == 3 and right.dim() == 3:
         return x.baddbmm_(left, right.mH)
     return x.add_(left @ right.mH)
+
+
+def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``x + left @ right``, in one pass where PyTorch has an operator for it."""
+    if x.dim() == left.dim() == right.dim() == 2:
+        return torch.addmm(x, left, right)
+    return torch.baddbmm(x, left, right) if x.dim() == left.dim() == right.dim() == 3 else x + left @ right
 
 
 def finite_entries(h: Tensor) -> Tensor:

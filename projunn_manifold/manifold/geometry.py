@@ -18,7 +18,7 @@ from torch import Tensor
 from projunn_manifold import validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense
-from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 
@@ -110,7 +110,7 @@ class Geometry(Manifold):
         if x.shape[-2] == x.shape[-1]:
             return y @ dense.adjoint_times(x, v)
         x, y, v = (t.contiguous() for t in validation.broadcast(x, y, v))
-        return Move.between(x, y).transport(v)
+        return LowRankMove.between(x, y).transport(v)
 
     # -- geodesic distance ----------------------------------------------------------------------------
 

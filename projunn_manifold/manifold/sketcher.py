@@ -17,6 +17,7 @@ from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import LinearOperator, Matrix, matrix
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.frame import FramedTangent
+from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.projunn import tangent_of_gradient
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching import samplers
@@ -55,7 +56,9 @@ class Sketcher:
         return self.k is None or 2 * self.k >= x.shape[-1]
 
     def tangent(self, x: Matrix, u: Tensor, decay: float = 0.0) -> Tangent:
-        """Return the Riemannian gradient of the rank-k part of u - decay X, u a Euclidean gradient."""
+        """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
+        if self.is_dense(x.like):
+            return _full_rank_gradient(x, as_plain(u))
         return tangent_of_gradient(x, self.factors(x, u, decay))
 
     def factors(self, x: Matrix, u: Tensor, decay: float = 0.0, averaging: Averaging | None = None) -> LowRank:
@@ -96,10 +99,25 @@ class Sketcher:
     def reduced(self, x: Matrix, u: Tensor) -> Tangent:
         """Return the tangent of rank at most 2k that u is reduced to (all of u where 2k >= m)."""
         if self.k is None or self.is_dense(x.like):
-            return FramedTangent.of_dense(x, u, None)
+            return _full_rank_tangent(x, u)
         size, generator = (x.shape[-1], 2 * self.k), self._state.generator(u.device, _MOVE)
         test = torch.randn(size, dtype=u.dtype, device=u.device, generator=generator)
         basis, known = test.expand(*x.shape[:-2], *size), matrix(u)
         for _ in range(_POWER):
             basis = samplers.orthonormal(known.normalized_image(basis)[1])
         return FramedTangent.of_dense(x, u, basis)
+
+
+def _full_rank_gradient(x: Matrix, g: Tensor) -> Tangent:
+    """Return ``½(G - X G^H X)``, all of it."""
+    if x.shape[-2] == x.shape[-1]:
+        return FullRankTangent.of_vector(x, g)
+    point = x.dense()
+    return FramedTangent.of_dense(x, (g - point @ dense.adjoint_times(g, point)) / 2, None)
+
+
+def _full_rank_tangent(x: Matrix, u: Tensor) -> Tangent:
+    """Return the projection of u on the tangent space, all of it."""
+    if x.shape[-2] == x.shape[-1]:
+        return FullRankTangent.of_vector(x, u)
+    return FramedTangent.of_dense(x, u, None)

@@ -24,7 +24,6 @@ from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, State
 from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
-from projunn_manifold.moves.frame import FramedTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.projunn import move_d, move_t
 from projunn_manifold.moves.tangent import Tangent
@@ -198,10 +197,6 @@ class UnitaryLowRank(Geometry):
         self._accept(x, u, "gradient")
         self._warn_if_far_off(x)
         decay = take_added_decay(x)
-        if self.is_dense(x):
-            gradient = self._dense_gradient(x, as_plain(u))
-            self._state.count_gradient(x)
-            return gradient
         x, u = validation.broadcast(x, u)
         tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), u, decay), u)
         self._state.count_gradient(x)
@@ -256,10 +251,7 @@ class UnitaryLowRank(Geometry):
         validation.check_rate(lr, "lr", x)
         self._warn_if_far_off(x)
         point = matrix(x)
-        if self.is_dense(x):
-            tangent: Tangent = FramedTangent.of_dense(point, self._dense_gradient(x, as_plain(grad)), None)
-        else:
-            tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
+        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
         move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
         self._state.count_gradient(x)
         move.apply_(point)
@@ -343,13 +335,6 @@ class UnitaryLowRank(Geometry):
         return move_d(matrix(x), factors)
 
     # -- the parts of a step ----------------------------------------------------------------------------
-
-    def _dense_gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """Return ``½(G - X G^H X)``."""
-        tangent = (g - x @ dense.adjoint_times(g, x)) / 2
-        limit = torch.finfo(x.dtype).max
-        kept = self.finiteness.kept(x, dense.squared_norm(tangent), limit, g, "gradient")
-        return tangent if kept is None else torch.where(kept[..., None, None], tangent, 0)
 
     def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
         """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""

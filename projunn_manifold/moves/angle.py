@@ -18,6 +18,8 @@ from typing import final
 import torch
 from torch import Tensor
 
+from projunn_manifold.linalg import phases
+
 __all__ = ["GEODESIC", "POLAR", "Angle"]
 
 Scalar = float | Tensor
@@ -42,6 +44,10 @@ class Angle(ABC):
     def psi(self, theta: Tensor) -> Tensor:
         """Return ψ, complex."""
 
+    @abstractmethod
+    def increment(self, omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+        """Return f(Ω) - I for a skew-Hermitian Ω, f(Ω) with the eigenvalues e^{iα(θ)}, by matrix products."""
+
 
 @final
 class _Geodesic(Angle):
@@ -54,6 +60,9 @@ class _Geodesic(Angle):
     def psi(self, theta: Tensor) -> Tensor:
         rest = (1 - torch.sinc(theta / math.pi)) / torch.where(theta == 0, 1.0, theta)
         return torch.complex(torch.sinc(theta / (2 * math.pi)).square() / 2, rest)
+
+    def increment(self, omega: Tensor) -> Tensor:
+        return phases.exponential_increment(omega)
 
 
 @final
@@ -68,6 +77,9 @@ class _Polar(Angle):
     def psi(self, theta: Tensor) -> Tensor:
         secant = (1 + theta * theta).sqrt()
         return torch.complex(torch.ones_like(theta), theta) / (secant * (1 + secant))
+
+    def increment(self, omega: Tensor) -> Tensor:
+        return phases.polar_increment(omega)
 
 
 GEODESIC: Angle = _Geodesic()

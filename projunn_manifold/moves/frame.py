@@ -24,7 +24,7 @@ from projunn_manifold import context
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix, matrix
 from projunn_manifold.moves.angle import POLAR, Angle
-from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import LowRank, Scalar
 
@@ -57,7 +57,7 @@ class FramedStep:
         b, r_out = _basis_outside(x, a - p @ r_a.to(a.dtype))
         return cls(footpoint, p, b, q, r_a @ r_b.mH, r_out.to(wide) @ r_b.mH)
 
-    def raw_retraction(self) -> Move:
+    def raw_retraction(self) -> LowRankMove:
         """Return the move to the polar factor of X + a b^H (the paper's projUNN-D).
 
         Raises
@@ -74,7 +74,7 @@ class FramedStep:
                 "projunn_d: X + a b^H is numerically singular (smallest singular value "
                 f"{smallest.min().item():.1e}), so its closest unitary is not unique; take a smaller step"
             )
-        return Move(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
+        return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
 
     def tangent(self) -> FramedTangent:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
@@ -142,14 +142,14 @@ class FramedTangent(Tangent):
             squares = squares + 2 * torch.linalg.matrix_norm(self.c).square()
         return squares
 
-    def move(self, angle: Angle) -> Move:
+    def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ); on tall X, D is the polar factor of X + u."""
         p, dtype, r = self.left, self.left.dtype, self.omega.shape[-1]
         if angle is POLAR and self.c is not None:
             core, _, _ = _polar_increment(self.omega, self.c)
-            return Move(_basis(p, self.b), core.to(dtype), self.right, None)
+            return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
         group = dense.phase_core(self._lift(), angle.alpha).to(dtype)
-        return Move(_basis(p, self.b), group[..., :r].contiguous(), self.right, group)
+        return LowRankMove(_basis(p, self.b), group[..., :r].contiguous(), self.right, group)
 
     def _lift(self) -> Tensor:
         """Return E, the lift in the basis [P, B]."""

@@ -1,4 +1,4 @@
-r"""What all updates share: Y = X + W F S^H, and the group element that carries tangent vectors along.
+r"""What all updates of low rank share: Y = X + W F S^H, and the group element that carries tangent vectors along.
 
 Whatever its rank, variant or shape, an update of X adds a product of thin matrices, and the unitary
 :math:`g = I + W \Gamma W^H` that takes X to Y takes the tangent space at X to the one at Y and is an
@@ -8,7 +8,7 @@ isometry.  Both cost :math:`O(r n^2)` for r columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -16,12 +16,28 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix, matrix
 
-__all__ = ["Move"]
+__all__ = ["LowRankMove", "Move"]
+
+
+class Move(Protocol):
+    """A map X ↦ Y, and the unitary g with g X = Y that carries tangent vectors along."""
+
+    def apply_(self, x: Matrix) -> Tensor:
+        """Move X in place and return its tensor."""
+
+    def apply(self, x: Matrix) -> Tensor:
+        """Return Y, a new tensor of X's layout."""
+
+    def transport(self, v: Tensor) -> Tensor:
+        """Return g v, the tangent v at X carried to Y."""
+
+    def transport_(self, v: Tensor) -> Tensor:
+        """Carry v to Y in place."""
 
 
 @final
 @dataclass(frozen=True)
-class Move:
+class LowRankMove:
     """The map X ↦ Y = X + W F S^H and, for transport, the core Γ of its group element."""
 
     left: Tensor  # W  (*batch, n, w)
@@ -30,7 +46,7 @@ class Move:
     group: Tensor | None  # Γ  (*batch, w, w); None: completed from F when it is needed
 
     @classmethod
-    def between(cls, x: Tensor, y: Tensor) -> Move:
+    def between(cls, x: Tensor, y: Tensor) -> LowRankMove:
         """Return a move from x to any y of its shape: dense, in the basis [X, rest of Y]."""
         along = dense.adjoint_times(x, y)
         outside, r = dense.thin_qr(y - x @ along)

@@ -34,7 +34,7 @@ from projunn_manifold import context
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
-from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import LowRank, Scalar
 
@@ -96,7 +96,7 @@ class RankKTangent(Tangent):
         squares = torch.linalg.matrix_norm(self.omega).square() + torch.linalg.matrix_norm(self.r).square() / 2
         return squares * self.scale**2
 
-    def move(self, angle: Angle) -> Move:
+    def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""
         k, scale = self.r.shape[-1], dense.per_matrix(self.scale)
         top = torch.cat((self.omega, self.r.mH / 2), -1)
@@ -108,4 +108,4 @@ class RankKTangent(Tangent):
         phi11, psi11 = phi11 * (scale / 2), psi11 * (-scale * scale / 4)
         core = torch.cat((torch.cat((f11, phi11), -1), torch.cat((-phi11, psi11), -1)), -2)
         core = (core if self.left.is_complex() else core.real).to(self.left.dtype)
-        return Move(self.left, core, self.right, core)
+        return LowRankMove(self.left, core, self.right, core)

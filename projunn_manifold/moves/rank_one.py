@@ -27,7 +27,7 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
-from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import LowRank, Scalar
 
@@ -76,7 +76,7 @@ class RankOneTangent(Tangent):
             squares = squares + self.s * self.s
         return 0.5 * self.scale * self.scale * squares
 
-    def move(self, angle: Angle) -> Move:
+    def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the two rotation angles θ± into α(θ±)."""
         p = (self.aa * self.bb) ** 0.5
         half = 0.5 * self.scale
@@ -94,7 +94,7 @@ class RankOneTangent(Tangent):
             core = torch.stack(entries, -1).view(*entries[0].shape, 2, 2).to(self.left)
         else:
             core = torch.tensor([entries[:2], entries[2:]], dtype=self.left.dtype, device=self.left.device)
-        return Move(self.left, core, self.right, core)
+        return LowRankMove(self.left, core, self.right, core)
 
 
 def _or_one(x: Scalar) -> Scalar:

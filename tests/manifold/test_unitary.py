@@ -13,7 +13,7 @@ from helpers import DTYPES, SHAPES, bound, double, error
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, reference
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.moves.move import Move
+from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 VARIANTS = [UnitaryLowRank, UnitaryLowRankExact]
@@ -160,7 +160,7 @@ def test_transport_is_an_isometry_onto_the_new_tangent_space(draw, shape, k, dty
 @pytest.mark.parametrize("shape", [*BIG, (5, 1)], ids=str)
 def test_the_move_between_two_points_arrives(draw, shape, dtype):
     x, y = draw.point(*shape, dtype=dtype), draw.point(*shape, dtype=dtype)
-    move = Move.between(x, y)
+    move = LowRankMove.between(x, y)
     assert error(move.apply(matrix(x)), y) <= bound(dtype)
     assert error(move.transport(x), y) <= bound(dtype)  # g X = Y
 

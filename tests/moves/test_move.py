@@ -5,7 +5,7 @@ import torch
 from helpers import DTYPES, bound, double, error
 
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.moves.move import Move, complete_to_unitary
+from projunn_manifold.moves.move import LowRankMove, complete_to_unitary
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -14,7 +14,7 @@ def test_a_move_adds_its_product_in_place_and_fresh(draw, shape, dtype):
     *batch, n, m = shape
     x = draw.matrix(*shape, dtype=dtype)
     w, f, s = (draw.matrix(*batch, *size, dtype=dtype) for size in ((n, 3), (3, 2), (m, 2)))
-    move = Move(w, f, s, None)
+    move = LowRankMove(w, f, s, None)
     expected = double(x) + double(w) @ double(f) @ double(s).mH
     y = move.apply(matrix(x))
     assert error(y, expected) <= bound(dtype, 100.0)
@@ -26,7 +26,7 @@ def test_a_move_adds_its_product_in_place_and_fresh(draw, shape, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 def test_one_point_follows_a_move_of_many(draw, dtype):
     x, w, s = draw.point(6, 6, dtype=dtype), draw.matrix(4, 6, 2, dtype=dtype), draw.matrix(4, 6, 2, dtype=dtype)
-    move = Move(w, torch.eye(2, dtype=dtype).expand(4, 2, 2), s, None)
+    move = LowRankMove(w, torch.eye(2, dtype=dtype).expand(4, 2, 2), s, None)
     assert error(move.apply(matrix(x)), x + w @ s.mH) <= bound(dtype, 10.0)
     with pytest.raises(ValueError, match=r"batch shape \(3,\) cannot follow a move of batch shape \(4,\)"):
         move.apply(matrix(x.expand(3, 6, 6).contiguous()))

@@ -1,0 +1,232 @@
+r"""Functions of a skew-Hermitian Ω with eigenvalues iθ by matrix products, in Ω's own precision.
+
+.. math:: e^\Omega - I \qquad\text{and}\qquad (I + \Omega)(I - \Omega^2)^{-1/2} - I
+
+are what the geodesic and the polar retraction add to the identity.  A factorisation of side n takes the time of 20 to
+80 products.  A polynomial takes 2 to 9, by the degree that the size of Ω asks for, and that is known from products
+which the polynomial needs anyway: :math:`\|\Omega\|_2^4 = \|\Omega^4\|_2 \le \|\Omega^4\|_\infty`.
+
+Where the host cannot look at values (on a GPU, while traced) the number of products is fixed and good up to
+``‖Ω‖₂ = LONGEST``; a longer Ω is shortened to that.
+
+Sources: Paterson and Stockmeyer 1973 for the evaluation; for the iteration Amsel, Persson, Musco, Gower 2025 (*The
+Polar Express*), who compose minimax polynomials of degree 5.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.polynomial import chebyshev
+from torch import Tensor
+
+from projunn_manifold import context
+from projunn_manifold.linalg import dense
+
+__all__ = ["LONGEST", "exponential_increment", "polar_increment"]
+
+LONGEST = 64.0  # ‖Ω‖₂ that a fixed number of products is good for
+_LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
+_LONG_POLAR = 2.0  # ‖Ω‖₂ beyond which the coefficients of a polynomial outgrow its values
+_SHORT = 2.0**-20
+_DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
+
+
+def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    r"""Return :math:`e^\Omega - I` by a part of its series, scaled and squared.
+
+    Cost in single precision: 2 or 3 products for :math:`\|\Omega\|_2 \le 0.1`, 5 up to 1, one more for each factor of
+    two.
+    """
+    square = omega @ omega
+    if context.readable(omega):
+        degree, squarings = _series(_largest_row_sum(square) ** 0.5, omega.dtype)
+        if degree + squarings > 4:  # a product for a sharper bound is worth it
+            bound = _largest_row_sum(square @ square) ** 0.25
+            if not bound <= _LONG_GEODESIC:
+                return _by_eigenvalues(omega, lambda theta: theta)
+            degree, squarings = _series(bound, omega.dtype)
+    else:
+        omega = _shortened(omega, square)
+        degree, squarings = _series(LONGEST, omega.dtype)
+    if squarings:
+        omega = omega * 0.5**squarings
+        square = omega @ omega
+    coefficients = [0.0, *(1 / math.factorial(j) for j in range(1, degree + 1))]
+    increment = _polynomial(coefficients, omega, square)
+    for _ in range(squarings):
+        increment = dense.plus_product(2 * increment, increment, increment)
+    return increment
+
+
+def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
+    r"""Return :math:`(I + \Omega)(I - \Omega^2)^{-1/2} - I`: the polar factor of I + Ω, less I.
+
+    Cost in single precision: 3 products for :math:`\|\Omega\|_2 \le 0.05`, 6 to 8 up to 1, 12 to 16 beyond 2.
+    """
+    square = -(omega @ omega)  # eigenvalues θ²
+    if not context.readable(omega):
+        return _by_iteration(_shortened(omega, square), math.sqrt(1 + LONGEST**2))
+    bound = _largest_row_sum(square)
+    if bound < _LONG_POLAR and _degree(_level(bound), torch.finfo(omega.dtype).eps) == 1:
+        shrink = _inverse_root_increment(square, None, bound)
+    else:
+        fourth = square @ square
+        bound = _largest_row_sum(fourth) ** 0.5
+        if not bound <= _LONG_POLAR**2:
+            longest = math.sqrt(1 + bound)
+            return _by_iteration(omega, _level(longest)) if longest <= LONGEST else _by_eigenvalues(omega, torch.atan)
+        shrink = _inverse_root_increment(square, fourth, bound)
+    return dense.plus_product(omega + shrink, omega, shrink)
+
+
+# -- sizes ---------------------------------------------------------------------------------------------------
+
+
+def _row_sums(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch,)
+    """Return ‖x‖_∞, the largest row sum, which bounds ‖x‖₂ for Hermitian x."""
+    return x.detach().abs().sum(-1).amax(-1)
+
+
+def _largest_row_sum(x: Tensor) -> float:
+    """Return the largest of a stack; 0 for an empty one."""
+    return _row_sums(x).max().item() if x.numel() else 0.0
+
+
+def _shortened(omega: Tensor, square: Tensor) -> Tensor:
+    """Return Ω, scaled so that its norm is at most LONGEST, without a look at it."""
+    return omega * (LONGEST / _row_sums(square).sqrt()).clamp_max(1.0)[..., None, None]
+
+
+# -- polynomials ---------------------------------------------------------------------------------------------
+
+
+def _series(bound: float, dtype: torch.dtype) -> tuple[int, int]:
+    """Return degree and number of squarings with which the exponential's series is exact to rounding."""
+    return min(
+        ((degree, max(0, math.ceil(math.log2(max(bound, _SHORT) / _reach(degree, dtype))))) for degree in _DEGREES),
+        key=lambda way: _DEGREES.index(way[0]) + way[1] + (way[1] > 0),
+    )
+
+
+@functools.cache
+def _reach(degree: int, dtype: torch.dtype) -> float:
+    """Return the θ up to which the first term left out of the exponential's series is rounding."""
+    return float((torch.finfo(dtype).eps / 2 * math.factorial(degree + 1)) ** (1 / (degree + 1)))
+
+
+def _degree(level: float, eps: float) -> int:
+    """Return the degree at which (1 + s)^(-1/2) on [0, level] is exact to rounding, by its distance from s = -1."""
+    pole = 1 + 2 / level  # in t; coefficients in Chebyshev's basis fall by pole + sqrt(pole² - 1) from each to the next
+    return max(1, math.ceil(-math.log(eps) / math.acosh(pole)) - 1)
+
+
+def _level(bound: float) -> float:
+    """Round a bound up to a power of the fourth root of 2, so that few sets of coefficients are made."""
+    return float(2 ** (math.ceil(4 * math.log2(max(bound, _SHORT))) / 4))
+
+
+@functools.cache
+def _inverse_root(level: float, eps: float) -> list[float]:
+    """Return the coefficients of (1 + s)^(-1/2) - 1 in powers of t = 2 s / level - 1, for |t| <= 1."""
+
+    def increment(t: Any) -> Any:
+        root = np.sqrt(1 + level * (t + 1) / 2)
+        return -(level * (t + 1) / 2) / (root * (1 + root))
+
+    return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(increment, _degree(level, eps)))]
+
+
+def _inverse_root_increment(s: Tensor, square: Tensor | None, bound: float) -> Tensor:
+    """Return ``(I + s)^(-1/2) - I`` for a Hermitian s >= 0 of norm at most ``bound``, given its square if that exists.
+
+    The polynomial is one in t = 2 s / level - I, whose eigenvalues fill [-1, 1].
+    """
+    level = _level(bound)
+    scale = 2 / level
+    t = _plus_identity(s * scale, -1.0)
+    if square is not None:
+        square = _plus_identity((square * scale - 2 * s) * scale, 1.0)
+    return _polynomial(_inverse_root(level, torch.finfo(s.dtype).eps), t, square)
+
+
+def _polynomial(coefficients: list[float], x: Tensor, square: Tensor | None) -> Tensor:
+    """Return Σ c_j x^j, given x² if the degree is above 1, by Horner's rule for blocks of coefficients."""
+    width = _width(len(coefficients) - 1)
+    powers = [x]
+    for j in range(2, width + 1):
+        powers.append(square if j == 2 and square is not None else powers[-1] @ x)
+    blocks = [coefficients[low : low + width] for low in range(0, len(coefficients), width)]
+    top = blocks.pop()
+    result = _combination(blocks.pop() + top if len(top) == 1 else top, powers)
+    for block in reversed(blocks):
+        result = dense.plus_product(_combination(block, powers), result, powers[-1])
+    return result
+
+
+def _width(degree: int) -> int:
+    """Return the width of blocks that takes the fewest products: width - 1 for powers, one for each block but one."""
+    return min(range(min(2, degree), degree + 1), key=lambda width: width + degree // width - (degree % width == 0))
+
+
+def _combination(coefficients: list[float], powers: list[Tensor]) -> Tensor:
+    """Return c_0 I + c_1 x + c_2 x² + ..."""
+    constant, first, *others = coefficients
+    result = powers[0] * first
+    for c, power in zip(others, powers[1:], strict=False):
+        result.add_(power, alpha=c)
+    return _plus_identity(result, constant)
+
+
+def _plus_identity(x: Tensor, c: float) -> Tensor:
+    """Add c to the diagonal of a new x, and return it."""
+    if c:
+        x.diagonal(dim1=-2, dim2=-1).add_(c)
+    return x
+
+
+# -- large angles --------------------------------------------------------------------------------------------
+
+
+def _by_iteration(omega: Tensor, longest: float) -> Tensor:
+    """Return the polar factor of I + Ω, less I, whose singular values are between 1 and ``longest``."""
+    z = _plus_identity(omega / longest, 1 / longest)
+    for a, b, c in _minimax(longest, torch.finfo(omega.dtype).eps):
+        gram = dense.adjoint_times(z, z)
+        z = z @ _plus_identity(dense.plus_product(b * gram, c * gram, gram), a)
+    return _plus_identity(z, -1.0)
+
+
+@functools.cache
+def _minimax(longest: float, eps: float) -> list[tuple[float, float, float]]:
+    """Return polynomials a x + b x³ + c x⁵ whose composition is 1 on [1 / longest, 1] to rounding."""
+    low, high, found = 1 / longest, 1.0, []
+    while high - low > eps:
+        a, b, c, error = _alternant(low, high)
+        found.append((a, b, c))
+        low, high = 1 - error, 1 + error
+    return found
+
+
+def _alternant(low: float, high: float) -> tuple[float, float, float, float]:
+    """Return the odd polynomial of degree 5 closest to 1 on [low, high], and its error, by Remez's exchange."""
+    if high - low < 1e-3:  # the first terms of 1 - (1 - x²) ...: the exchange would be singular
+        return 15 / 8, -10 / 8, 3 / 8, (high - low) ** 3
+    points = np.linspace(low, high, 4)
+    for _ in range(50):
+        system = np.stack([points, points**3, points**5, [1.0, -1.0, 1.0, -1.0]], -1)
+        a, b, c, error = np.linalg.solve(system, np.ones(4))
+        turns = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
+        points = np.array([low, *turns, high])
+    return float(a), float(b), float(c), float(abs(error))
+
+
+def _by_eigenvalues(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the increment of the phases α(θ), whatever θ is, in double precision."""
+    wide = omega.to(dense.high_precision(omega.dtype))
+    return dense.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)

@@ -1,0 +1,84 @@
+r"""Any rank on square X, without a frame: the tangent X Ω, its geodesic and its polar retraction by matrix products.
+
+A tangent at square X is u = X Ω with a skew-Hermitian Ω; from any G it is :math:`\Omega = \mathrm{skew}(X^H G)`, which
+is the Riemannian gradient :math:`\tfrac12(G - X G^H X)` as well.  A move turns the eigenspaces of Ω by α(θ):
+:math:`Y = X f(\Omega)`, with f(Ω) from :mod:`projunn_manifold.linalg.phases`.  A vector is carried by g = Y X^H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import final
+
+from torch import Tensor
+
+from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.products import Matrix
+from projunn_manifold.moves.angle import Angle
+from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.sketching.lowrank import Scalar
+
+__all__ = ["FullRankTangent"]
+
+
+@final
+@dataclass(frozen=True)
+class FullRankTangent(Tangent):
+    """The tangent X Ω; ``left`` is a copy of X, for X may move before u is read, and ``right`` is Ω^H = -Ω."""
+
+    @classmethod
+    def of_vector(cls, x: Matrix, u: Tensor) -> FullRankTangent:
+        """Return X skew(X^H u): the projection of u, and the Riemannian gradient of a Euclidean one; one product."""
+        point = x.dense()
+        turned = u.mH @ point  # (X^H u)^H
+        return cls(Footpoint.of(x.like), point.clone(), dense.skew(turned))
+
+    def scaled(self, c: Scalar) -> FullRankTangent:
+        """Return ``c`` times the tangent."""
+        factor = c.to(self.right.real.dtype)[..., None, None] if isinstance(c, Tensor) else c
+        return replace(self, right=self.right * factor)
+
+    def masked(self, kept: Tensor) -> FullRankTangent:
+        """Return the tangent with zero for the matrices that are not kept."""
+        return replace(self, right=where_kept(kept, self.right))
+
+    def outer(self) -> tuple[Tensor, Tensor]:
+        """Return X and Ω^H."""
+        return self.left, self.right
+
+    def squared_norm(self) -> Tensor:  # (*batch,), double
+        """Return ‖Ω‖²."""
+        return dense.squared_norm(self.right)
+
+    def move(self, angle: Angle) -> FullRankMove:
+        """Return the move that turns the rotation angles θ into α(θ)."""
+        return FullRankMove(self.left, angle.increment(-self.right))
+
+
+@final
+class FullRankMove:
+    """The map X ↦ Y = X f(Ω), known by X and f(Ω) - I."""
+
+    def __init__(self, x: Tensor, increment: Tensor) -> None:
+        self._x, self._increment = x, increment
+
+    @cached_property
+    def _y(self) -> Tensor:
+        return dense.plus_product(self._x, self._x, self._increment)
+
+    def apply_(self, x: Matrix) -> Tensor:
+        """Move X in place and return its tensor."""
+        return x.dense().copy_(self._y)
+
+    def apply(self, x: Matrix) -> Tensor:
+        """Return Y."""
+        return self._y
+
+    def transport(self, v: Tensor) -> Tensor:
+        """Return Y X^H v, the tangent v at X carried to Y."""
+        return self._y @ dense.adjoint_times(self._x, v)
+
+    def transport_(self, v: Tensor) -> Tensor:
+        """Carry v to Y in place."""
+        return v.copy_(self.transport(v))
