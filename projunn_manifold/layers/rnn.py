@@ -149,7 +149,7 @@ def _uniform_(inward: Tensor) -> None:
 
 def _check_bool(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 class UnitaryRNNCell(_Recurrent):
