@@ -58,6 +58,10 @@ LAYERS = {
     "modrelu": (lambda dtype: layers.ModReLU(8, dtype=dtype), (5, 8)),
     "cell": (lambda dtype: layers.UnitaryRNNCell(3, 8, dtype=dtype), (5, 3)),
     "two-layer network": (lambda dtype: layers.UnitaryRNN(3, 8, 2, "tanh", dtype=dtype), (4, 5, 3)),
+    "network of two directions": (
+        lambda dtype: layers.UnitaryRNN(3, 8, 2, dtype=dtype, bidirectional=True),
+        (4, 5, 3),
+    ),
     "network of a function": (lambda dtype: layers.UnitaryRNN(3, 8, nonlinearity=torch.sin, dtype=dtype), (4, 5, 3)),
     "wide network": (lambda dtype: layers.UnitaryRNN(3, WIDE, dtype=dtype), (4, 5, 3)),
     "convolution": (lambda dtype: convolution(dtype)(3, 4, image_size=6, dtype=dtype), (2, 3, 6, 6)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifol
 from projunn_manifold.layers.modrelu import ModReLU
 from projunn_manifold.layers.recurrence import NONLINEARITIES, recurrence, step_by_step
 from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
-from projunn_manifold.validation import check_positive
+from projunn_manifold.validation import check_positive, warn
 
 __all__ = ["UnitaryRNN", "UnitaryRNNCell"]
 
@@ -36,6 +36,7 @@ class _Recurrent(KeepsManifolds):
         super().__init__()
         check_positive("input_size", input_size)
         check_positive("hidden_size", hidden_size)
+        _check_bool("bias", bias)
         if not callable(nonlinearity) and nonlinearity not in NONLINEARITIES:
             known = ", ".join(map(repr, NONLINEARITIES))
             raise ValueError(f"nonlinearity must be one of {known}, or a function of a tensor, got {nonlinearity!r}")
@@ -109,19 +110,22 @@ class _Recurrent(KeepsManifolds):
 
     def extra_repr(self) -> str:
         """Return the sizes and what differs from the defaults, as torch.nn.RNN does."""
-        nonlinearity = self.nonlinearity if isinstance(self.nonlinearity, str) else "function"
         text = f"{self.input_size}, {self.hidden_size}"
         for name, value, default in (
             ("num_layers", getattr(self, "num_layers", 1), 1),
-            ("nonlinearity", nonlinearity, "modrelu"),
+            ("nonlinearity", self._nonlinearity_name(), "modrelu"),
             ("bias", self.bias, True),
             ("batch_first", getattr(self, "batch_first", False), False),
             ("dropout", getattr(self, "dropout", 0.0), 0.0),
+            ("bidirectional", getattr(self, "bidirectional", False), False),
             ("init", self.init, "henaff"),
         ):
             if value != default:
                 text += f", {name}={value}"
         return text
+
+    def _nonlinearity_name(self) -> str:
+        return self.nonlinearity if isinstance(self.nonlinearity, str) else "function"
 
     def _plain_nonlinearity(self) -> str:
         if self.nonlinearity not in ("relu", "tanh"):
@@ -130,12 +134,10 @@ class _Recurrent(KeepsManifolds):
 
 
 def _copy_weights_(plain: nn.RNN | nn.RNNCell, ours: nn.Module) -> None:
-    """Copy weights of the same names; torch's second bias is redundant."""
+    """Copy weights of the same names; torch's second bias, which is redundant, is zero and trained where ours is."""
     for name, p in plain.named_parameters():
-        if name.startswith("bias_hh"):
-            p.zero_()
-        else:
-            p.copy_(getattr(ours, name)).requires_grad_(getattr(ours, name).requires_grad)
+        own = getattr(ours, name.replace("bias_hh", "bias_ih"))
+        p.copy_(torch.zeros_like(own) if name.startswith("bias_hh") else own).requires_grad_(own.requires_grad)
 
 
 @torch.no_grad()
@@ -143,6 +145,11 @@ def _uniform_(inward: Tensor) -> None:
     """Fill with numbers of the size that torch.nn.RNN has."""
     bound = 1 / math.sqrt(len(inward))
     (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 class UnitaryRNNCell(_Recurrent):
@@ -156,7 +163,7 @@ class UnitaryRNNCell(_Recurrent):
         Whether there is a β (one: torch's second bias would be redundant).
     nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
         σ; a callable is a function of a tensor, such as a module.
-    k, manifold, init, device, dtype
+    device, dtype, k, manifold, init
         As for :class:`UnitaryRNN`.
     """
 
@@ -166,21 +173,21 @@ class UnitaryRNNCell(_Recurrent):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str | Callable[[Tensor], Tensor] = "modrelu",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         k: int | None = 1,
         manifold: UnitaryLowRank | None = None,
         init: str = "henaff",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
         self._add_layer("", input_size, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
         self.remember_manifolds()
 
-    def forward(self, x: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
         """Return the next state."""
-        self._check_input(x, (1, 2))
-        x = cast(self, x, "input", self._weight("weight_hh").dtype)
+        self._check_input(input, (1, 2))
+        x = cast(self, input, "input", self._weight("weight_hh").dtype)
         hx = self._first_state(hx, (*x.shape[:-1], self.hidden_size), x)
         batched = x.dim() == 2
         state = self._run_layer("", x[None] if batched else x[None, None], hx if batched else hx[None])
@@ -194,6 +201,39 @@ class UnitaryRNNCell(_Recurrent):
         with torch.no_grad():
             _copy_weights_(plain, self)
         return plain.train(self.training)
+
+
+#: How names of the direction from the end to the beginning end.
+_REVERSE = "_reverse"
+
+
+def _check_dropout(dropout: object, num_layers: int) -> float:
+    """Return the share as a float; warn of one that does nothing."""
+    if isinstance(dropout, bool) or not isinstance(dropout, SupportsFloat) or not 0 <= float(dropout) <= 1:
+        raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
+    if float(dropout) > 0 and num_layers == 1:
+        warn(f"dropout={dropout} does nothing: states are dropped between layers, and num_layers is 1")
+    return float(dropout)
+
+
+def _steps(x: Tensor) -> Tensor:  # (T, B, ·) -> (T, 1)
+    return torch.arange(x.shape[0], device=x.device)[:, None]
+
+
+def _last(states: Tensor, lengths: Tensor | None) -> Tensor:  # (T, B, n), (B,) -> (B, n)
+    """Return the state at the end of each sequence."""
+    if lengths is None:
+        return states[-1]
+    return states[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
+
+
+def _backwards(x: Tensor, lengths: Tensor | None) -> Tensor:  # (T, B, ·), (B,) -> (T, B, ·)
+    """Return each sequence from its end to its beginning; what fills it up after the end stays there."""
+    if lengths is None:
+        return x.flip(0)
+    steps, batch = _steps(x), torch.arange(len(lengths), device=x.device)
+    order = torch.where(steps < lengths, lengths - 1 - steps, steps) * len(lengths) + batch
+    return x.flatten(0, 1).index_select(0, order.flatten()).view_as(x)
 
 
 class UnitaryRNN(_Recurrent):
@@ -216,19 +256,30 @@ class UnitaryRNN(_Recurrent):
         Input and output are ``(B, T, ·)`` instead of ``(T, B, ·)``.
     dropout : float
         Share of states set to zero between layers, while training.
-    k : int or None
-        Rank of the moves, for manifolds made here, one for each layer.
-    manifold : UnitaryLowRank, optional
-        One for all layers, to be used instead.
-    init : {"henaff", "cayley", "haar", "identity"}
-        First transition.
+    bidirectional : bool
+        Every layer also runs over the sequence from its end, with weights and a manifold of its own: ``weight_hh_l0``
+        and ``weight_hh_l0_reverse``.  The states of both directions are concatenated.
+    proj_size : int
+        0, as in ``torch.nn.RNN``: a projection would take the norm of the states away.
     device, dtype
         As in torch.nn; a complex dtype gives a unitary network, and real input is converted to complex.
+    k : int or None
+        Rank of the moves, for manifolds made here, one for each layer and direction.
+    manifold : UnitaryLowRank, optional
+        One for all layers and directions, to be used instead.
+    init : {"henaff", "cayley", "haar", "identity"}
+        First transition.
 
     Raises
     ------
     ValueError, TypeError
-        Unknown names, sizes below 1; in ``forward``: wrong shapes or dtypes of input or first state, no time step.
+        Unknown names, sizes below 1, a projection; in ``forward``: wrong shapes or dtypes of input or first state, no
+        time step.
+
+    Warns
+    -----
+    RuntimeWarning
+        Dropout with one layer, which has nothing between layers to drop.
 
     References
     ----------
@@ -259,28 +310,63 @@ class UnitaryRNN(_Recurrent):
         bias: bool = True,
         batch_first: bool = False,
         dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
         *,
         k: int | None = 1,
         manifold: UnitaryLowRank | None = None,
         init: str = "henaff",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
         check_positive("num_layers", num_layers)
-        if isinstance(dropout, bool) or not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be a number from 0 to 1, got {dropout!r}")
-        self.num_layers, self.batch_first, self.dropout = num_layers, batch_first, dropout
+        _check_bool("batch_first", batch_first)
+        _check_bool("bidirectional", bidirectional)
+        if proj_size != 0:
+            raise ValueError(
+                f"proj_size must be 0, as for torch.nn.RNN, got {proj_size!r}; pass device and dtype by keyword, or "
+                "after it"
+            )
+        self.num_layers, self.dropout = num_layers, _check_dropout(dropout, num_layers)
+        self.batch_first, self.bidirectional, self.proj_size = batch_first, bidirectional, 0
         for layer in range(num_layers):
-            own = UnitaryLowRank(k) if manifold is None else manifold
-            self._add_layer(f"_l{layer}", input_size if layer == 0 else hidden_size, own, device, dtype)
+            suffixes = self._suffixes(layer)
+            width = input_size if layer == 0 else len(suffixes) * hidden_size
+            for suffix in suffixes:
+                self._add_layer(suffix, width, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
         self.remember_manifolds()
 
+    def _suffixes(self, layer: int) -> list[str]:
+        """Return how the names of a layer's weights end, for each direction."""
+        return [f"_l{layer}", f"_l{layer}{_REVERSE}"] if self.bidirectional else [f"_l{layer}"]
+
+    @property
+    def mode(self) -> str:
+        """The nonlinearity by torch's name: ``"RNN_TANH"``, ``"RNN_RELU"``, and ``"RNN_MODRELU"`` and so on."""
+        return f"RNN_{self._nonlinearity_name().upper()}"
+
+    @property
+    def _all_weights(self) -> list[list[str]]:  # a private name of torch.nn.RNN that programs go through
+        kinds = ("weight_ih", "weight_hh", "bias_ih")[: 3 if self.bias else 2]
+        suffixes = [suffix for layer in range(self.num_layers) for suffix in self._suffixes(layer)]
+        return [[f"{kind}{suffix}" for kind in kinds] for suffix in suffixes]
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """V, W and β, if there is one, for each layer and direction; not the parameters of σ."""
+        return [[self._weight(name) for name in names] for names in self._all_weights]
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: ``torch.nn.RNN`` arranges its weights for cuDNN, which is not used here."""
+
     def forward(self, input: Tensor | PackedSequence, hx: Tensor | None = None) -> Any:
-        """Return the last layer's states, and the last state of every layer ``(num_layers, B, n)``.
+        """Return the last layer's states, and the last state of every layer and direction.
 
         ``input`` is ``(T, B, m)``, ``(T, m)``, with ``batch_first`` ``(B, T, m)``, or a PackedSequence; the states have
-        its form.  ``hx`` holds first states, ``(num_layers, B, n)`` or, for unbatched input, ``(num_layers, n)``.
+        its form, with D n features for D directions.  ``hx`` holds first states, ``(D num_layers, B, n)`` or, for
+        unbatched input, ``(D num_layers, n)``, directions of one layer side by side; so do the last states.  The
+        last state of a direction that runs from the end stands at the first time step.
         """
         if isinstance(input, PackedSequence):
             return self._run_packed(input, hx)
@@ -289,26 +375,41 @@ class UnitaryRNN(_Recurrent):
         x = input if batched else input[None] if self.batch_first else input[:, None]
         x = x.transpose(0, 1) if self.batch_first else x
         if hx is not None and hx.dim() != x.dim() - (not batched):
-            shape = (self.num_layers, *((x.shape[1],) if batched else ()), self.hidden_size)
+            shape = self._shape_of_states(*((x.shape[1],) if batched else ()))
             raise ValueError(f"UnitaryRNN: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
-        states, last = self._run(x, hx if hx is None or batched else hx[:, None], lambda states: states[-1])
+        states, last = self._run(x, hx if hx is None or batched else hx[:, None])
         states = states.transpose(0, 1) if self.batch_first else states
         return (states, last) if batched else (states.squeeze(0 if self.batch_first else 1), last.squeeze(1))
 
+    def _shape_of_states(self, *batch: int) -> tuple[int, ...]:
+        return (self.num_layers * len(self._suffixes(0)), *batch, self.hidden_size)
+
     def _run(
-        self, x: Tensor, hx: Tensor | None, last_of: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:  # (T, B, m), (L, B, n) -> (T, B, n), (L, B, n)
+        self, x: Tensor, hx: Tensor | None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:  # (T, B, m), (L D, B, n), (B,) -> (T, B, D n), (L D, B, n)
         if x.shape[0] == 0:
             raise ValueError("UnitaryRNN: expected at least one time step, got none")
         x = cast(self, x, "input", self._weight("weight_hh_l0").dtype)
-        hx = self._first_state(hx, (self.num_layers, x.shape[1], self.hidden_size), x)
-        last = []
+        hx = self._first_state(hx, self._shape_of_states(x.shape[1]), x)
+        last: list[Tensor] = []
         for layer in range(self.num_layers):
             if layer > 0:
                 x = nn.functional.dropout(x, self.dropout, self.training)
-            x = self._run_layer(f"_l{layer}", x, hx[layer])
-            last.append(last_of(x))
+            first = enumerate(self._suffixes(layer), len(last))
+            found = [self._run_direction(suffix, x, hx[i], lengths) for i, suffix in first]
+            x = torch.cat([states for states, _ in found], -1) if self.bidirectional else found[0][0]
+            last += [end for _, end in found]
         return x, torch.stack(last)
+
+    def _run_direction(
+        self, suffix: str, x: Tensor, h0: Tensor, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:  # (T, B, m), (B, n), (B,) -> (T, B, n), (B, n)
+        """Return the states of one direction of a layer in the order of time, and the last that it comes to."""
+        if not suffix.endswith(_REVERSE):
+            states = self._run_layer(suffix, x, h0)
+            return states, _last(states, lengths)
+        states = self._run_layer(suffix, _backwards(x, lengths), h0)
+        return _backwards(states, lengths), _last(states, lengths)
 
     def _run_packed(self, packed: PackedSequence, hx: Tensor | None) -> tuple[PackedSequence, Tensor]:
         """Run over the padded sequences: states beyond a sequence's end are computed and dropped."""
@@ -317,12 +418,10 @@ class UnitaryRNN(_Recurrent):
         x, lengths = pad_packed_sequence(sorted_)
         if hx is not None and packed.sorted_indices is not None and hx.dim() == 3:
             hx = hx[:, packed.sorted_indices]
-        ends, rows = (lengths - 1).to(x.device), torch.arange(x.shape[1], device=x.device)
-        states, last = self._run(x, hx, lambda states: states[ends, rows])
-        valid = torch.arange(x.shape[0], device=lengths.device)[:, None] < lengths
-        output = PackedSequence(
-            states[valid.to(x.device)], packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices
-        )
+        lengths = lengths.to(x.device)
+        states, last = self._run(x, hx, lengths)
+        valid = _steps(x) < lengths
+        output = PackedSequence(states[valid], packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         return output, last if packed.unsorted_indices is None else last[:, packed.unsorted_indices]
 
     def to_plain(self) -> nn.RNN:
@@ -339,6 +438,7 @@ class UnitaryRNN(_Recurrent):
             bias=self.bias,
             batch_first=self.batch_first,
             dropout=self.dropout,
+            bidirectional=self.bidirectional,
             device=weight.device,
             dtype=weight.dtype,
         )

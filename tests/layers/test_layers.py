@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers import bound, error
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
 from projunn_manifold.layers import (
@@ -25,50 +24,6 @@ from projunn_manifold.layers import (
 )
 from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
-
-
-def network(**kwargs):
-    torch.manual_seed(0)
-    made = UnitaryRNN(4, 10, dtype=torch.float64, **kwargs)
-    with torch.no_grad():
-        for name, p in made.named_parameters():
-            if "bias" in name:
-                p.normal_(0, 0.1)
-    return made
-
-
-@pytest.mark.parametrize("nonlinearity", ["relu", "tanh"])
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-@pytest.mark.parametrize("with_hx", [True, False])
-@pytest.mark.parametrize("form", ["batch", "one", "packed", "sorted"])
-def test_it_is_torch_nn_rnn_with_a_unitary_weight(draw, nonlinearity, layers, bias, batch_first, with_hx, form):
-    ours = network(num_layers=layers, nonlinearity=nonlinearity, bias=bias, batch_first=batch_first)
-    plain = ours.to_plain()
-    assert type(plain) is nn.RNN
-    if form in ("packed", "sorted"):
-        lengths = (5, 7, 1, 5) if form == "packed" else (7, 5, 5, 1)
-        sequences = [draw.matrix(length, 4, dtype=torch.float64) for length in lengths]
-        x = pack_sequence(sequences, enforce_sorted=form == "sorted")
-    else:
-        x = draw.matrix(*((6, 7, 4) if form == "batch" else (6, 4)), dtype=torch.float64)
-    batch = () if form == "one" else (4,) if form in ("packed", "sorted") else (6 if batch_first else 7,)
-    hx = draw.matrix(layers, *batch, 10, dtype=torch.float64) if with_hx else None
-    (states, last), (expected, expected_last) = ours(x, hx), plain(x, hx)
-    if form in ("packed", "sorted"):
-        assert torch.equal(states.batch_sizes, expected.batch_sizes)
-        padded, lengths = pad_packed_sequence(states)
-        states, expected = states.data, expected.data
-        assert padded.shape == (7, 4, 10)
-    assert states.shape == expected.shape
-    assert last.shape == expected_last.shape
-    assert torch.allclose(states, expected, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(last, expected_last, rtol=1e-12, atol=1e-12)
-    (states.sum() + last.square().sum()).backward()
-    (expected.sum() + expected_last.square().sum()).backward()
-    for name, p in ours.named_parameters():
-        assert torch.allclose(p.grad.clone(), getattr(plain, name).grad, rtol=1e-9, atol=1e-9), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
