@@ -16,6 +16,7 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
+from projunn_manifold.moves.move import expanded
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import Scalar
 
@@ -77,7 +78,7 @@ class FullRankMove:
 
     def transport(self, v: Tensor) -> Tensor:
         """Return Y X^H v, the tangent v at X carried to Y."""
-        return self._y @ dense.adjoint_times(self._x, v)
+        return self._y @ dense.adjoint_times(self._x, expanded(v, self._x))
 
     def transport_(self, v: Tensor) -> Tensor:
         """Carry v to Y in place."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix, matrix
 
-__all__ = ["LowRankMove", "Move"]
+__all__ = ["LowRankMove", "Move", "expanded"]
 
 
 class Move(Protocol):
@@ -62,13 +62,13 @@ class LowRankMove:
 
     def apply(self, x: Matrix) -> Tensor:
         """Return the moved point in fresh memory of X's layout."""
-        whole = self._expanded(x.like)
+        whole = expanded(x.like, self.left)
         x = x if whole is x.like else matrix(whole)
         return x.plus_product(_thin(self.left, self.core), self.right)
 
     def transport(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X carried to Y."""
-        known = matrix(self._expanded(v))
+        known = matrix(expanded(v, self.left))
         return known.plus_product(*self._rotation_of(known))
 
     def transport_(self, v: Tensor) -> Tensor:
@@ -81,17 +81,18 @@ class LowRankMove:
         group = complete_to_unitary(self.core) if self.group is None else self.group
         return _thin(self.left, group), v.adjoint_times(self.left)
 
-    def _expanded(self, x: Tensor) -> Tensor:
-        """Expand x to the batch of the move, where they differ."""
-        batch = self.left.shape[:-2]
-        if x.shape[:-2] == batch:
-            return x
-        try:
-            return x.expand(*batch, *x.shape[-2:])
-        except RuntimeError:
-            raise ValueError(
-                f"a matrix of batch shape {tuple(x.shape[:-2])} cannot follow a move of batch shape {tuple(batch)}"
-            ) from None
+
+def expanded(x: Tensor, left: Tensor) -> Tensor:
+    """Expand x to the batch of a move, where they differ."""
+    batch = left.shape[:-2]
+    if x.shape[:-2] == batch:
+        return x
+    try:
+        return x.expand(*batch, *x.shape[-2:])
+    except RuntimeError:
+        raise ValueError(
+            f"a matrix of batch shape {tuple(x.shape[:-2])} cannot follow a move of batch shape {tuple(batch)}"
+        ) from None
 
 
 def _thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r) -> (*batch, n, r), stored by columns

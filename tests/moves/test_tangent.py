@@ -8,6 +8,7 @@ from projunn_manifold import reference
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.moves.angle import GEODESIC, POLAR
 from projunn_manifold.moves.frame import FramedTangent
+from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.rank_k import RankKTangent
 from projunn_manifold.moves.rank_one import RankOneTangent
 from projunn_manifold.moves.tangent import Footpoint
@@ -21,6 +22,8 @@ LEAVES = [
     (FramedTangent, (12, 12), 2),
     (FramedTangent, (14, 6), 2),
     (FramedTangent, (3, 9, 5), 1),
+    (FullRankTangent, (12, 12), 12),
+    (FullRankTangent, (3, 8, 8), 8),
 ]
 
 
@@ -32,6 +35,8 @@ def given(request, draw):
         kind, shape, k = request.param
         x, (a, b) = draw.point(*shape, dtype=dtype), draw.factors(shape, k, dtype, norm)
         u = reference.gradient(double(x), double(a) @ double(b).mH)
+        if kind is FullRankTangent:
+            return x, kind.of_vector(matrix(x), a @ b.mH), u
         return x, kind.of_gradient(matrix(x), LowRank(a, b)), u
 
     return make

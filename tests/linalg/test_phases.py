@@ -1,0 +1,110 @@
+"""The increments of geodesic and polar retraction by products, against eigendecompositions in double precision."""
+
+import pytest
+import torch
+from helpers import DTYPES, bound, double, error
+
+from projunn_manifold import context
+from projunn_manifold.linalg import phases
+
+INCREMENTS = [(phases.exponential_increment, lambda theta: theta), (phases.polar_increment, torch.atan)]
+SIZES = [0.0, 1e-8, 1e-4, 0.02, 0.05, 0.12, 0.3, 0.7, 1.0, 1.4, 1.99, 2.5, 5.0, 7.9, 15.0, 63.0, 70.0, 500.0]
+
+
+@pytest.fixture(params=INCREMENTS, ids=["exponential", "polar"])
+def increment(request):
+    return request.param
+
+
+@pytest.fixture
+def skew(draw):
+    """Random skew-Hermitian matrices of a spectral norm."""
+
+    def make(size, dtype, *shape):
+        omega = double(draw.matrix(*shape, dtype=dtype))
+        omega = omega - omega.mH
+        norm = torch.linalg.matrix_norm(omega, 2)[..., None, None]
+        return (omega * (size / norm.clamp_min(1e-300))).to(dtype)
+
+    return make
+
+
+def exact(omega, alpha):
+    theta, q = torch.linalg.eigh(-1j * omega.to(torch.complex128))
+    return (q * torch.expm1(1j * alpha(theta)).unsqueeze(-2)) @ q.mH
+
+
+def away(found, omega, alpha):
+    expected = exact(omega, alpha)
+    assert found.dtype == omega.dtype
+    return error(found, expected if omega.is_complex() else expected.real)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (33, 33), (3, 12, 12), (2, 2, 5, 5), (0, 4, 4)], ids=str)
+def test_increments_of_any_size(increment, skew, shape, size, dtype):
+    function, alpha = increment
+    omega = skew(size, dtype, *shape)
+    assert function(omega).shape == omega.shape
+    if omega.numel():
+        assert away(function(omega), omega, alpha) <= bound(dtype, size / 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [0.0, 1e-4, 0.3, 7.0, 60.0])
+def test_the_fixed_number_of_products(increment, skew, size, dtype, monkeypatch):
+    monkeypatch.setattr(context, "readable", lambda x: False)
+    function, alpha = increment
+    omega = skew(size, dtype, 3, 10, 10) / 4  # the bound of a row sum is up to three times the norm
+    assert away(function(omega), omega, alpha) <= bound(dtype, size)
+
+
+def test_a_longer_one_is_shortened_where_the_host_cannot_look(increment, skew, monkeypatch):
+    monkeypatch.setattr(context, "readable", lambda x: False)
+    function, alpha = increment
+    omega = skew(1e4, torch.float64, 8, 8)
+    short = omega * (phases.LONGEST / (omega @ omega).abs().sum(-1).amax().sqrt())
+    assert away(function(omega), short, alpha) <= bound(torch.float64, phases.LONGEST)
+
+
+@pytest.mark.parametrize("size", [0.01, 0.5, 3.0])
+def test_matrices_of_different_sizes_in_a_stack(increment, skew, size):
+    function, alpha = increment
+    omega = torch.stack([skew(size * factor, torch.float32, 9, 9) for factor in (1e-6, 0.1, 1.0)])
+    assert away(function(omega), omega, alpha) <= bound(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("size", [0.05, 0.9, 5.0])
+def test_derivatives(increment, skew, size, dtype):
+    function, _ = increment
+    omega = skew(size, dtype, 4, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: function((t - t.mH) / 2), (omega,))
+
+
+def test_a_transformed_call_is_the_plain_one(increment, skew):
+    function, _ = increment
+    omega = skew(0.7, torch.float64, 3, 6, 6)
+    assert error(torch.func.vmap(function)(omega), function(omega)) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("function", "size", "most"),
+    [
+        (phases.exponential_increment, 0.03, 2),
+        (phases.exponential_increment, 0.9, 6),
+        (phases.polar_increment, 0.005, 2),
+        (phases.polar_increment, 0.05, 3),
+        (phases.polar_increment, 1.0, 8),
+        (phases.polar_increment, 7.0, 15),
+    ],
+)
+def test_how_many_products_are_made(skew, function, size, most):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    n = 256
+    omega = skew(size, torch.float32, n, n)
+    with FlopCounterMode(display=False) as operations:
+        function(omega)
+    assert operations.get_total_flops() <= most * 2 * n**3
