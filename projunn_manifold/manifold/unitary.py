@@ -35,6 +35,7 @@ __all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of
 
 _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
 _PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
+_DENSE_RATE = 2  # a product over all columns rounds once, whatever their number; k passes round k times
 _THIN = 16  # cost of an entry in a product with thin factors, relative to the product that forms a gradient
 
 
@@ -75,8 +76,8 @@ class UnitaryLowRank(Geometry):
         never touched; replicas with equal seeds draw equal sketches.
     sweep : int or None
         Steps in which the drift correction visits every column once, on average; never more than one column per
-        step.  Visits are k times as frequent (2k times if complex), because rounding has that times the variance.  The
-        correction undoes what rounding does to a point (:mod:`projunn_manifold.moves.drift`), up to 32 columns at a
+        step.  Visits are k times as frequent (2k times if complex, twice for dense moves), because rounding has that
+        times the variance.  The correction undoes what rounding does to a point (:mod:`projunn_manifold.moves.drift`), up to 32 columns at a
         time in an optimiser's move, at the cost of at most :math:`4 k n^2` operations per step.  None: no correction.
     non_finite : {"raise", "skip"}
         What to do with a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
@@ -362,7 +363,8 @@ class UnitaryLowRank(Geometry):
 
     def _correct_(self, x: Tensor) -> None:
         """Correct the block of columns that is due, if any."""
-        rate = (self.k or x.shape[-1]) * (2 if x.is_complex() else 1)
+        rate = _DENSE_RATE if self.k is None or self.is_dense(x) else self.k
+        rate *= 2 if x.is_complex() else 1
         start = self._schedule.first_due_column(self._state.turn(), x.shape[-1], rate)
         if start is None or not x.numel() or context.traced():
             return
