@@ -1,7 +1,7 @@
 """One matrix in many processes: what a step costs each of them, by a model, by measurement and by simulation.
 
 Three ways to step on an n x n matrix, k = 1: the gradient is averaged and every process makes the same step (DDP); only
-sketches travel (``data_parallel``); every process has some rows (``DTensor``).  Run ``python benchmarks/sharded.py``
+sketches are sent (``data_parallel``); every process has some rows (``DTensor``).  Run ``python benchmarks/sharded.py``
 (six minutes): 1, 2 and 4 processes on gloo are measured, and the first of up to 1024, whose peers do not answer, is run
 alone for its own share of work, memory and traffic.  It leaves ``sharded.json`` and ``sharded.png``;
 ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.

@@ -1,4 +1,4 @@
-"""Training in several processes: what travels, and how long a step takes, by sketches, by matrices and by PowerSGD.
+"""Training in several processes: communication and time of a step with sketches, with matrices and with PowerSGD.
 
 Run ``torchrun --nproc-per-node 2 examples/distributed.py`` (a minute): a classifier of scikit-learn's digits with one
 unitary layer of n x n, trained by torch's DistributedDataParallel as it is, by the exchange of sketches, and, without
