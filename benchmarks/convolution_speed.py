@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 from common.resnet import aoc
 from suite.counting import Allocations
 
@@ -149,7 +149,7 @@ def _short(value: float) -> float:
 
 def table(record: dict[str, Any]) -> str:
     """Return times, ratios and memory, and the exponent of C from 64 to 256."""
-    rows = [["C, pixels, batch", "subject", "ms for a step", "times ours", "peak, MiB"]]
+    rows = [["C, pixels, batch", "layer", "ms per step", "relative to ours", "peak (MiB)"]]
     for case in record["cases"]:
         cells = [cell for cell in record["cells"] if [cell["channels"], cell["size"], cell["batch"]] == list(case)]
         ours = next(cell["ms"]["median"] for cell in cells if cell["name"] == OURS)
@@ -161,8 +161,9 @@ def table(record: dict[str, Any]) -> str:
             ms = cell["ms"]
             spread = f"{ms['median']:.3g} ({ms['lower']:.3g}–{ms['upper']:.3g})"
             rows.append([*head, spread, f"{ms['median'] / ours:.2f}", f"{cell['peak_mib']:.3g}"])
-    grows = ", ".join(f"{name} {time:.2f} and {memory:.2f}" for name, (time, memory) in _exponents(record).items())
-    return f"{markdown(rows)}\n\nExponents of C, of time and memory, from 64 to 256 channels at 16² pixels: {grows}."
+    grows = "; ".join(f"{name}: {time:.2f} and {memory:.2f}" for name, (time, memory) in _exponents(record).items())
+    growth = "Growth of time and memory from 64 to 256 channels at 16² pixels, as exponents of C"
+    return f"{markdown(rows)}\n\n{growth}: {grows}."
 
 
 def _exponents(record: dict[str, Any]) -> dict[str, list[float]]:
@@ -212,7 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if not record["quick"]:
         draw(options.out / "convolution_speed.png", record)
-    text = f"On {record['machine']}:\n\n{table(record)}"
+    text = f"Measured on {machine_of(record)}:\n\n{table(record)}"
     tell(options, "convolution speed", text)
     return 0
 

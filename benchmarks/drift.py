@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, recorded, tell
+from common.report import add_record_options, environment, machine_of, recorded, tell
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_d_
 from projunn_manifold.linalg import dense
@@ -289,9 +289,9 @@ def _draw_panel(axes: Axes, curves: list[dict[str, Any]]) -> None:
 
 def table(curves: list[dict[str, Any]]) -> str:
     """Return the largest error of every curve."""
-    lines = ["| point | who | step | steps | largest error | promised |", "|---|---|---:|---:|---:|---:|"]
+    lines = ["| point | method | step size | steps | largest error | promised |", "|---|---|---:|---:|---:|---:|"]
     for curve in curves:
-        size = "training" if curve["size"] is None else f"{curve['size']:g}"
+        size = "–" if curve["size"] is None else f"{curve['size']:g}"
         promised = f"{curve['promised']:.0e}" if curve["promised"] else ""
         largest = f"{curve['largest']:.1e}" if curve["largest"] < 1e300 else "not finite"
         ended = " (then its SVD fails)" if curve["failure"] else ""
@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     curves = record["curves"]
     draw(options.out / "drift.png", curves)
-    machine = f"One run on {record['machine']}; *sweep* is the default, 256, if not said otherwise.\n\n"
+    machine = f"One run on {machine_of(record)}.  `sweep` is 256, the default, unless stated otherwise.\n\n"
     tell(options, "drift table", machine + table(curves))
     broken = [curve for curve in curves if curve["promised"] and not curve["largest"] <= curve["promised"]]
     for curve in broken:

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 from suite.in_turn import milliseconds
 
 from projunn_manifold.layers import UnitaryConvRNNCell
@@ -51,7 +51,7 @@ def measure_all(rounds: int) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Return a row for each size."""
-    rows = [["numbers", "grid", "parametrisation, ms", "iteration, ms", "ratio"]]
+    rows = [["dtype", "grid", "parametrisation (ms)", "iteration (ms)", "ratio"]]
     for cell in record["cells"]:
         spread = [f"{b:.3g} ({a:.3g}–{c:.3g})" for a, b, c in (cell["parametrisation"], cell["iteration"])]
         ratio = cell["parametrisation"][1] / cell["iteration"][1]
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_record_options(command, "results/exponential_speed")
     options = command.parse_args(arguments)
     record = recorded(options, "exponential_speed", lambda: measure_all(options.rounds))
-    text = f"\n{table(record)}\n\nMedians and quartiles, on {record['machine']}.\n"
+    text = f"\n{table(record)}\n\nMedians, with quartiles in brackets, on {machine_of(record)}.\n"
     tell(options, "exponential speed", text)
     return 0
 

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 from suite.in_turn import milliseconds
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
@@ -72,12 +72,12 @@ def measure_all(rounds: int) -> dict[str, Any]:
 def table(record: dict[str, Any]) -> str:
     """Return a row for each case: SGD's time, all others as multiples of SGD's on the same parameters."""
     names = list(record["cells"][0]["times"])
-    rows = [["matrices", "parameters", f"{names[0]}, ms", *names[1:]]]
+    rows = [["matrices", "parameters", f"{names[0]} (ms)", *names[1:]]]
     for cell in record["cells"]:
         times, (number, n, m) = cell["times"], cell["shape"]
         unit = times[names[0]][1]
         ratios = [f"{b / unit:.2f} ({a / unit:.2f}–{c / unit:.2f})" for a, b, c in (times[name] for name in names[1:])]
-        count = str(number) if cell["separate"] else "1, a stack"
+        count = str(number) if cell["separate"] else "1 (a stack)"
         rows.append([f"{number} {cell['what']}, {n}×{m}", count, f"{unit:.3g}", *ratios])
     return markdown(rows)
 
@@ -89,7 +89,10 @@ def main(arguments: list[str] | None = None) -> int:
     add_record_options(command, "results/many_matrices")
     options = command.parse_args(arguments)
     record = recorded(options, "many_matrices", lambda: measure_all(options.rounds))
-    how = f"Medians and quartiles of {record['rounds']} steps, float32, k = 1, on {record['machine']}."
+    how = (
+        f"Medians of {record['rounds']} steps, with quartiles in brackets; the other columns are multiples of "
+        f"SGD's time.  float32, k = 1, on {machine_of(record)}."
+    )
     text = f"\n{table(record)}\n\n{how}\n"
     tell(options, "many matrices", text)
     return 0

@@ -24,7 +24,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, recorded, tell
+from common.report import add_record_options, environment, machine_of, recorded, tell
 from suite.timing import spread
 
 from projunn_manifold import UnitaryLowRank
@@ -160,10 +160,10 @@ def _bars(shape: tuple[int, int, int], ratios: dict[str, Any]) -> list[dict[str,
         for name in ("relu", "modrelu")
     ]
     times = ratio("the same cell (relu) as a Python loop") / ratio("UnitaryRNN(relu), dense gradient")
-    found.append(("times faster than a loop", "≥", loop, times))
+    found.append(("speed-up over a loop", "≥", loop, times))
     for name in ratios:
         if name.startswith("parametrizations"):
-            found.append((f"times faster than {name}", "≥", 10.0, ratio(name) / ratio("UnitaryRNN(relu)")))
+            found.append((f"speed-up over {name}", "≥", 10.0, ratio(name) / ratio("UnitaryRNN(relu)")))
     return [
         {"what": what, "limit": f"{sign} {limit:g}", "measured": float(f"{value:.3g}"), "met": _met(sign, limit, value)}
         for what, sign, limit, value in found
@@ -180,9 +180,9 @@ def table(record: dict[str, Any]) -> str:
     shapes = [tuple(cell["shape"]) for cell in record["cells"]]
     names = list(dict.fromkeys(name for cell in record["cells"] for name in cell["ratio"]))
     lines = [
-        f"| | {' | '.join(str(shape) for shape in shapes)} |",
+        f"| method | {' | '.join(str(shape) for shape in shapes)} |",
         f"|---|{'---:|' * len(shapes)}",
-        "| torch.nn.RNN(relu), SGD, seconds | "
+        "| torch.nn.RNN(relu), SGD (s) | "
         + " | ".join(f"{cell['seconds'][names[0]]['median']:.3g}" for cell in record["cells"])
         + " |",
     ]
@@ -190,12 +190,13 @@ def table(record: dict[str, Any]) -> str:
         found = (cell["ratio"].get(name) for cell in record["cells"])
         cells = (f"{r['median']:.2f} ({r['lower']:.2f}–{r['upper']:.2f})" if r else "" for r in found)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| (T, B, n) | bar | limit | measured | |", "|---|---|---:|---:|---|"]
+    lines += ["", "| (T, B, n) | bar | limit | measured | verdict |", "|---|---|---:|---:|---|"]
     for cell in record["cells"]:
         for bar in cell["bars"]:
             verdict = "met" if bar["met"] else "MISSED"
             shape = tuple(cell["shape"])
-            lines.append(f"| {shape} | {bar['what']} | {bar['limit']} | {bar['measured']:g} | {verdict} |")
+            what = bar["what"].replace("times faster than", "speed-up over")  # in older records
+            lines.append(f"| {shape} | {what} | {bar['limit']} | {bar['measured']:g} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -224,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     shapes = QUICK if options.quick else SHAPES
     record = recorded(options, "recurrent_speed", lambda: measure_all(shapes, options.rounds))
-    tell(options, "recurrent speed", f"One run on {record['machine']}:\n\n{table(record)}")
+    tell(options, "recurrent speed", f"One run on {machine_of(record)}:\n\n{table(record)}")
     return 0
 
 

@@ -37,7 +37,7 @@ def text(record: dict[str, Any]) -> str:
 def machine(record: dict[str, Any]) -> str:
     """Return the machine and the versions, in words."""
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    return f"{record['machine']}\n\n{versions}"
+    return f"{record['machine'].removesuffix(' used')}\n\n{versions}"
 
 
 def filled(page: str, record: dict[str, Any]) -> str:

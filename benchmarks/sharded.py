@@ -1,7 +1,7 @@
 """One matrix in many processes: what a step costs each of them, by a model, by measurement and by simulation.
 
 Three ways to step on an n x n matrix, k = 1: the gradient is averaged and every process makes the same step (DDP); only
-sketches travel (``data_parallel``); every process has some rows (``DTensor``).  Run ``python benchmarks/sharded.py``
+sketches are sent (``data_parallel``); every process has some rows (``DTensor``).  Run ``python benchmarks/sharded.py``
 (six minutes): 1, 2 and 4 processes on gloo are measured, and the first of up to 1024, whose peers do not answer, is run
 alone for its own share of work, memory and traffic.  It leaves ``sharded.json`` and ``sharded.png``;
 ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 
 from projunn_manifold import UnitaryLowRank, manifolds_of, reattach_manifolds
 from projunn_manifold.distributed import data_parallel
@@ -196,7 +196,7 @@ def measure(sizes: list[int], measured: tuple[int, ...], simulated: tuple[tuple[
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Return a row for each case: what was found, and what the model says."""
-    rows = [["what travels", "n", "processes", "carried, KiB", "model", "held, MiB", "model", "Mflop", "model", "ms"]]
+    rows = [["communicated", "n", "processes", "sent (KiB)", "model", "stored (MiB)", "model", "Mflop", "model", "ms"]]
     for c in cells:
         said = model(c["way"], c["n"], c["processes"])
         rows.append(
@@ -251,11 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
     record = recorded(options, "sharded", lambda: measure(options.sizes, *many))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "sharded.png", record)
-    how = f"Means of {record['steps']} steps, medians of milliseconds, without traffic where it is simulated"
     text = (
-        f"\nMeasured, gloo on the loopback interface:\n\n{table(record['measured'])}\n\n"
-        f"Simulated, the first process:\n\n{table(record['simulated'])}\n\n"
-        f"{how}; float32, k = 1, on {record['machine']}.\n"
+        f"\nMeasured, with gloo on the loopback interface:\n\n{table(record['measured'])}\n\n"
+        f"Simulated, for the first process:\n\n{table(record['simulated'])}\n\n"
+        f"Means of {record['steps']} steps; times are medians, and simulated times contain no communication.  float32, "
+        f"k = 1, on {machine_of(record)}.\n"
     )
     tell(options, "sharded", text)
     return 0

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common import descents, networks
 from common.matrices import Procrustes, RandomUnitary
 from common.networks import Choices
-from common.report import add_record_options, environment, markdown, recorded, tell, thinned
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell, thinned
 from common.tasks import Copying, Pixels
 from common.training import NonFiniteError, Run, train
 from suite.counting import Allocations
@@ -220,8 +220,8 @@ def _peak(setting: Setting, system: System) -> int:
 
 # -- reports ----------------------------------------------------------------------------------------------
 
-HEADER = ["system", "rate", "steps", "s", "loss at equal steps", "loss", "score", "goal at step"]
-HEADER += ["after, s", "error", "MiB"]
+HEADER = ["system", "learning rate", "steps", "time (s)", "loss at equal steps", "loss", "score", "goal at step"]
+HEADER += ["goal after (s)", "error", "MiB"]
 
 
 def table(record: dict[str, Any], task: str) -> str:
@@ -255,12 +255,14 @@ def text(record: dict[str, Any]) -> str:
     """Return all tables, and what is in them."""
     parts = []
     for name, about in record["tasks"].items():
+        about = about.replace(", where a training ends", "")  # of older records
         parts.append(f"### {name[0].upper()}{name[1:]}\n\n{table(record, name)}\n\n{about}")
-    limit = "no limit of time" if record["seconds"] is None else f"{record['seconds']:g} seconds for a cell"
+    limit = "no time limit" if record["seconds"] is None else f"{record['seconds']:g} seconds"
     parts.append(
-        f"One thread for a cell, {record['jobs']} at a time, {limit}; rates: the best of those tried, in the table.  "
-        "loss: mean of the last 10 steps; error: ‖WᵀW - I‖_F / √n; MiB: the most a training step has in use beyond "
-        f"weights and optimiser state.  On {record['machine']}."
+        f"Each training has one thread and {limit}; {record['jobs']} run at a time.  A training ends when it reaches "
+        "the goal.  Learning rate: the best of those tried.  Loss: mean of the last 10 steps.  Error: "
+        "‖WᵀW - I‖_F / √n.  MiB: peak memory of a training step beyond weights and optimiser state.  Measured on "
+        f"{machine_of(record)}."
     )
     return "\n\n".join(parts)
 
@@ -268,7 +270,7 @@ def text(record: dict[str, Any]) -> str:
 def about(setting: Setting) -> str:
     """Return a task in words."""
     task = setting.make(setting.hidden, 1, 0)
-    goal = "no goal" if task.goal is None else f"goal: loss {task.goal:.3g}, where a training ends"
+    goal = "no goal" if task.goal is None else f"goal: loss {task.goal:.3g}"
     return f"n = {setting.hidden}; equal steps: {setting.steps}; score: {task.measure}; {goal}."
 
 

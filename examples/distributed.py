@@ -1,4 +1,4 @@
-"""Training in several processes: what travels, and how long a step takes, by sketches, by matrices and by PowerSGD.
+"""Training in several processes: communication and time of a step with sketches, with matrices and with PowerSGD.
 
 Run ``torchrun --nproc-per-node 2 examples/distributed.py`` (a minute): a classifier of scikit-learn's digits with one
 unitary layer of n x n, trained by torch's DistributedDataParallel as it is, by the exchange of sketches, and, without
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common.data import digits
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 
 from projunn_manifold.distributed import data_parallel
 from projunn_manifold.layers import UnitaryLinear
@@ -103,7 +103,7 @@ def run(name: str, n: int, steps: int) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Return a row for each way and size."""
-    rows = [["n", "what travels", "KiB of a step", "ms for a step", "test accuracy", "unitarity error"]]
+    rows = [["n", "communicated", "KiB per step", "ms per step", "test accuracy", "unitarity error"]]
     for c in record["cells"]:
         low, middle, high = c["ms"]
         error = "–" if c["unitarity_error"] is None else f"{c['unitarity_error']:.1e}"
@@ -168,9 +168,10 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "distributed.png", record)
     text = (
-        f"\n{table(record)}\n\n{record['processes']} processes, gloo, the loopback interface; batches of {BATCH} in "
-        f"all, {record['steps']} steps, medians and quartiles.  With DDP and sketches the two other layers and all "
-        f"biases travel whole, with PowerSGD all matrices as rank one.  On {record['machine']}.\n"
+        f"\n{table(record)}\n\n{record['processes']} processes with gloo on the loopback interface; total batch "
+        f"size {BATCH}; medians of {record['steps']} steps, with quartiles in brackets.  DDP and sketches send the "
+        "gradients of the two other layers and of all biases in full; PowerSGD sends every matrix at rank one.  "
+        f"Measured on {machine_of(record)}.\n"
     )
     tell(options, "distributed", text)
     return 0

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common.data import digits
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 
 from projunn_manifold import unitarize
 from projunn_manifold.layers import param_groups
@@ -95,11 +95,12 @@ def histories(options: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> str:
     """Return epochs to each accuracy, medians over seeds."""
-    rows = [["network", "", *(f"epochs to {level:.0%}" for level in LEVELS), "accuracy at first", "at the end"]]
+    rows = [["network", "distance moved", *(f"epochs to {level:.0%}" for level in LEVELS)]]
+    rows[0] += ["initial accuracy", "final accuracy"]
     for name in COLOURS:
         cells = [cell for cell in record["cells"] if cell["name"] == name]
         moved = [d for cell in cells for d in cell.get("distance", [])]
-        about = f"moved by {median(moved):.2g}" if moved else ""
+        about = f"{median(moved):.2g}" if moved else ""
         reached = [[_first(cell["accuracy"], level) for cell in cells] for level in LEVELS]
         ends = [median(cell["accuracy"][i] for cell in cells) for i in (0, -1)]
         epochs = ["–" if None in some else f"{median(some):g}" for some in reached]
@@ -158,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "pretrained.png", record)
     settings = ", ".join(f"{name} {value}" for name, value in record["settings"].items())
-    text = f"\n{table(record)}\n\nMedians over seeds; {settings}.  On {record['machine']}.\n"
+    text = f"\n{table(record)}\n\nMedians over seeds.  Options: {settings}.  Measured on {machine_of(record)}.\n"
     tell(options, "pretrained", text)
     return 0
 

@@ -15,7 +15,7 @@ from common.descents import METHODS as DESCENTS
 from common.experiment import caption, table
 from common.figures import curves
 from common.networks import METHODS
-from common.report import write_between
+from common.report import machine_of, write_between
 from image_classification import METHODS as IMAGES
 
 
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
         runs.sort(key=lambda run: (order.index(run["method"]), run["settings"]["k"], run["settings"]["seed"]))
         curves(options.out / f"{folder.name}.png", runs)
-        machines = " and ".join(sorted({run["machine"] for run in runs}))
-        write_between(options.into, folder.name, f"\n{table(runs)}\n\n{caption(runs)}.  On {machines}.\n")
+        machines = " and ".join(sorted({machine_of(run) for run in runs}))
+        write_between(options.into, folder.name, f"\n{table(runs)}\n\n{caption(runs)}  Measured on {machines}.\n")
     return 0
 
 

@@ -260,7 +260,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     """
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     columns = [f"{task}: {what}" for task in tasks for what in ("loss", "equal time", _score_of(cells, task))]
-    rows = [["sampler", "k", "what is left out", *columns]]
+    rows = [["sampler", "k", "residual", *columns]]
     for name in dict.fromkeys(cell["name"] for cell in cells):
         of_name = {cell["task"]: cell for cell in cells if cell["name"] == name}
         first = next(iter(of_name.values()))

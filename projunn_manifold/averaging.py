@@ -40,7 +40,7 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Average, project every parameter that is on a manifold, and take over the manifolds' state.
+        """Average, project every parameter that is on a manifold, and copy the manifolds' state.
 
         Raises
         ------

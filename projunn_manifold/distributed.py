@@ -1,11 +1,11 @@
-r"""Training over several processes: unitary parameters exchange 2kN numbers instead of N², and lose nothing by it.
+r"""Training with several processes: unitary parameters exchange 2kN numbers, not N², with no further approximation.
 
 A sketch is linear in the gradient.  With the same test matrix q in every process
 
 .. math:: y = \frac1P \sum_r G_r q, \qquad a = \mathrm{orth}(y), \qquad b = \frac1P \sum_r G_r^H a
 
 are exactly the rank-k factors that one process would make of the mean gradient :math:`\frac1P\sum_r G_r`: only y and b
-travel.  The test matrices are the same everywhere because they follow from the manifold's seed and its count of
+are sent.  The test matrices are the same everywhere because they follow from the manifold's seed and its count of
 gradients.  Everything else is left to torch's ``DistributedDataParallel``.
 """
 
@@ -41,7 +41,7 @@ def data_parallel(
 
     Every process calls it with the same model; parameters become those of the first process.  A unitary parameter
     sends k(n + m) numbers in a step (``subspace``: 2(k + 4)(n + m)); gradients of parameters whose moves are dense
-    (``k=None``, or 2k >= m) are sent whole.  Use ``ddp`` for the forward pass and go on with this very ``optimizer``;
+    (``k=None``, or 2k >= m) are sent whole.  Use ``ddp`` for the forward pass and keep using this ``optimizer``;
     gradients of unitary parameters that are accumulated, or clipped, are each process's own until the step.  Copies of
     the model or the optimiser take no part in the exchange, and ``ddp.join()`` is not supported.
 
@@ -49,7 +49,7 @@ def data_parallel(
     ----------
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer
-        Of geoopt's kind, or this package's, or torch's SGD :func:`~projunn_manifold.optim.constrain`-ed, over all
+        One of geoopt's, or of this package's, or torch's SGD :func:`~projunn_manifold.optim.constrain`-ed, over all
         unitary parameters of the model.  With ``feedback`` each process keeps its share of what a step leaves out of
         the mean.
     process_group
@@ -61,7 +61,7 @@ def data_parallel(
     -------
     ddp, exchange
         The wrapped model, or the model itself where all parameters are unitary; a handle that counts the bytes that
-        this process hands over for unitary parameters.
+        this process sends for unitary parameters.
 
     Raises
     ------
@@ -69,9 +69,9 @@ def data_parallel(
         A sampler that is not linear in the gradient (``column``, ``svd``, a function): train with torch's
         ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (RMSprop, Adam, constrained).
     ValueError
-        Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay, but
-        in this package's optimisers: it would mix X into the factors.  In ``step``: a closure, which would make
-        gradients too late.
+        Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay,
+        except in this package's optimisers: it would mix X into the factors.  In ``step``: a closure, which would
+        make gradients too late.
     """
     named = {
         name: p
@@ -88,7 +88,7 @@ def data_parallel(
 
 
 def _averaged(model: nn.Module, left_out: list[str], group: Any, options: dict[str, Any]) -> nn.Module:
-    """Wrap a model by torch's DistributedDataParallel, some parameters left out, and no mark left on the model."""
+    """Wrap a model in torch's DistributedDataParallel, except for some parameters; leave no mark on the model."""
     ignored = [*left_out, *(f".{name}" for name in left_out)]  # torch looks for the latter on the root module
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     try:
@@ -169,7 +169,7 @@ class Exchange:
         return active
 
     def _gradients_anywhere(self) -> list[bool]:
-        """Tell for each parameter whether any process has a gradient."""
+        """Return, for each parameter, whether any process has a gradient."""
         here = [p.requires_grad and p.grad is not None for p in self.points]
         flags = torch.tensor(here, dtype=torch.int32, device=self.points[0].device) if here else torch.zeros(0)
         dist.all_reduce(flags, group=self._group)
@@ -192,7 +192,7 @@ class Exchange:
         return MeanGradient(local, self)
 
     def anywhere(self, here: bool) -> bool:
-        """Tell whether something is so in any process."""
+        """Return whether a condition holds in any process."""
         flag = torch.tensor([int(here)])
         dist.all_reduce(flag, dist.ReduceOp.MAX, self._group)
         return bool(flag)
@@ -235,5 +235,5 @@ class MeanGradient:
         return normalized_image(self, q)
 
     def dense(self) -> Tensor:
-        """Return G itself: never asked for by samplers that are linear."""
+        """Return G itself; linear samplers never ask for it."""
         raise TypeError("the mean gradient is not formed")

@@ -36,7 +36,7 @@ _INNER = ("torch", "geoopt", "projunn_manifold", "contextlib")
 
 
 def shape_problem(shape: Sequence[int], name: str) -> str | None:
-    """Return why ``shape`` is no batch of square or tall matrices, or None."""
+    """Return why ``shape`` is not a batch of square or tall matrices, or None."""
     if len(shape) < 2:
         return f"`{name}` must have at least 2 dimensions (*batch, n, m), got shape {tuple(shape)}"
     if shape[-2] < shape[-1]:
@@ -74,7 +74,7 @@ def check_dtype(dtype: torch.dtype, name: str) -> None:
 
 
 def check_tensor(x: object, name: str, missing: str = "") -> None:
-    """Raise unless x is a tensor; ``missing`` is what to say of None."""
+    """Raise unless x is a tensor; ``missing`` is the message for None."""
     if not isinstance(x, Tensor):
         advice = missing if x is None else ""
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}{advice}")
@@ -115,12 +115,12 @@ def check_seed(seed: object) -> int:
 
 
 def _whole(value: object) -> int | None:
-    """Return an int for what is one, of NumPy's too, and None for anything else."""
+    """Return the value as an int if it is an integer, NumPy's included, else None."""
     return None if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex) else operator.index(value)
 
 
 def check_writable(x: Tensor, name: str = "x") -> None:
-    """Raise if several elements of x share one place in memory, as in an expanded tensor."""
+    """Raise if several elements of x share memory, as in an expanded tensor."""
     if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"`{name}` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
 
@@ -146,7 +146,7 @@ def check_same_matrix(x: Tensor, u: Tensor, name: str) -> None:
 
 
 def broadcast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Expand all to their common shape; the very tensors are returned where the shapes agree already."""
+    """Expand all tensors to their common shape; tensors of equal shapes are returned as they are."""
     if all(t.shape == x.shape for t in others):
         return (x, *others)
     return tuple(torch.broadcast_tensors(x, *others))
@@ -161,7 +161,7 @@ def warn(message: str) -> None:
 
 
 def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:
-    """Raise ValueError unless matrices of that shape, their singular values s descending, have full rank."""
+    """Raise ValueError unless matrices of that shape, with singular values s in descending order, have full rank."""
     if (s[..., -1] <= torch.finfo(s.dtype).eps * max(shape[-2:]) * s[..., 0]).any():
         raise ValueError(
             f"{name} of shape {tuple(shape)} is rank deficient (smallest singular value "
@@ -170,7 +170,7 @@ def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:
 
 
 def check_positive(name: str, value: object, least: int = 1) -> None:
-    """Raise ValueError unless a size or number is an int of at least so much."""
+    """Raise ValueError unless a size or number is an int and at least ``least``."""
     number = _whole(value)
     if number is None or number < least:
         raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
@@ -190,7 +190,7 @@ def check_image_size(
 
 
 def sides_of(size: int | tuple[int, ...], dims: int, name: str = "size") -> tuple[int, ...]:
-    """Return the sides of an image, given as one for all or one for each dimension."""
+    """Return the sides of an image, given as one int for all dimensions or one for each."""
     sides: Any = size if _whole(size) is None else (size,) * dims
     if not isinstance(sides, tuple | list) or len(sides) != dims:
         raise ValueError(f"{name} must be an int or {dims} of them, got {size!r}")

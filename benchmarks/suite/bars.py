@@ -28,7 +28,7 @@ MEMORY_BEYOND_GEOOPT = 1.05  # a temporary and the factors
 
 @dataclass(frozen=True)
 class Bar:
-    """A limit and what was measured, the worse of D and T; None where it was not measured."""
+    """A limit and what was measured, the less favourable of D and T; None where it was not measured."""
 
     what: str
     limit: float
@@ -71,7 +71,7 @@ def _speed(cells: list[Cell]) -> list[Bar]:
     )
     return [
         Bar(
-            f"{form}, n = {n}, of torch's {yardstick}{_missing(cells, form, n)}",
+            f"{form}, n = {n}, relative to torch's {yardstick}{_missing(cells, form, n)}",
             limit,
             _worst(cells, "speed", form, {"shape": [n, n]}, partial(median_ratio, yardstick=yardstick.lower())),
         )
@@ -88,7 +88,7 @@ def _missing(cells: list[Cell], form: str, n: int) -> str:
 
 def _rank(cells: list[Cell]) -> list[Bar]:
     return [
-        Bar(f"{form}, n = 2048, k = 4, of torch's SGD", limit, _worst(cells, "rank", form, LARGE | {"k": 4}))
+        Bar(f"{form}, n = 2048, k = 4, relative to torch's SGD", limit, _worst(cells, "rank", form, LARGE | {"k": 4}))
         for form, limit in RANK_4.items()
     ]
 
@@ -101,9 +101,9 @@ def _blocks(cells: list[Cell]) -> list[Bar]:
         dense = series(cells, "batch", "dense exponential", **where)
         for form, limit in BLOCKS.items():
             ours = _worst(cells, "batch", form, where)
-            found.append(Bar(f"{form}, complex {name}, of torch's SGD", limit, ours))
+            found.append(Bar(f"{form}, complex {name}, relative to torch's SGD", limit, ours))
             times = median_ratio(dense[0]) / ours if dense and ours else None
-            what = f"{form}, complex {name}, times faster than the dense exponential"
+            what = f"{form}, complex {name}, speed-up over the dense exponential"
             found.append(Bar(what, FASTER_THAN_EXPONENTIAL, times, least=True))
     return found
 
@@ -126,7 +126,7 @@ def _rivals(cells: list[Cell]) -> list[Bar]:
     for name in ("CanonicalStiefel, RiemannianSGD", "EuclideanStiefel, RiemannianSGD", "POGO"):
         rival = series(cells, "rivals", name, **LARGE)
         times = median_ratio(rival[0]) / ours if rival and ours else None
-        found.append(Bar(f"{name}, n = 2048, times slower than our RiemannianSGD", SLOWER_RIVALS, times, least=True))
+        found.append(Bar(f"{name}, n = 2048, relative to our RiemannianSGD", SLOWER_RIVALS, times, least=True))
     return found
 
 
@@ -136,8 +136,8 @@ def _memory(cells: list[Cell]) -> list[Bar]:
     beyond = ours - matrices_per_step(alone[0]) if ours is not None and alone else None
     in_place = _worst(cells, "memory", "in place", LARGE, matrices_per_step)
     return [
-        Bar("in place, n = 2048, n² elements allocated by a step", MEMORY_IN_PLACE, in_place),
-        Bar("RiemannianSGD, n = 2048, n² elements beyond geoopt's own", MEMORY_BEYOND_GEOOPT, beyond),
+        Bar("in place, n = 2048, elements allocated by a step / n²", MEMORY_IN_PLACE, in_place),
+        Bar("RiemannianSGD, n = 2048, elements allocated beyond geoopt's own / n²", MEMORY_BEYOND_GEOOPT, beyond),
     ]
 
 

@@ -28,7 +28,7 @@ def machine(threads: int) -> str:
     blas = "MKL" if torch.backends.mkl.is_available() else "no MKL"
     return (
         f"{model} ({torch.backends.cpu.get_cpu_capability()}), {os.cpu_count()} cores, {memory:.0f} GiB, "
-        f"{platform.system()}, {blas}, {threads} thread{'s' * (threads > 1)} used"
+        f"{platform.system()}, {blas}, {threads} thread{'s' * (threads > 1)}"
     )
 
 

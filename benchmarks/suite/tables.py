@@ -74,17 +74,17 @@ def _rivals(record: dict[str, Any]) -> Rows:
 def _operators(record: dict[str, Any]) -> Rows:
     cells = [cell for cell in record["cells"] if cell["section"] == "ops"]
     return [
-        ["subject", "calls", "with inner ones"],
+        ["method", "calls", "with nested calls"],
         *([cell["subject"], f"{cell['calls']:.1f}", f"{cell['calls_with_inner']:.1f}"] for cell in cells),
     ]
 
 
 def _bars(record: dict[str, Any]) -> Rows:
     return [
-        ["bar, the worse of D and T", "limit", "measured", "verdict"],
+        ["bar", "limit", "measured", "verdict"],
         *(
             [
-                bar.what,
+                bar.what.replace("in place,", "in-place step,"),
                 f"{'≥' if bar.least else '≤'} {bar.limit:g}",
                 "" if bar.measured is None else f"{bar.measured:.3g}",
                 bar.verdict,
@@ -107,7 +107,7 @@ def _grid(cells: list[Cell], column: Callable[[Cell], str], text: Callable[[Cell
     for name in subjects(cells):
         found = {column(cell): _text_or_reason(cell, text) for cell in cells if cell["subject"] == name}
         rows.append([name, *(found.get(header, "") for header in columns)])
-    return [["subject", *columns], *rows]
+    return [["method", *columns], *rows]
 
 
 def _yardstick_row(cells: list[Cell], yardstick: str, header: list[str]) -> list[str]:
@@ -117,7 +117,7 @@ def _yardstick_row(cells: list[Cell], yardstick: str, header: list[str]) -> list
         column = _side_column(cell) if cell["section"] == "speed" else _shape_column(cell)
         if "not_run" not in cell:
             times.setdefault(column, f"{1e3 * cell['yardstick_seconds'][yardstick]['median']:.3g} ms")
-    label = {"sgd": "SGD itself", "adam": "Adam itself"}[yardstick]
+    label = {"sgd": "SGD, time", "adam": "Adam, time"}[yardstick]
     return [label, *(times.get(column, "") for column in header[1:])]
 
 

@@ -22,7 +22,7 @@ CAPTION = (
 
 def results_table(runs: list[Run]) -> str:
     """Return the comparison as an aligned markdown table."""
-    header = ["task", "method", "lr", "final loss", "accuracy", "step, ms", "total, s", "unitarity error"]
+    header = ["task", "method", "lr", "final loss", "accuracy", "step (ms)", "total (s)", "unitarity error"]
     rows = [
         [
             run.task,

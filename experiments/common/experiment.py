@@ -25,21 +25,21 @@ HEADER = [
     "method",
     "k",
     "parameters",
-    "rates",
+    "learning rates",
     "runs",
     "loss",
     "score",
     "solved at step",
-    "after, s",
+    "solved after (s)",
     "ms per step",
     "unitarity error",
 ]
 CAPTION = (
-    "{what}.  parameters: of the whole network, complex ones as one; rates: of RMSprop and of the transition; loss: "
-    f"mean of the last {LAST} steps; score: {{measure}}, on data not trained on; solved: first mean of {LAST} losses "
-    "below {goal}, where a training ends (--stop); ms per step: the whole training step; unitarity error: "
-    "‖WᵀW - I‖_F / √n"
+    "{what}.  Parameters: of the whole network; a complex parameter counts once.  Learning rates: of RMSprop, and of "
+    f"the transition.  Loss: mean of the last {LAST} steps.  Score: {{score}}.  Solved: {{solved}}.  ms per step: the "
+    "whole training step.  Unitarity error: ‖WᵀW - I‖_F / √n."
 )
+HELD_OUT = ("symbols recalled", "mean squared error")  # other scores say what they are of
 
 
 def parser(description: str, methods: dict[str, Any], chosen: list[str], **defaults: Any) -> argparse.ArgumentParser:
@@ -214,10 +214,13 @@ def caption(found: list[dict[str, Any]]) -> str:
     sizes = {name.removeprefix("task "): v for name, v in own.items()}
     if "width" not in sizes:
         sizes |= {name: first["settings"][name] for name in ("hidden", "nonlinearity")}
-    sizes["steps"] = "at most " + str(max(run["steps"] for run in found))
-    what = f"{first['task']}: " + ", ".join(f"{name} {v}" for name, v in sizes.items() if name != "seed")
-    goal = "–" if first["goal"] is None else f"{first['goal']:.4g}"
-    return CAPTION.format(what=what, measure=first["measure"], goal=goal)
+    named = [name if v is True else f"{name} {v}" for name, v in sizes.items() if name != "seed"]
+    what = f"{first['task']}: {', '.join(named)}, at most {max(run['steps'] for run in found)} steps"
+    score = first["measure"] + " on held-out data" * (first["measure"] in HELD_OUT)
+    solved = "this task has no goal"
+    if first["goal"] is not None:
+        solved = f"first mean of {LAST} losses below {first['goal']:.4g}; with `--stop` the training ends there"
+    return CAPTION.format(what=what, score=score, solved=solved)
 
 
 def _mean(values: list[float | None], form: str = ".4g") -> str:

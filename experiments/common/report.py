@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ def tell(options: argparse.Namespace, name: str, text: str) -> None:
         write_between(options.into, name, text)
 
 
+def machine_of(record: dict[str, Any]) -> str:
+    """Return the machine of a record; older records say "1 threads used" where new ones say "1 thread"."""
+    return re.sub(r"\b1 threads", "1 thread", record["machine"].removesuffix(" used").replace(" used,", ","))
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Return versions and machine, for a record of results."""
     return {
@@ -83,7 +89,7 @@ def thinned(length: int, kept: int = 200) -> list[int]:
 
 def _threads() -> str:
     count = torch.get_num_threads()
-    return f"{count} thread{'s' * (count > 1)} used"
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def _machine() -> str:

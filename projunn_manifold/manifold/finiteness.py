@@ -48,7 +48,7 @@ class Finiteness:
         return tangent if kept is None else tangent.masked(kept)
 
     def kept(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
-        """Tell which matrices to keep, those whose squared norm is within the limit; None means all of them.
+        """Return which matrices to keep, those whose squared norm is within the limit; None means all of them.
 
         Raises
         ------

@@ -37,7 +37,7 @@ class Geometry(Manifold):
         return problem is None, problem
 
     def check_point(self, x: Tensor, *, explain: bool = False) -> Any:
-        """Tell whether x has a point's shape and dtype (its values are not looked at)."""
+        """Return whether x has a point's shape and dtype (its values are not checked)."""
         problem = validation.shape_problem(x.shape, "x") or validation.dtype_problem(x.dtype, "x")
         return (problem is None, problem) if explain else problem is None
 
@@ -244,7 +244,7 @@ class Geometry(Manifold):
         return shape
 
     def _factors_at(self, x: Tensor, u: Tensor) -> Tangent | None:
-        """Return the factors u carries, if they are a tangent at this very point."""
+        """Return the factors that u carries, if they are a tangent at this point."""
         if isinstance(u, FactoredTensor) and isinstance(u.factors, Tangent) and u.factors.footpoint.is_at(x):
             return u.factors
         return None

@@ -2,12 +2,12 @@
 
 A manifold is an attribute of a parameter.  ``fully_shard`` and ``distribute_tensor`` put a ``DTensor`` in its place,
 which has none; :func:`~projunn_manifold.reattach_manifolds` gives it one, from a plan by the parameters' names.  Two
-ways of sharding are known:
+ways of sharding are supported:
 
 - the rows of one matrix, ``Shard(0)`` of ``(n, m)``: all processes compute its products with thin matrices together
   (:mod:`~projunn_manifold.linalg.sharded`);
-- a stack of matrices, ``Shard(d)`` of a batch dimension d: every process moves its own matrices, and nothing travels
-  but a few numbers, by which either all processes refuse a step or none does.
+- a stack of matrices, ``Shard(d)`` of a batch dimension d: every process moves its own matrices, and only a
+  few numbers are communicated, by which either all processes refuse a step or none does.
 
 The first manifold that is made has all optimisers of the process call :data:`before_steps` and :data:`after_steps`.
 """
@@ -65,7 +65,7 @@ _added_decay: Any = WeakIdKeyDictionary()
 
 
 def is_dtensor(p: object) -> bool:
-    """Tell whether p is a ``DTensor``."""
+    """Return whether p is a ``DTensor``."""
     return hasattr(p, "placements")
 
 
@@ -127,22 +127,22 @@ def note_added_decay(x: Tensor, decay: float) -> None:
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Any]:
-    """Walk through the parameters of all groups."""
+    """Iterate over the parameters of all groups."""
     return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def has_closure_among(args: Any, kwargs: Any) -> bool:
-    """Tell whether these arguments of a step, the optimiser first, hold a closure."""
+    """Return whether these arguments of a step, the optimiser first, include a closure."""
     return any(argument is not None for argument in (*args[1:], kwargs.get("closure")))
 
 
 def keeps(optimizer: Optimizer, p: Tensor) -> bool:
-    """Tell whether an optimiser keeps a parameter on its manifold."""
+    """Return whether an optimiser keeps a parameter on its manifold."""
     return any(keeper(optimizer, p) for keeper in keepers)
 
 
 def about_to_move(optimizer: Optimizer, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Walk through the parameters on manifolds that a step will move, if only by its closure."""
+    """Iterate over the parameters on manifolds that a step will move, if only by its closure."""
     has_closure = has_closure_among(args, kwargs)
     return (p for p in parameters_of(optimizer) if (has_closure or p.grad is not None) and manifold_of(p) is not None)
 

@@ -52,7 +52,7 @@ class Sketcher:
         self._state = state
 
     def is_dense(self, x: Tensor) -> bool:
-        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
+        """Return whether moves of x use the whole gradient: k is None, or 2k >= m."""
         return self.k is None or 2 * self.k >= x.shape[-1]
 
     def tangent(self, x: Matrix, u: Tensor, decay: float = 0.0) -> Tangent:

@@ -41,14 +41,14 @@ class State:
         self._faults: dict[torch.device, Tensor] = {}
 
     def generator(self, device: torch.device, purpose: int, ahead: int = 0) -> torch.Generator:
-        """Return a generator that is about to draw the numbers of this count, or one ahead, and purpose."""
+        """Return a generator seeded for the count of gradients plus ``ahead``, and for a purpose."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
         mixed = _mixed(self._start + (self.gradients + ahead) * _PURPOSES + purpose)
         return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
 
     def is_new(self, x: Tensor) -> bool:
-        """Tell whether x is a parameter that had no gradient yet."""
+        """Return whether x is a parameter that has had no gradient yet."""
         return isinstance(x, ManifoldTensor) and x not in self._sharers
 
     def count_gradient(self, x: Tensor) -> None:
@@ -75,7 +75,7 @@ class State:
         return max(self._known_sharers, len(self._sharers))
 
     def count_faults(self, device: torch.device, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0) -> None:
-        """Add to the faults, without a wait for the device."""
+        """Add to the faults, without waiting for the device."""
         if device not in self._faults:
             self._faults[device] = torch.zeros(2, dtype=torch.int64, device=device)
         for slot, number in zip(self._faults[device], (skipped, uncorrected), strict=True):
@@ -86,7 +86,7 @@ class State:
         return Faults(*map(sum, zip((0, 0), *(counts.tolist() for counts in self._faults.values()), strict=True)))
 
     def forget_faults(self) -> None:
-        """Start to count faults anew."""
+        """Reset the counts of faults."""
         self._faults = {}
 
     def packed(self) -> Tensor:  # (32,) uint8

@@ -46,7 +46,7 @@ def unitary_of(p: Tensor) -> UnitaryLowRank | None:
 
 
 def keeps_factors(p: Tensor) -> bool:
-    """Tell whether to keep a gradient of p as factors: sketching them takes less time than forming it."""
+    """Return whether to keep a gradient of p as factors: sketching them takes less time than forming it."""
     manifold = unitary_of(p)
     return manifold is not None and manifold.keeps_factors(p)
 
@@ -57,7 +57,7 @@ class UnitaryLowRank(Geometry):
     Square X is unitary U(n) or orthogonal O(n), tall X a point of the Stiefel manifold, real or complex,
     with any leading batch dimensions.  ``retr`` is projUNN-D, the closest unitary to X + u; ``expmap`` is
     projUNN-T, the geodesic.  Both use a part of rank at most 2k of what an optimiser hands them and cost
-    :math:`O(k n^2)`; nothing of side n is factorised.
+    :math:`O(k n^2)`; no matrix of side n is factorised.
 
     The metric is :math:`\langle u, v\rangle_X = \mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`: the Frobenius inner
     product on square X, twice the canonical one on tall X.  Its gradient is :math:`\tfrac12(G - X G^H X)`,
@@ -176,7 +176,7 @@ class UnitaryLowRank(Geometry):
         return f"k={self.k}, sampler={self.sketcher.sampler_name}, dense where 2k >= m"
 
     def is_dense(self, x: Tensor) -> bool:
-        """Tell whether moves of x use the whole gradient: k is None, or 2k >= m."""
+        """Return whether moves of x use the whole gradient: k is None, or 2k >= m."""
         return self.sketcher.is_dense(x)
 
     # -- a step ---------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ class UnitaryLowRank(Geometry):
             )
 
     def _warn_if_far_off(self, x: Tensor) -> None:
-        """Warn of a parameter that comes for the first time and is far off the manifold; only CPU looks."""
+        """Warn of a parameter that is new and far off the manifold; only CPU checks this."""
         if not (self._state.is_new(x) and context.readable(x)):
             return
         error = dense.probed_unitarity_error(x.detach())
@@ -412,7 +412,7 @@ class UnitaryLowRank(Geometry):
     # -- gradients that are not formed, and shards ---------------------------------------------------------
 
     def keeps_factors(self, x: Tensor) -> bool:
-        """Tell whether to keep a gradient of x as factors: sketching them takes less time than forming it."""
+        """Return whether to keep a gradient of x as factors: sketching them takes less time than forming it."""
         if self.k is None or not isinstance(self.sampler, Subspace) or torch.compiler.is_compiling():
             return False  # the gradient is formed in any case, or a compiled graph could not return it
         passes = 2 * (2 + 2 * self.sampler.power) * (self.k + self.sampler.oversample)  # over factors, for columns
@@ -453,7 +453,7 @@ class UnitaryLowRank(Geometry):
 
 
 def _is_shard(placement: Any) -> bool:
-    """Tell whether a placement is torch's Shard, and not a subclass that lays rows out in another way."""
+    """Return whether a placement is torch's Shard, and not a subclass that lays rows out in another way."""
     from torch.distributed.tensor import Shard  # slow to import, and there already if a parameter is sharded
 
     return type(placement) is Shard

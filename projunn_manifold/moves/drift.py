@@ -31,8 +31,8 @@ def width(m: int) -> int:
 class Schedule:
     """When each column is corrected: once in max(sweep, m) gradients on average; sweep None: never.
 
-    Visits are ``rate`` times as frequent, because rounding has that times the variance: k, and twice that for complex
-    numbers.  The multiples of the golden ratio, modulo 1, fill the unit interval evenly.
+    Visits are ``rate`` times as frequent, because the variance of rounding is larger by that factor: k, and twice that
+    for complex numbers.  The multiples of the golden ratio, modulo 1, fill the unit interval evenly.
     """
 
     sweep: int | None

@@ -35,7 +35,7 @@ class Footpoint(NamedTuple):
         return cls(x.detach(), None if unknown else x._version)
 
     def is_at(self, x: Tensor) -> bool:
-        """Tell whether ``x`` is that point, unchanged."""
+        """Return whether ``x`` is that point, unchanged."""
         x = sharded.local_shard(x)
         return (
             self.version is not None
@@ -107,7 +107,7 @@ class Tangent(ABC):
 
 
 def where_kept(kept: Tensor, value: Any) -> Any:
-    """Return zero for the matrices that are not kept, of a tensor ``(*batch, ...)`` or of one number for a matrix."""
+    """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for matrices that are not kept."""
     if isinstance(value, Tensor):
         return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
     if isinstance(value, float) and kept.is_cpu and not kept.dim():  # a single matrix, Python's own numbers

@@ -3,7 +3,7 @@ r"""A tensor without storage that carries thin factors through autograd and opti
 A :class:`FactoredTensor` stands for a low-rank matrix: geoopt's optimisers scale it, negate it, add it to their buffers
 and hand it back to the manifold, and none of that needs the n x m matrix.
 
-The one danger of such a tensor is an update that is lost in silence, because PyTorch returns the very tensor an
+The one danger of such a tensor is an update that is silently lost, because PyTorch returns the tensor that an
 in-place operator was called on, whatever the handler computed.  So it has two states, factors or dense, held in a cell
 that all its aliases share, and three rules (``tests/sketching/test_factored_tensor.py``):
 

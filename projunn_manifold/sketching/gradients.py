@@ -16,7 +16,7 @@ class Averaging(Protocol):
     """Means over processes, each of which has a gradient of its own."""
 
     def anywhere(self, here: bool) -> bool:
-        """Tell whether something is so in any process."""
+        """Return whether a condition holds in any process."""
 
     def mean(self, t: Tensor) -> Tensor:
         """Return the mean of all processes' tensors, in place."""

@@ -137,7 +137,7 @@ def svd(gradient: LinearOperator, k: int, generator: torch.Generator) -> LowRank
 
 
 def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> LowRank:
-    """Return what a sampler gave; raise unless it is a LowRank of the gradient's shape and of rank at most k."""
+    """Return a sampler's result; raise unless it is a LowRank of the gradient's shape and of rank at most k."""
     if not isinstance(factors, LowRank):
         raise TypeError(f"a sampler must return a LowRank(a, b), got {type(factors).__name__}")
     if factors.shape != shape or factors.rank > k or factors.b.shape[-1] != factors.rank:
