@@ -77,8 +77,9 @@ class UnitaryLowRank(Geometry):
     sweep : int or None
         Steps in which the drift correction visits every column once, on average; never more than one column per
         step.  Visits are k times as frequent (2k times if complex, twice for dense moves), because rounding has that
-        times the variance.  The correction undoes what rounding does to a point (:mod:`projunn_manifold.moves.drift`), up to 32 columns at a
-        time in an optimiser's move, at the cost of at most :math:`4 k n^2` operations per step.  None: no correction.
+        times the variance.  The correction undoes what rounding does to a point (:mod:`projunn_manifold.moves.drift`),
+        up to 32 columns at a time in an optimiser's move, at the cost of at most :math:`4 k n^2` operations per step.
+        None: no correction.
     non_finite : {"raise", "skip"}
         What to do with a matrix whose gradient or step is not finite (NaN, infinity, or a square beyond the range
         of its dtype).  ``"raise"``: raise ValueError, with point and state as they were.  ``"skip"``: leave the matrix
@@ -287,10 +288,14 @@ class UnitaryLowRank(Geometry):
         for v in vectors:
             self._accept_in_place(x, v, "v")
             validation.check_writable(v, "v")
-        move = self.finiteness.checked_step(x, self._reduced(x, u).scaled(scale), u).move(self.angle)
+        tangent = self._reduced(x, u)
+        move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
         move.apply_(matrix(x))
         for v in vectors:
-            move.transport_(v)
+            if v is u:
+                tangent.carry_(move, v)
+            else:
+                move.transport_(v)
         self._correct_(x)
         return x
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
-from projunn_manifold.moves.move import expanded
+from projunn_manifold.moves.move import Move, expanded
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import Scalar
 
@@ -28,12 +28,14 @@ __all__ = ["FullRankTangent"]
 class FullRankTangent(Tangent):
     """The tangent X Ω; ``left`` is a copy of X, for X may move before u is read, and ``right`` is Ω^H = -Ω."""
 
+    source: Tensor  # G^H X of the G that the tangent was made from
+
     @classmethod
-    def of_vector(cls, x: Matrix, u: Tensor) -> FullRankTangent:
-        """Return X skew(X^H u): the projection of u, and the Riemannian gradient of a Euclidean one; one product."""
+    def of_vector(cls, x: Matrix, g: Tensor) -> FullRankTangent:
+        """Return X skew(X^H G): the projection of G, and the Riemannian gradient of a Euclidean one; one product."""
         point = x.dense()
-        turned = u.mH @ point  # (X^H u)^H
-        return cls(Footpoint.of(x.like), point.clone(), dense.skew(turned))
+        source = g.mH @ point
+        return cls(Footpoint.of(x.like), point.clone(), dense.skew(source), source)
 
     def scaled(self, c: Scalar) -> FullRankTangent:
         """Return ``c`` times the tangent."""
@@ -56,6 +58,12 @@ class FullRankTangent(Tangent):
         """Return the move that turns the rotation angles θ into α(θ)."""
         return FullRankMove(self.left, angle.increment(-self.right))
 
+    def carry_(self, move: Move, u: Tensor) -> Tensor:
+        """Carry G, the vector that the tangent was made from, in place: one product less than for any other."""
+        if not isinstance(move, FullRankMove):
+            return move.transport_(u)
+        return u.copy_(move.target @ self.source.mH)
+
 
 @final
 class FullRankMove:
@@ -65,20 +73,21 @@ class FullRankMove:
         self._x, self._increment = x, increment
 
     @cached_property
-    def _y(self) -> Tensor:
+    def target(self) -> Tensor:
+        """Y."""
         return dense.plus_product(self._x, self._x, self._increment)
 
     def apply_(self, x: Matrix) -> Tensor:
         """Move X in place and return its tensor."""
-        return x.dense().copy_(self._y)
+        return x.dense().copy_(self.target)
 
     def apply(self, x: Matrix) -> Tensor:
         """Return Y."""
-        return self._y
+        return self.target
 
     def transport(self, v: Tensor) -> Tensor:
         """Return Y X^H v, the tangent v at X carried to Y."""
-        return self._y @ dense.adjoint_times(self._x, expanded(v, self._x))
+        return self.target @ dense.adjoint_times(self._x, expanded(v, self._x))
 
     def transport_(self, v: Tensor) -> Tensor:
         """Carry v to Y in place."""

@@ -97,6 +97,10 @@ class Tangent(ABC):
     def move(self, angle: Angle) -> Move:
         """Return the move that turns the tangent's rotation angles θ into α(θ)."""
 
+    def carry_(self, move: Move, u: Tensor) -> Tensor:
+        """Carry u, the vector that the tangent was made from, along a move, in place."""
+        return move.transport_(u)
+
     def geodesic(self) -> Move:
         """Return the move along the geodesic (projUNN-T)."""
         return self.move(GEODESIC)
