@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from projunn_manifold import context
 from projunn_manifold.context import in_full_precision
@@ -30,7 +31,8 @@ Nonlinearity = Callable[[Tensor, Any], Tensor]
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:  # (..., n), (n,) -> (..., n)
     r""":math:`\max(|z| + b, 0)\, z/|z|`, zero at z = 0 (Arjovsky, Shah, Bengio 2016, equation 8)."""
-    return torch.sgn(z) * torch.relu(z.abs() + bias)
+    direction = torch.sgn(z) if z.is_complex() else torch.sign(z)  # ONNX exporters know sign, but not all know sgn
+    return direction * torch.relu(z.abs() + bias)
 
 
 #: Built-in nonlinearities: functions of the argument and of modReLU's bias.
@@ -101,8 +103,8 @@ def steps(
 ) -> list[Tensor]:
     """Return the same states one by one, by a graph of operators for every step: for any σ and any derivative."""
     h, states = h0, []
-    for pre in torch.nn.functional.linear(x, inward, beta).unbind(0):
-        h = nonlinearity(pre + h @ weight.mT, bias)
+    for pre in linear(x, inward, beta).unbind(0):
+        h = nonlinearity(pre + linear(h, weight), bias)
         states.append(h)
     return states
 

@@ -210,13 +210,16 @@ class UnitaryRNN(_Recurrent):
     :class:`~projunn_manifold.UnitaryLowRank` is then a :class:`~projunn_manifold.sketching.FactoredTensor`: it is kept
     as factors, and never formed unless somebody reads it.
 
+    The caller may write to the states in place.  An exported or traced network is a graph of ATen operators, unrolled
+    over the time steps.
+
     Parameters
     ----------
     input_size, hidden_size, num_layers : int
         m, n and the number of layers.
     nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
         σ; a callable is a function of a tensor, such as a module (one for all layers).  A complex network has
-        no relu.
+        no relu, and the complex tanh has poles, near which rounding errors grow.
     bias : bool
         Whether there is a β (one: torch's second bias would be redundant).
     batch_first : bool
