@@ -25,12 +25,12 @@ __all__ = [
     "batched",
     "constant_in_graphs",
     "disabled_torch_function",
-    "exported",
     "in_full_precision",
     "is_differentiated",
     "is_plain",
     "keep_optimizers_outside_graphs",
     "make_wrapper",
+    "operators_only",
     "outside_graphs",
     "readable",
     "register_optimizer_step_post_hook",
@@ -74,9 +74,12 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def exported() -> bool:
-    """Tell whether a graph is made that others run without this package: by torch.export, torch.jit.trace, for ONNX."""
-    return _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+def operators_only() -> bool:
+    """Tell whether an autograd function of ours cannot be called: transformed, or recorded to run without this package.
+
+    The recorders are torch.export, torch.jit.trace and the exporters to ONNX.
+    """
+    return transformed() or _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def batched(t: Tensor) -> bool:

@@ -78,7 +78,7 @@ def recurrence(
     Tensor
         ``(T, B, n)``
     """
-    if context.transformed() or context.exported():
+    if context.operators_only():
         return step_by_step(x, h0, inward, weight, beta, bias, NONLINEARITIES[nonlinearity])
     if not torch.is_grad_enabled():
         return _states_and_sizes(x, h0, inward, weight, beta, bias, nonlinearity)[0]

@@ -1,4 +1,4 @@
-"""Exported networks: graphs of ATen operators with the same values for any batch, which run without this package."""
+"""Exported layers: graphs of ATen operators with the same values for any batch, which run without this package."""
 
 import subprocess
 import sys
@@ -7,7 +7,16 @@ import pytest
 import torch
 from helpers import bound
 
-from projunn_manifold.layers import UnitaryRNN, UnitaryRNNCell
+from projunn_manifold.layers import (
+    ExpConv1d,
+    ExpConv2d,
+    OrthogonalConv2d,
+    UnitaryConv2d,
+    UnitaryConvRNN,
+    UnitaryLinear,
+    UnitaryRNN,
+    UnitaryRNNCell,
+)
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 pytestmark = [
@@ -23,6 +32,13 @@ NETWORKS = {
     "function": (lambda: UnitaryRNN(3, 8, nonlinearity=torch.sin), REAL, (5, 2, 3), 1),
     "complex": (lambda: UnitaryRNN(3, 8, dtype=COMPLEX), COMPLEX, (5, 2, 3), 1),
     "cell": (lambda: UnitaryRNNCell(3, 8), REAL, (2, 3), 0),
+    "linear": (lambda: UnitaryLinear(3, 5), REAL, (2, 3), 0),
+    "convolution": (lambda: OrthogonalConv2d(3, 4, image_size=4), REAL, (2, 3, 4, 4), 0),
+    "wide convolution": (lambda: OrthogonalConv2d(64, 64, image_size=3), REAL, (2, 64, 3, 3), 0),
+    "complex convolution": (lambda: UnitaryConv2d(2, 3, image_size=4), COMPLEX, (2, 2, 4, 4), 0),
+    "exponential": (lambda: ExpConv2d(2, image_size=4, kernel_size=3), REAL, (2, 2, 4, 4), 0),
+    "exponential, one channel": (lambda: ExpConv1d(1, image_size=6, kernel_size=3), REAL, (2, 1, 6), 0),
+    "convolutional network": (lambda: UnitaryConvRNN(1, image_size=4, kernel_size=3), REAL, (3, 2, 1, 4, 4), 1),
     "complex cell": (lambda: UnitaryRNNCell(3, 8, nonlinearity="tanh", dtype=COMPLEX), COMPLEX, (2, 3), 0),
 }
 
@@ -61,6 +77,7 @@ def test_torch_export(draw, name, strict, gradients):
 def test_torch_jit_trace(draw, name):
     module, x, y, expected, _ = made(draw, name)
     traced = torch.jit.trace(module, (x,))
+    assert "prim::PythonOp" not in {node.kind() for node in traced.inlined_graph.nodes()}
     assert (first(traced(y)) - expected).abs().max() <= bound(REAL)
 
 
