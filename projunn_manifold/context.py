@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._pytree import tree_map
 
 __all__ = [
+    "batched",
     "constant_in_graphs",
     "disabled_torch_function",
     "in_full_precision",
@@ -29,6 +30,7 @@ __all__ = [
     "is_plain",
     "keep_optimizers_outside_graphs",
     "make_wrapper",
+    "operators_only",
     "outside_graphs",
     "readable",
     "register_optimizer_step_post_hook",
@@ -43,6 +45,9 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
 _DISPATCH = Tensor.__torch_dispatch__
+
+#: Tells whether torch.export runs; torch 2.6 does not tell it from torch.compile.
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 #: The ``__torch_function__`` of a tensor subclass that acts through ``__torch_dispatch__`` alone.
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
@@ -67,6 +72,21 @@ def readable(x: Tensor) -> bool:
 def transformed() -> bool:
     """Tell whether a transform of torch.func or a forward-mode derivative is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def operators_only() -> bool:
+    """Tell whether an autograd function of ours cannot be called: transformed, or recorded to run without this package.
+
+    The recorders are torch.export, torch.jit.trace and the exporters to ONNX.
+    """
+    return transformed() or _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+
+
+def batched(t: Tensor) -> bool:
+    """Tell whether t stands for many tensors, as gradients do in ``autograd.grad(..., is_grads_batched=True)``."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
 
 
 def is_differentiated(t: Tensor) -> bool:

@@ -116,6 +116,22 @@ def test_forward_and_backward_of_layers_are_one_graph(draw, name, dtype):
 
 
 @IGNORED
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_states_of_a_compiled_network_may_be_changed_in_place(draw, batch_first):
+    torch.compiler.reset()
+    network = layers.UnitaryRNN(3, 8, nonlinearity="relu", batch_first=batch_first)
+    x = draw.matrix(4, 5, 3, dtype=torch.float32)
+
+    def changed(x):
+        return torch.nn.functional.relu(network(x)[0].add_(-0.1), inplace=True)
+
+    compiled = torch.compile(changed, fullgraph=True, backend="aot_eager")
+    found = forward_and_backward(compiled, network, x)
+    expected = forward_and_backward(lambda x: (network(x)[0] - 0.1).relu(), network, x)
+    assert largest_difference(found, expected) <= bound(torch.float32)
+
+
+@IGNORED
 def test_layers_for_several_grids_are_one_graph_for_any_batch(draw):
     torch.compiler.reset()
     module = torch.nn.Sequential(

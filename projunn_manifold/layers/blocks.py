@@ -24,7 +24,7 @@ def apply_blocks(
     """
     if not stack.is_complex():
         return (stack.mT if adjoint else stack).to(x.dtype) @ x
-    if context.transformed():
+    if context.operators_only():
         return (stack.mH if adjoint else stack) @ x
     return _Blocks.apply(stack, x, adjoint, factored)  # type: ignore[no-untyped-call]
 
@@ -47,7 +47,7 @@ class _Blocks(torch.autograd.Function):
             of_x = weight @ grad if ctx.adjoint else dense.adjoint_times(weight, grad)
         if ctx.needs_input_grad[0]:
             a, b = (x, grad) if ctx.adjoint else (grad, x)
-            if ctx.factored and not torch.is_grad_enabled():
+            if ctx.factored and not torch.is_grad_enabled() and not context.batched(grad):
                 of_weight = FactoredTensor(LowRank(a.detach(), b.detach()))
             else:
                 of_weight = a @ b.mH

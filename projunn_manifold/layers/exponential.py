@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from projunn_manifold import context
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.layers import fourier
 from projunn_manifold.layers.base import StaysComplex, cast
@@ -49,7 +50,8 @@ def conv_exponential(kernel: Tensor, image_size: int | tuple[int, ...]) -> Tenso
     """
     grid = _grid_of(kernel, image_size)
     centred = fourier.embedded(kernel, grid.size)
-    whole = _Phases.apply(centred, grid) if len(kernel) == 1 else _of_several(centred, grid)  # type: ignore[no-untyped-call]
+    by_operators = kernel.shape[0] > 1 or context.operators_only()
+    whole = _by_operators(centred, grid) if by_operators else _Phases.apply(centred, grid)  # type: ignore[no-untyped-call]
     return fourier.from_origin(whole, grid.size)
 
 
@@ -63,7 +65,7 @@ def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
     return fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
 
 
-def _of_several(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
+def _by_operators(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
     """Return the exponential of a kernel on the whole grid."""
     return fourier.kernel_of_blocks(_blocks(kernel, grid), grid)
 
@@ -71,7 +73,7 @@ def _of_several(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:
 def _blocks(kernel: Tensor, grid: fourier.Spectrum) -> Tensor:  # (C, C, *size) -> (stored, C, C)
     """Return the unitary blocks."""
     blocks = fourier.blocks_of_kernel(kernel, grid)
-    if len(kernel) == 1:
+    if kernel.shape[0] == 1:
         return torch.polar(blocks.real.new_ones(()), blocks.imag)
     return torch.linalg.matrix_exp(dense.skew(blocks))
 
@@ -261,12 +263,12 @@ class UnitaryConvRNN(UnitaryConvRNNCell):
         self, input: Tensor, z: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:  # (T, B, C, *size), (B, C, *size) -> (T, B, C, *size), (B, C, *size)
         """Return all states and the last, from z or from zero."""
-        if len(input) == 0:
+        if input.shape[0] == 0:
             raise ValueError("UnitaryConvRNN: expected at least one time step, got none")
         blocks, states = self.conv.blocks(), []
         input = cast(self, input, "input", self.conv.generator.dtype)
         z = torch.zeros_like(input[0]) if z is None else z
-        for of_step in input:
+        for of_step in input.unbind(0):
             z = super().forward(of_step, z, blocks)
             states.append(z)
         return torch.stack(states), z

@@ -161,7 +161,7 @@ class FourierConv(KeepsManifolds):
             raise ValueError(f"{name}: made for images of size {self.image_size}, got {tuple(x.shape[-d:])}")
         if x.dim() == d + 1:
             return self.forward(x[None])[0]
-        if not len(x):  # which FFTs refuse
+        if x.shape[0] == 0:  # which FFTs refuse
             return self.forward(torch.cat((x, x.new_zeros(1, *x.shape[1:]))))[:0]
         x = cast(self, x, "input", self._dtype)
         grid = self.grid(x.device)

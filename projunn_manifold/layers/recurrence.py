@@ -2,8 +2,9 @@ r"""A recurrence over a whole sequence as one autograd function.
 
 .. math:: h_t = \sigma(V x_t + \beta + W h_{t-1}),\qquad t = 1, \dots, T
 
-The forward pass keeps the states only; every derivative of a built-in σ follows from its value (complex modReLU keeps
-the modulus of its argument, too).  The backward pass returns the gradient of W from
+The forward pass keeps a copy of the states, so that the caller may write to those it returns.  Every derivative of a
+built-in σ follows from its value (complex modReLU keeps the modulus of its argument, too).  The backward pass returns
+the gradient of W from
 :math:`\Delta = [\delta_1, \dots, \delta_T]` (what arrives at σ's argument) and :math:`H = [h_0, \dots, h_{T-1}]` at
 once, :math:`G = \Delta H^H`: as a dense matrix, one product over all time, or as the factors (Δ, H) themselves, so that
 a sketch costs O(T B n k) and G is never formed.
@@ -16,20 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from projunn_manifold import context
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.lowrank import LowRank
 
-__all__ = ["NONLINEARITIES", "modrelu", "recurrence", "step_by_step"]
+__all__ = ["NONLINEARITIES", "modrelu", "recurrence", "step_by_step", "steps"]
 
 Nonlinearity = Callable[[Tensor, Any], Tensor]
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:  # (..., n), (n,) -> (..., n)
     r""":math:`\max(|z| + b, 0)\, z/|z|`, zero at z = 0 (Arjovsky, Shah, Bengio 2016, equation 8)."""
-    return torch.sgn(z) * torch.relu(z.abs() + bias)
+    direction = torch.sgn(z) if z.is_complex() else torch.sign(z)  # ONNX exporters know sign, but not all know sgn
+    return direction * torch.relu(z.abs() + bias)
 
 
 #: Built-in nonlinearities: functions of the argument and of modReLU's bias.
@@ -75,13 +78,21 @@ def recurrence(
     Tensor
         ``(T, B, n)``
     """
-    if context.transformed():
+    if context.operators_only():
         return step_by_step(x, h0, inward, weight, beta, bias, NONLINEARITIES[nonlinearity])
+    if not torch.is_grad_enabled():
+        return _states_and_sizes(x, h0, inward, weight, beta, bias, nonlinearity)[0]
     states: Tensor = _Recurrence.apply(x, h0, inward, weight, beta, bias, nonlinearity, factored)  # type: ignore[no-untyped-call]
     return states
 
 
-def step_by_step(
+def step_by_step(*arguments: Any) -> Tensor:
+    """Return the states of :func:`steps` as one tensor ``(T, B, n)``."""
+    return torch.stack(steps(*arguments))
+
+
+@in_full_precision
+def steps(
     x: Tensor,
     h0: Tensor,
     inward: Tensor,
@@ -89,13 +100,38 @@ def step_by_step(
     beta: Tensor | None,
     bias: Tensor | None,
     nonlinearity: Nonlinearity,
-) -> Tensor:
-    """Return the same states by a graph of operators for every step, for any nonlinearity and any derivative."""
+) -> list[Tensor]:
+    """Return the same states one by one, by a graph of operators for every step: for any σ and any derivative."""
     h, states = h0, []
-    for pre in torch.nn.functional.linear(x, inward, beta):
-        h = nonlinearity(pre + h @ weight.mT, bias)
+    for pre in linear(x, inward, beta).unbind(0):
+        h = nonlinearity(pre + linear(h, weight), bias)
         states.append(h)
-    return torch.stack(states)
+    return states
+
+
+def _states_and_sizes(
+    x: Tensor,
+    h0: Tensor,
+    inward: Tensor,
+    weight: Tensor,
+    beta: Tensor | None,
+    bias: Tensor | None,
+    nonlinearity: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Return all states and, for complex modReLU, the moduli of its arguments, both ``(T, B, n)``."""
+    steps, batch, n = x.shape[0], x.shape[1], weight.shape[0]
+    states = x.new_empty(steps, batch, n)
+    product = states.view(steps * batch, n)
+    if beta is not None:
+        product.copy_(beta)
+    product.addmm_(x.flatten(0, 1), inward.mT, beta=0 if beta is None else 1)
+    transposed, activate_ = weight.mT, _ACTIVATE_[nonlinearity]
+    sizes = states.real.new_empty(states.shape) if nonlinearity == "modrelu" and states.is_complex() else None
+    h = h0
+    for t, state in enumerate(states.unbind(0)):
+        activate_(state.addmm_(h, transposed), bias, None if sizes is None else sizes[t])
+        h = state
+    return states, sizes
 
 
 class _Recurrence(torch.autograd.Function):
@@ -111,21 +147,8 @@ class _Recurrence(torch.autograd.Function):
         nonlinearity: str,
         factored: bool,
     ) -> Tensor:
-        steps, batch, n = x.shape[0], x.shape[1], weight.shape[0]
-        history = x.new_empty(steps + 1, batch, n)
-        history[0] = h0
-        states = history[1:]
-        product = states.view(steps * batch, n)
-        if beta is None:
-            torch.mm(x.flatten(0, 1), inward.mT, out=product)
-        else:
-            torch.addmm(beta, x.flatten(0, 1), inward.mT, out=product)
-        transposed, activate_ = weight.mT, _ACTIVATE_[nonlinearity]
-        sizes = states.real.new_empty(states.shape) if nonlinearity == "modrelu" and states.is_complex() else None
-        h = history[0]
-        for t, state in enumerate(states.unbind(0)):
-            activate_(state.addmm_(h, transposed), bias, None if sizes is None else sizes[t])
-            h = state
+        states, sizes = _states_and_sizes(x, h0, inward, weight, beta, bias, nonlinearity)
+        history = torch.cat((h0[None], states))  # a copy: the states belong to the caller
         ctx.save_for_backward(x, h0, inward, weight, beta, bias, history, sizes)
         ctx.nonlinearity, ctx.factored = nonlinearity, factored
         return states
@@ -134,13 +157,15 @@ class _Recurrence(torch.autograd.Function):
     @in_full_precision
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, h0, inward, weight, beta, bias, history, sizes = ctx.saved_tensors
-        if torch.is_grad_enabled():  # derivatives of derivatives: through the graph of every step
-            # fresh aliases: one input may depend on another, which is differentiated outside this function
-            given = [None if t is None else t.view_as(t) for t in (x, h0, inward, weight, beta, bias)]
+        create_graph = torch.is_grad_enabled()
+        if create_graph or context.batched(grad):  # further derivatives, or many at once: through a graph of every step
+            with torch.enable_grad():
+                # fresh aliases: one input may depend on another, which is differentiated outside this function
+                given = [None if t is None else t.view_as(t) for t in (x, h0, inward, weight, beta, bias)]
+                arguments: Any = (*given, NONLINEARITIES[ctx.nonlinearity])
+                plain = step_by_step(*arguments)
             inputs = [t for t in given if t is not None and t.requires_grad]
-            arguments: Any = (*given, NONLINEARITIES[ctx.nonlinearity])
-            plain = step_by_step(*arguments)
-            found = iter(torch.autograd.grad(plain, inputs, grad, create_graph=True))
+            found = iter(torch.autograd.grad(plain, inputs, grad, create_graph=create_graph))
             return (*(next(found) if t is not None and t.requires_grad else None for t in given), None, None)
         steps, batch, n = grad.shape
         delta = torch.empty_like(grad, memory_format=torch.contiguous_format)
@@ -160,10 +185,8 @@ class _Recurrence(torch.autograd.Function):
         flat, before = delta.view(steps * batch, n), history[:-1].view(steps * batch, n)
         of_weight: Tensor | None = None
         if needs[3]:
-            if ctx.factored and batch:
-                of_weight = FactoredTensor(LowRank(flat.mT, before.clone().mT))  # the states belong to the caller
-            else:
-                of_weight = LowRank(flat.mT, before.mT).dense()
+            product = LowRank(flat.mT, before.mT)
+            of_weight = FactoredTensor(product) if ctx.factored and batch else product.dense()
         return (
             (flat @ inward.conj()).view(x.shape) if needs[0] else None,
             delta[0] @ conjugate if needs[1] else None,

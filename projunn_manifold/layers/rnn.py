@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from projunn_manifold import context
 from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
 from projunn_manifold.layers.modrelu import ModReLU
-from projunn_manifold.layers.recurrence import NONLINEARITIES, recurrence, step_by_step
+from projunn_manifold.layers.recurrence import NONLINEARITIES, Nonlinearity, recurrence, step_by_step, steps
 from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
 from projunn_manifold.validation import check_positive, warn
 
@@ -62,16 +63,23 @@ class _Recurrent(KeepsManifolds):
         if self.nonlinearity == "modrelu":
             self.add_module(f"modrelu{suffix}", ModReLU(n, device, dtype))
 
-    def _run_layer(self, suffix: str, x: Tensor, h0: Tensor) -> Tensor:  # (T, B, m), (B, n) -> (T, B, n)
-        inward, weight = getattr(self, f"weight_ih{suffix}"), getattr(self, f"weight_hh{suffix}")
-        beta = getattr(self, f"bias_ih{suffix}")
-        if callable(self.nonlinearity):
-            function = self.nonlinearity
-            return step_by_step(x, h0, inward, weight, beta, None, lambda z, bias: function(z))
+    def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return a layer's V, W, β and bias of modReLU."""
         bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None
-        return recurrence(
-            x, h0, inward, weight, beta, bias, self.nonlinearity, factored=len(x) > 1 and keeps_factors(weight)
-        )
+        return *(getattr(self, f"{name}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih")), bias
+
+    def _function(self) -> Nonlinearity:
+        """Return σ as a function of its argument and of modReLU's bias."""
+        if not callable(self.nonlinearity):
+            return NONLINEARITIES[self.nonlinearity]
+        return lambda z, bias: self.nonlinearity(z)
+
+    def _run_layer(self, suffix: str, x: Tensor, h0: Tensor) -> Tensor:  # (T, B, m), (B, n) -> (T, B, n)
+        weights = self._weights(suffix)
+        if callable(self.nonlinearity):
+            return step_by_step(x, h0, *weights, self._function())
+        factored = x.shape[0] > 1 and keeps_factors(weights[1])
+        return recurrence(x, h0, *weights, self.nonlinearity, factored=factored)
 
     def _check_input(self, x: Tensor, dims: tuple[int, ...]) -> None:
         name = type(self).__name__
@@ -189,9 +197,8 @@ class UnitaryRNNCell(_Recurrent):
         self._check_input(input, (1, 2))
         x = cast(self, input, "input", self._weight("weight_hh").dtype)
         hx = self._first_state(hx, (*x.shape[:-1], self.hidden_size), x)
-        batched = x.dim() == 2
-        state = self._run_layer("", x[None] if batched else x[None, None], hx if batched else hx[None])
-        return state[0] if batched else state[0, 0]
+        [state] = steps(x[None], hx, *self._weights(""), self._function())
+        return state
 
     def to_plain(self) -> nn.RNNCell:
         """Return the same cell as a ``torch.nn.RNNCell`` (relu or tanh), its weights copied."""
@@ -243,13 +250,16 @@ class UnitaryRNN(_Recurrent):
     :class:`~projunn_manifold.UnitaryLowRank` is then a :class:`~projunn_manifold.sketching.FactoredTensor`: it is kept
     as factors, and never formed unless somebody reads it.
 
+    The caller may write to the states in place.  An exported or traced network is a graph of ATen operators, unrolled
+    over the time steps.
+
     Parameters
     ----------
     input_size, hidden_size, num_layers : int
         m, n and the number of layers.
     nonlinearity : {"modrelu", "relu", "tanh", "none"} or callable
         σ; a callable is a function of a tensor, such as a module (one for all layers).  A complex network has
-        no relu.
+        no relu, and the complex tanh has poles, near which rounding errors grow.
     bias : bool
         Whether there is a β (one: torch's second bias would be redundant).
     batch_first : bool
@@ -378,7 +388,8 @@ class UnitaryRNN(_Recurrent):
             shape = self._shape_of_states(*((x.shape[1],) if batched else ()))
             raise ValueError(f"UnitaryRNN: expected hidden state of shape {shape}, got {tuple(hx.shape)}")
         states, last = self._run(x, hx if hx is None or batched else hx[:, None])
-        states = states.transpose(0, 1) if self.batch_first else states
+        if self.batch_first:  # no view where that can be: callers may detach the states in place, and FSDP2 hooks them
+            states = states.transpose(0, 1) if context.transformed() else states.transpose_(0, 1)
         return (states, last) if batched else (states.squeeze(0 if self.batch_first else 1), last.squeeze(1))
 
     def _shape_of_states(self, *batch: int) -> tuple[int, ...]:

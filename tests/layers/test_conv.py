@@ -10,6 +10,7 @@ import math
 import geoopt
 import pytest
 import torch
+from helpers import bound
 from torch import nn
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, manifolds_of, optim
@@ -415,3 +416,12 @@ def test_two_channels_have_a_wide_start_too():
     assert (kernel.abs().amax((0, 1)) > 1e-3).sum() == 3
     thin = OrthogonalConv2d(4, 4, image_size=(16, 1), support=3)
     assert thin.support_energy(3).item() == pytest.approx(1)
+
+
+def test_many_gradients_at_once_of_blocks_whose_gradient_is_kept_as_factors(draw):
+    layer, x = OrthogonalConv2d(64, 64, image_size=3), draw.matrix(1, 64, 3, 3, dtype=torch.float32)
+    outputs = layer(x).flatten()[:3]
+    found = torch.autograd.grad(outputs, layer.weight, torch.eye(3), is_grads_batched=True, retain_graph=True)[0]
+    for one, output in zip(found, outputs, strict=True):
+        expected = torch.autograd.grad(output, layer.weight, retain_graph=True)[0].clone()
+        assert (one - expected).abs().max() <= bound(torch.float32)

@@ -144,3 +144,18 @@ def test_sizes_that_are_none_are_refused(arguments, kind):
 def test_a_dtype_that_has_no_transform_is_refused():
     with pytest.raises(TypeError, match="float16"):
         ExpConv2d(1, image_size=4, dtype=torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, in its own words
+def test_one_channel_under_transforms_is_its_operators(draw):
+    """Not the autograd function, which knows neither vmap nor forward derivatives."""
+    kernel, v = (draw.matrix(1, 1, 3, dtype=torch.float64) for _ in range(2))
+
+    def whole(kernel):
+        return conv_exponential(kernel, 6)
+
+    jacobian = torch.autograd.functional.jacobian(whole, kernel)
+    derivative = torch.func.jvp(whole, (kernel,), (v,))[1]
+    assert torch.allclose(derivative, (jacobian * v).sum((-3, -2, -1)), atol=1e-12)
+    many = torch.vmap(whole)(torch.stack((kernel, v)))
+    assert torch.allclose(many, torch.stack((whole(kernel), whole(v))), atol=1e-12)

@@ -128,7 +128,8 @@ def test_first_derivatives_do_not_depend_on_create_graph(draw, name):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e-6, 1e-9, 0.0])
-def test_complex_modrelu_near_zero(draw, scale):
+@pytest.mark.parametrize("way", ["one function", "steps"])
+def test_complex_modrelu_near_zero(draw, way, scale):
     """Where |z| is small beside the bias, its value alone does not tell |z|."""
     z = (draw.matrix(1, 3, 7, dtype=torch.complex64) * scale).requires_grad_()
     eye, zero, bias = (
@@ -137,7 +138,12 @@ def test_complex_modrelu_near_zero(draw, scale):
         torch.full((7,), 0.1),
     )
     g = draw.matrix(1, 3, 7, dtype=torch.complex64)
-    found = torch.autograd.grad(recurrence(z, zero, eye, eye, None, bias, "modrelu", factored=False), z, g)[0]
+    given = z, zero, eye, eye, None, bias
+    if way == "steps":  # the cell's
+        states = step_by_step(*given, NONLINEARITIES["modrelu"])
+    else:
+        states = recurrence(*given, "modrelu", factored=False)
+    found = torch.autograd.grad(states, z, g)[0]
     wide = [t.detach().to(torch.complex128) for t in (z, zero, eye, eye)]
     wide[0].requires_grad_()
     exact = step_by_step(*wide, None, bias.double(), NONLINEARITIES["modrelu"])
@@ -192,12 +198,19 @@ def test_no_gradient_of_the_matrix_is_in_memory(draw, factored):
     assert (max(storages.sizes) >= 4 * n * n) != factored
 
 
-def test_the_states_may_not_be_changed_before_the_gradient(draw):
-    states = recurrence(**arguments(draw, torch.float64, "tanh"), nonlinearity="tanh", factored=False)
-    with torch.no_grad():
-        states.zero_()
-    with pytest.raises(RuntimeError, match="modified inplace"):
-        states.sum().backward()
+@pytest.mark.parametrize(("dtype", "name"), CASES, ids=str)
+@pytest.mark.parametrize("factored", [True, False])
+def test_changes_to_the_states_before_the_gradient_do_not_reach_it(draw, dtype, name, factored):
+    given = arguments(draw, dtype, name)
+    found, inputs = [], [t for t in given.values() if t is not None]
+    for changed in (True, False):
+        states = recurrence(**given, nonlinearity=name, factored=factored)
+        loss = states.sum().abs()
+        if changed:
+            states.detach().zero_()
+        found.append(torch.autograd.grad(loss, inputs))
+    for first, second in zip(*found, strict=True):
+        assert torch.equal(first.clone(), second.clone())
 
 
 def test_autocast_does_not_reach_the_recurrence(draw):

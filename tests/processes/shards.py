@@ -1,6 +1,7 @@
 """What every process of a test with sharded parameters runs; results go to files, errors to the caller."""
 
 import itertools
+import warnings
 
 import geoopt
 import torch
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.debug import CommDebugMode
 
 from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds
-from projunn_manifold.layers import UnitaryLinear
+from projunn_manifold.layers import UnitaryLinear, UnitaryRNN
 
 STEPS, BATCH = 6, 8
 
@@ -318,3 +319,35 @@ def conversions(rank, world, port, folder):
     check_manifolds(layer, plan, OPTIMIZERS["SGD"](layer.parameters()))
     torch.save(str(layer.weight.dtype), f"{folder}/{rank}.pt")
     leave()
+
+
+def recurrent_loss(network, x, in_place):
+    """A loss of a recurrent network's states, changed in place or not."""
+    states, _ = network(x)
+    if in_place:
+        states += 0.1
+        return torch.nn.functional.relu(states, inplace=True).square().sum()
+    return (states + 0.1).relu().square().sum()
+
+
+def recurrent(rank, world, port, folder, layers):
+    """Gradients of a sharded recurrent network whose states are changed in place; warnings are errors."""
+    join(rank, world, port)
+    warnings.simplefilter("error")
+    mesh, found = init_device_mesh("cpu", (world,)), []
+    for batch_first in (False, True):
+        network, x = recurrent_network(layers, batch_first)
+        fully_shard(network, mesh=mesh)
+        for _ in range(2):
+            network.zero_grad()
+            recurrent_loss(network, x, True).backward()
+        found.append([p.grad.full_tensor() for p in network.parameters()])
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
+
+
+def recurrent_network(layers, batch_first):
+    """A network wide enough for factored gradients, and its input, the same in every process."""
+    torch.manual_seed(0)
+    network = UnitaryRNN(3, 64, layers, "relu", batch_first=batch_first, dtype=torch.float64)
+    return network, torch.randn(5, 4, 3, dtype=torch.float64)

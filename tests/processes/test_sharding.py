@@ -105,3 +105,13 @@ def test_gradients_that_are_placed_otherwise_are_brought_there(tmp_path):
 
 def test_a_sharded_layer_that_is_converted_keeps_its_manifold(tmp_path):
     assert start(shards.conversions, 2, tmp_path) == ["torch.float64"] * 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_states_of_a_sharded_recurrent_network_may_be_changed_in_place(tmp_path, world):
+    for found in start(shards.recurrent, world, tmp_path, 2):
+        for batch_first, gradients in zip((False, True), found, strict=True):
+            network, x = shards.recurrent_network(2, batch_first)
+            shards.recurrent_loss(network, x, False).backward()
+            for g, p in zip(gradients, network.parameters(), strict=True):
+                torch.testing.assert_close(g, p.grad.clone(), atol=1e-9, rtol=1e-9)
