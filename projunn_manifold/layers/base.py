@@ -106,8 +106,9 @@ def check_loaded(module: nn.Module, plan: Plan, state_dict: dict[str, Any], pref
         found = f"{prefix + name!r} is off the manifold, ‖X^H X - I‖_F/√m about {error:.2g}"
         if not states:
             raise ValueError(
-                f"{found}, expected at most {_NEAR}: it is the weight of a plain module; `unitarize` and `fold` that "
-                "module before its state_dict is taken, or put the weight on the manifold by init.nearest_unitary_"
+                f"{found}, expected at most {_NEAR}: without a manifold's state it counts as the weight of a plain "
+                "module; `unitarize` and `fold` that module before its state_dict is taken, or put the weight on the "
+                "manifold by init.nearest_unitary_"
             )
         warn(
             f"{found}, and is loaded as it is; if it is an average, put it on the manifold afterwards: with "
