@@ -40,7 +40,7 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Average, project every parameter that is on a manifold, and copy the manifolds' state.
+        """Average, project every parameter that is on a manifold, and take the larger count of its gradients.
 
         Raises
         ------
@@ -57,4 +57,4 @@ class AveragedModel(torch.optim.swa_utils.AveragedModel):
                 own.proj_()
         for mine, theirs in manifolds.values():
             if mine is not None and theirs is not None and mine is not theirs:
-                mine.set_extra_state(theirs.get_extra_state())
+                mine.take_largest_state(theirs)

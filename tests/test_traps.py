@@ -34,9 +34,7 @@ def test_an_l2_penalty_in_the_loss_is_not_known_to_be_one(draw):
     for penalty, is_same in ((0.0, True), (100.0, False)):
         with torch.no_grad():
             p.copy_(start)
-        p.manifold.set_extra_state(
-            torch.zeros(4, dtype=torch.int64).index_fill(0, torch.tensor([1]), 1).view(torch.uint8)
-        )
+        p.manifold.set_extra_state(UnitaryLowRank().get_extra_state())
         p.grad = g + penalty * start
         optim.RiemannianSGD([p], lr=0.1).step()
         if is_same:

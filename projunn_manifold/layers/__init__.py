@@ -1,7 +1,8 @@
 """Layers whose weights stay unitary: linear maps, recurrent networks, convolutions, with the conventions of torch.nn.
 
 A layer owns its manifold as a submodule, so that ``state_dict`` keeps the manifold's state, and puts its weights back
-on it where PyTorch replaces them (``load_state_dict(assign=True)``, ``to_empty``).
+on it where PyTorch replaces them (``load_state_dict(assign=True)``, ``to_empty``).  It loads the ``state_dict`` of
+torch's layer of its kind, too, if the weights are on the manifold; one that is not is a ValueError.
 """
 
 from projunn_manifold.layers.conv import (

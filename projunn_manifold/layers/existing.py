@@ -10,6 +10,7 @@ from geoopt import ManifoldParameter, ManifoldTensor
 from torch import nn
 
 from projunn_manifold import init as initialise
+from projunn_manifold.layers.base import check_loaded
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.plan import Plan, reattach_manifolds
 
@@ -23,7 +24,9 @@ def unitary_(
 
     The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
     ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
-    it otherwise is refused.  Do it before an optimiser is built, and before the weight is shared with another module.
+    it otherwise is refused.  ``load_state_dict`` takes what the plain module had if the weight is on the manifold, and
+    raises ValueError if it is not.  Do it before an optimiser is built, and before the weight is shared with another
+    module.
 
     Parameters
     ----------
@@ -66,6 +69,7 @@ def unitary_(
     setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
     module.add_module(f"{name}_manifold", manifold)
     guard = _Guard(name, manifold)
+    module.register_load_state_dict_pre_hook(guard.check_loaded)
     module.register_load_state_dict_post_hook(guard.reattach)
     module.register_forward_pre_hook(guard.check)
     return module
@@ -82,9 +86,9 @@ def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
     weight = getattr(module, name)
     if not isinstance(weight, ManifoldTensor):
         raise TypeError(f"`{name}` must be on a manifold, got {type(weight).__name__}")
-    for hooks in (module._forward_pre_hooks, module._load_state_dict_post_hooks):
+    for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
         for key, hook in list(hooks.items()):
-            guard = getattr(hook, "__self__", None)
+            guard = getattr(getattr(hook, "hook", hook), "__self__", None)  # PyTorch wraps some
             if isinstance(guard, _Guard) and name in guard.plan:
                 del hooks[key]
     module._modules.pop(f"{name}_manifold", None)
@@ -97,6 +101,10 @@ class _Guard:
 
     def __init__(self, name: str, manifold: UnitaryLowRank) -> None:
         self.plan = Plan({name: manifold})
+
+    def check_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Refuse a weight that is off the manifold."""
+        check_loaded(module, self.plan, state_dict, prefix)
 
     def reattach(self, module: nn.Module, _: Any) -> None:
         """Put the weight back."""

@@ -23,6 +23,7 @@ from projunn_manifold.layers.blocks import apply_blocks
 from projunn_manifold.layers.confined import confined
 from projunn_manifold.layers.plain_conv import PLAIN, centred_kernel
 from projunn_manifold.linalg import dense
+from projunn_manifold.manifold.state import digits_of, numbers_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
 from projunn_manifold.validation import check_dtype, check_image_size, check_positive, sides_of
 
@@ -93,18 +94,37 @@ class FourierConv(KeepsManifolds):
         self.reset_parameters()
         self.remember_manifolds()
 
-    def get_extra_state(self) -> Tensor:
+    def get_extra_state(self) -> Tensor:  # (4 + dims, 8) int64
         """Return what the blocks belong to, for ``state_dict``: other grids have stacks of the same shape."""
-        return torch.tensor(
-            [self.in_channels, self.out_channels, self.stride, self.groups, *self.image_size], device="cpu"
-        )
+        return digits_of(self._origin)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Refuse the blocks of another layer."""
-        own = self.get_extra_state().tolist()
-        if state.tolist() != own:
+        self._check_origin(state, "state")
+
+    @property
+    def _origin(self) -> list[int]:
+        return [self.in_channels, self.out_channels, self.stride, self.groups, *self.image_size]
+
+    def _check_origin(self, state: object, name: str) -> None:
+        found = [round(number) for number in numbers_of(state, len(self._origin), name)]
+        if found != self._origin:
             names = "in_channels, out_channels, stride, groups, *size"
-            raise ValueError(f"a state of another {type(self).__name__}: ({names}) are {state.tolist()}, not {own}")
+            raise ValueError(
+                f"{name!r} is that of another {type(self).__name__}: ({names}) are {found}, expected {self._origin}"
+            )
+
+    def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse the blocks of another layer, and a plain kernel."""
+        key = f"{prefix}_extra_state"
+        if key in state_dict:
+            self._check_origin(state_dict[key], key)
+        elif f"{prefix}weight" in state_dict:
+            raise ValueError(
+                f"{key!r} is missing, so {prefix + 'weight'!r} is not that of {type(self).__name__}, which keeps a "
+                "unitary block for each frequency: make the layer from a torch convolution by from_plain, or "
+                "`unitarize` the model"
+            )
 
     @property
     def _block(self) -> tuple[int, int]:

@@ -74,6 +74,12 @@ class UnitaryLinear(KeepsManifolds):
     def _matrix(self) -> Tensor:  # (out_features, in_features)
         return self.weight if self.out_features >= self.in_features else self.weight.mH
 
+    def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the adjoint of a plain layer's wide weight."""
+        given, wide = state_dict.get(f"{prefix}weight"), (self.out_features, self.in_features)
+        if isinstance(given, Tensor) and given.shape == wide != self.weight.shape:
+            state_dict[f"{prefix}weight"] = given.mH.resolve_conj().contiguous()
+
     def to_plain(self) -> nn.Linear:
         """Return the same map as a ``torch.nn.Linear``, its weights copied."""
         weight = self._matrix().detach().resolve_conj()

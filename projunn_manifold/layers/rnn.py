@@ -63,6 +63,17 @@ class _Recurrent(KeepsManifolds):
         if self.nonlinearity == "modrelu":
             self.add_module(f"modrelu{suffix}", ModReLU(n, device, dtype))
 
+    def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Add torch's second biases to the first."""
+        for name, own in self._parameters.items():
+            if own is None or not name.startswith("bias_ih"):
+                continue
+            first, second = prefix + name, prefix + name.replace("bias_ih", "bias_hh")
+            both = [state_dict[key] for key in (first, second) if key in state_dict]
+            if [getattr(beta, "shape", None) for beta in both] == [own.shape] * 2:
+                state_dict[first] = both[0].to(own.dtype) + both[1].to(own.dtype)
+                del state_dict[second]
+
     def _weights(self, suffix: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return a layer's V, W, β and bias of modReLU."""
         bias = getattr(self, f"modrelu{suffix}").bias if self.nonlinearity == "modrelu" else None

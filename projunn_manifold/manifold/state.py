@@ -9,6 +9,8 @@ how many others there are.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +18,11 @@ from geoopt import ManifoldTensor
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["Faults", "State"]
+__all__ = ["Faults", "State", "counts_of", "digits_of", "numbers_of"]
 
 _MASK = 2**64 - 1
 _PURPOSES = 4  # an upper bound; changing it changes every draw
+_BASE, _DIGITS = 256, 8  # bfloat16 holds integers up to 256 exactly
 
 
 class Faults(NamedTuple):
@@ -89,33 +92,68 @@ class State:
         """Reset the counts of faults."""
         self._faults = {}
 
-    def packed(self) -> Tensor:  # (32,) uint8
-        """Return the state as bytes."""
-        return torch.tensor([self.gradients, self._sharing(), *self.faults()], dtype=torch.int64, device="cpu").view(
-            torch.uint8
-        )
+    def catch_up(self, other: State) -> None:
+        """Take the larger counts of gradients and of sharers: an average goes on where the one ahead would."""
+        self.gradients = max(self.gradients, other.gradients)
+        self._known_sharers = max(self._sharing(), other._sharing())
 
-    def unpack(self, packed: object) -> None:
-        """Take over a packed state."""
-        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.shape != (32,):
-            found = f"{packed.dtype} {tuple(packed.shape)}" if isinstance(packed, Tensor) else type(packed).__name__
-            raise ValueError(f"the state of a manifold must be a uint8 tensor of 32 bytes, got {found}")
-        numbers = packed.detach().cpu().contiguous().view(torch.int64).tolist()
-        if min(numbers) < 0 or numbers[1] < 1:
-            raise ValueError(f"the state of a manifold must hold counts, got {numbers}")
-        self.gradients, self._known_sharers, skipped, uncorrected = numbers
+    def counts(self) -> tuple[int, int, int, int]:
+        """Return gradients, sharers and faults; waits for the devices."""
+        return self.gradients, self._sharing(), *self.faults()
+
+    def adopt(self, counts: Iterable[int]) -> None:
+        """Take over what :meth:`counts` returned, here or elsewhere."""
+        self.gradients, self._known_sharers, skipped, uncorrected = counts
         self._sharers = WeakIdKeyDictionary()
         self.forget_faults()
         self.count_faults(torch.device("cpu"), skipped=skipped, uncorrected=uncorrected)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy or a pickle takes along: the counts, from which the rest follows."""
-        return {"_start": self._start, "packed": self.packed()}
+        """Return what a copy or a pickle takes along: integers, from which the rest follows."""
+        return {"_start": self._start, "counts": self.counts()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the counts."""
         self._start, self._generators = state["_start"], {}
-        self.unpack(state["packed"])
+        self.adopt(state["counts"])
+
+
+def digits_of(numbers: Iterable[int]) -> Tensor:  # -> (numbers, 8) int64
+    """Return natural numbers as digits to the base 256, the lowest first."""
+    digits = [[number // _BASE**place % _BASE for place in range(_DIGITS)] for number in numbers]
+    return torch.tensor(digits, dtype=torch.int64, device="cpu")
+
+
+def numbers_of(digits: object, count: int, name: str) -> list[float]:
+    """Return so many numbers from their digits, of any real dtype and device: an average need not be whole.
+
+    Raises
+    ------
+    ValueError
+        Anything else than a real tensor ``(count, 8)``, or one without finite values; ``name`` says what it was.
+    """
+    if not isinstance(digits, Tensor) or digits.shape != (count, _DIGITS) or digits.is_complex() or digits.is_meta:
+        found = f"{digits.dtype} {tuple(digits.shape)} on {digits.device}" if isinstance(digits, Tensor) else digits
+        raise ValueError(f"{name!r} must be a real tensor of shape {(count, _DIGITS)}, from a state_dict, got {found}")
+    exact = digits.detach().to("cpu", torch.float64 if digits.is_floating_point() else torch.int64)
+    numbers = [sum(digit * _BASE**place for place, digit in enumerate(row)) for row in exact.tolist()]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name!r} must hold finite numbers, got {numbers}")
+    return numbers
+
+
+def counts_of(digits: object, name: str) -> list[int]:
+    """Return a state's counts from their digits; a fraction, as averages have, is rounded up.
+
+    Raises
+    ------
+    ValueError
+        Digits of no numbers (:func:`numbers_of`), negative counts, no sharer, or counts beyond 63 bits.
+    """
+    counts = [math.ceil(number) for number in numbers_of(digits, len(Faults._fields) + 2, name)]
+    if min(counts) < 0 or counts[1] < 1 or max(counts) >= 2**63:
+        raise ValueError(f"{name!r} must hold counts of gradients, sharers (at least one) and faults, got {counts}")
+    return counts
 
 
 def _mixed(z: int) -> int:

@@ -21,7 +21,7 @@ from projunn_manifold.manifold.finiteness import Finiteness
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.parameters import manifold_of, take_added_decay, watch_optimizers
 from projunn_manifold.manifold.sketcher import Sketcher
-from projunn_manifold.manifold.state import Faults, State
+from projunn_manifold.manifold.state import Faults, State, counts_of, digits_of
 from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
@@ -406,13 +406,36 @@ class UnitaryLowRank(Geometry):
         self._state.forget_faults()
         return faults
 
-    def get_extra_state(self) -> Tensor:  # (32,) uint8
-        """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device."""
-        return self._state.packed()
+    def get_extra_state(self) -> Tensor:  # (4, 8) int64
+        """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device.
+
+        These are four counts, as digits to the base 256: gradients, parameters that share the manifold, and the two
+        of :meth:`pop_faults`.
+        """
+        return digits_of(self._state.counts())
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over the state from a ``state_dict``."""
-        self._state.unpack(state)
+        """Take over the state from a ``state_dict``, converted to any real dtype, or averaged: fractions round up.
+
+        Raises
+        ------
+        ValueError
+            Another shape; counts that are negative or not finite.
+        """
+        self._state.adopt(counts_of(state, "state"))
+
+    def take_largest_state(self, other: UnitaryLowRank) -> None:
+        """Go on, as an average of several models does, after the larger of both counts of gradients."""
+        self._state.catch_up(other._state)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Load the state, checked under its full name; a missing one leaves the counts as they are."""
+        key = f"{prefix}_extra_state"
+        if key in state_dict:
+            counts_of(state_dict[key], key)
+        else:
+            state_dict[key] = self.get_extra_state()
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     # -- gradients that are not formed, and shards ---------------------------------------------------------
 

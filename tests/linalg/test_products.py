@@ -13,6 +13,7 @@ from helpers import DTYPES, NewStorages, bound, double, error
 
 from projunn_manifold import UnitaryLowRank, optim
 from projunn_manifold.linalg import dense, products, threads
+from projunn_manifold.manifold.state import digits_of
 from projunn_manifold.moves import drift
 
 MATRICES = [(1, 1), (3, 2), (7, 7), (64, 64), (70, 33), (5, 16, 16), (2, 3, 9, 6), (130, 40)]
@@ -211,7 +212,7 @@ def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
     for turn in range(3, n):  # on to a step that corrects a block of columns, the one that needs most memory
         if drift.Schedule(manifold.sweep).first_due_column(turn + 1, n) is not None:
             break
-    manifold.set_extra_state(torch.tensor([turn - 1, 1, 0, 0]).view(torch.uint8))
+    manifold.set_extra_state(digits_of([turn - 1, 1, 0, 0]))
     step()  # the first one after a state is loaded looks whether the point is on the manifold
     gc.collect()
     tracemalloc.start()  # NumPy reports its memory here, PyTorch does not

@@ -13,6 +13,7 @@ import resume
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers import bound, error
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from projunn_manifold import UnitaryLowRank, optim
@@ -137,18 +138,18 @@ def test_what_is_saved_and_what_is_refused():
     manifold.step_(x, torch.ones(8, 8), 0.1)
     manifold.step_(x, torch.full((8, 8), torch.nan), 0.1)
     state = manifold.state_dict()["_extra_state"]
-    assert state.dtype == torch.uint8
+    assert (state.dtype, state.shape) == (torch.int64, (4, 8))
     other = UnitaryLowRank()
     other.load_state_dict(manifold.state_dict())
     assert other._state.gradients == 2
     assert other.pop_faults() == Faults(1, 0)
-    negative = (-state.view(torch.int64)).view(torch.uint8)
     for wrong, message in (
-        (None, "uint8 tensor of 32 bytes"),
-        (state.float(), "uint8 tensor of 32 bytes"),
-        (state[:8], "uint8 tensor of 32 bytes"),
-        (negative, "must hold counts"),
+        (None, r"a real tensor of shape \(4, 8\), from a state_dict, got None"),
+        (state[:2], r"got torch.int64 \(2, 8\) on cpu"),
+        (-state, "counts of gradients"),
     ):
-        with pytest.raises(ValueError, match=message):
-            other.set_extra_state(wrong)
+        with pytest.raises(ValueError, match=f"'model.manifold._extra_state' must .*{message}"):
+            nn.ModuleDict({"model": nn.ModuleDict({"manifold": other})}).load_state_dict(
+                {"model.manifold._extra_state": wrong}
+            )
     assert other._state.gradients == 2
