@@ -32,7 +32,7 @@ from projunn_manifold.sketching.samplers import Subspace, svd
 __all__: list[str] = []
 
 _WARNED = -1
-_counts: Any = WeakIdKeyDictionary()  # steps of every optimiser
+_counts: Any = WeakIdKeyDictionary()  # steps of every optimiser; negative while one is made, and after one that raised
 _off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
 
@@ -74,7 +74,7 @@ def _note_decay(optimizer: torch.optim.Optimizer, about_to_step: bool) -> None:
     if not isinstance(optimizer, OptimMixin):
         return
     for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0) if about_to_step else 0
+        decay = validation.check_number(group.get("weight_decay", 0), "weight_decay") if about_to_step else 0
         for p in group["params"]:  # those without decay, too: a step that raised may have left a note
             note_added_decay(p, decay if decay and _adds_decay(optimizer, p) else 0)
 
@@ -92,8 +92,11 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
 
     Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before the first step others warn.
     """
-    count = _counts[optimizer] = _counts.get(optimizer, 0) + 1
-    if count & (count - 1) or torch.compiler.is_compiling() or optimizer in _off:
+    last = _counts.get(optimizer, 0)
+    count = abs(last) + 1
+    _counts[optimizer] = -count
+    has_raised = last < 0  # half-way: a constraint will put points back
+    if count & (count - 1) or has_raised or torch.compiler.is_compiling() or optimizer in _off:
         return
     for p in about_to_move(optimizer, args, kwargs):
         if unitary_of(p) is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
@@ -109,6 +112,10 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
                 f"to it, a wrapper like Lookahead or an average; {PUT_BACK_WRAPPED}"
             )
         return
+
+
+def _note_end(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _counts[optimizer] = abs(_counts.get(optimizer, 0))
 
 
 def _prepare_search(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -141,4 +148,4 @@ def _sketches_anew(part: object) -> bool:
 
 
 before_steps.extend((_warn, _tell_decay, _notice_writes, _prepare_search))
-after_steps.append(_forget_decay)
+after_steps.extend((_forget_decay, _note_end))

@@ -1,6 +1,6 @@
-"""Optimisers inside the wrappers of other libraries: what takes an optimiser looks inside, and says what it cannot take.
+"""Optimisers inside the wrappers of other libraries: what takes an optimiser looks inside, or says what came.
 
-The wrappers are small classes with the habits of the real ones; torch's own ``ZeroRedundancyOptimizer`` is the real one.
+The wrappers are small classes with the habits of the real ones; ``ZeroRedundancyOptimizer`` is torch's own.
 """
 
 import warnings
@@ -253,7 +253,7 @@ def test_parameters_are_not_replaced_in_lists_that_a_wrapper_keeps(one_process):
     net.weight = nn.Parameter(net.weight.detach().clone())
     zero = zero_redundancy(net, optim.RiemannianSGD)
     lost = net.weight
-    with pytest.raises(TypeError, match="ZeroRedundancyOptimizer keeps lists.*build it again"):
+    with pytest.raises(TypeError, match=r"ZeroRedundancyOptimizer keeps lists.*build it again"):
         reattach_manifolds(net, plan, zero)
     assert net.weight is lost
 
