@@ -131,7 +131,7 @@ def take_added_decay(x: Tensor) -> float:
     return 0.0 if x._base is None else float(_added_decay.get(x._base, 0.0))
 
 
-def note_added_decay(x: Tensor, decay: float) -> None:
+def note_added_decay(x: Tensor, decay: float | Tensor) -> None:
     """Note the weight decay that a step is going to add to the gradient at x; 0: none."""
     if decay:
         _added_decay[x] = decay

@@ -90,7 +90,7 @@ def _adds_decay(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
 def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Warn, once, if parameters leave their manifolds between steps, as Lookahead and other averages make them.
 
-    Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before the first step others warn.
+    Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before its first step others warn.
     """
     last = _counts.get(optimizer, 0)
     count = abs(last) + 1
@@ -99,13 +99,14 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
     if count & (count - 1) or has_raised or torch.compiler.is_compiling() or optimizer in _off:
         return
     for p in about_to_move(optimizer, args, kwargs):
-        if unitary_of(p) is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
+        manifold = unitary_of(p)
+        if manifold is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
             continue
         error = dense.probed_unitarity_error(p.detach())
         if not ((error > torch.finfo(p.dtype).eps ** 0.5) & error.isfinite()).any():
             continue
         _off[optimizer] = True
-        if count > 1:
+        if not manifold._state.is_new(p):
             validation.warn(
                 f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
                 f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else writes "
