@@ -25,6 +25,7 @@ __all__ = [
     "batched",
     "constant_in_graphs",
     "disabled_torch_function",
+    "has_step_hooks",
     "in_full_precision",
     "is_differentiated",
     "is_plain",
@@ -141,6 +142,11 @@ def keep_optimizers_outside_graphs() -> None:
 
 
 # -- optimisers ------------------------------------------------------------------------------------------
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether functions can be called after each step of an optimiser: some classes leave out torch's set-up."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks")
 
 
 def step_post_hooks(optimizer: torch.optim.Optimizer) -> list[Callable[..., Any]]:

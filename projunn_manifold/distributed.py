@@ -23,7 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import sharded
 from projunn_manifold.linalg.products import LinearOperator, matrix, normalized_image
-from projunn_manifold.manifold.parameters import has_closure_among, is_dtensor, parameters_of
+from projunn_manifold.manifold.parameters import (
+    has_closure_among,
+    inner_optimizer,
+    is_dtensor,
+    parameters_of,
+    shares_groups,
+    warn_of_interpolation,
+)
 from projunn_manifold.manifold.unitary import unitary_of
 from projunn_manifold.optim.constrained import constraint_of, is_constrained
 from projunn_manifold.optim.in_place import InPlace
@@ -50,8 +57,8 @@ def data_parallel(
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer
         One of geoopt's, or of this package's, or torch's SGD :func:`~projunn_manifold.optim.constrain`-ed, over all
-        unitary parameters of the model.  With ``feedback`` each process keeps its share of what a step leaves out of
-        the mean.
+        unitary parameters of the model; or a wrapper of one.  With ``feedback`` each process keeps its share of what a
+        step leaves out of the mean.
     process_group
         As for torch; the default group if left out.
     options
@@ -67,12 +74,20 @@ def data_parallel(
     ------
     TypeError
         A sampler that is not linear in the gradient (``column``, ``svd``, a function): train with torch's
-        ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (RMSprop, Adam, constrained).
+        ``DistributedDataParallel`` as it is.  An optimiser that is not linear in it (RMSprop, Adam, constrained), that
+        moves each parameter in one process only (``ZeroRedundancyOptimizer``), or that is none.
     ValueError
         Unitary parameters that the optimiser does not have; manifolds that differ between processes; weight decay,
         except in this package's optimisers: it would mix X into the factors.  In ``step``: a closure, which would
         make gradients too late.
     """
+    warn_of_interpolation(optimizer)
+    if not shares_groups(optimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} moves each parameter in one process only, and data_parallel exchanges its "
+            "sketch with all: take the optimiser that it wraps, or torch's DistributedDataParallel as it is"
+        )
+    optimizer = inner_optimizer(optimizer)
     named = {
         name: p
         for name, p in model.named_parameters(remove_duplicate=False)

@@ -6,6 +6,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, SupportsIndex
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "check_dtype",
     "check_full_rank",
     "check_image_size",
+    "check_number",
     "check_point",
     "check_positive",
     "check_rate",
@@ -80,15 +82,24 @@ def check_tensor(x: object, name: str, missing: str = "") -> None:
         raise TypeError(f"`{name}` must be a torch.Tensor, got {type(x).__name__}{advice}")
 
 
-def check_rate(value: object, name: str, x: Tensor) -> None:
-    """Raise unless value is a real number, or a real tensor with one for all or for each matrix of x."""
+def check_number(value: object, name: str) -> float | Tensor:
+    """Return a real number as Python's own, NumPy's scalars and 0-d arrays too; a real tensor is returned as it is."""
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"`{name}` must be real, got {value.dtype}")
-        if value.shape not in (torch.Size(), x.shape[:-2]):
-            raise ValueError(f"`{name}` must have shape () or {tuple(x.shape[:-2])}, got {tuple(value.shape)}")
-    elif not isinstance(value, float | int) or isinstance(value, bool):
+        return value
+    number = _pythons_own(value)
+    if isinstance(number, bool) or not isinstance(number, int | float | Real):
         raise TypeError(f"`{name}` must be a number or a tensor, got {value!r} of type {type(value).__name__}")
+    return number if isinstance(number, int | float) else float(number)
+
+
+def check_rate(value: object, name: str, x: Tensor) -> float | Tensor:
+    """Return a real number, or a real tensor with one for all or for each matrix of x; raise for anything else."""
+    number = check_number(value, name)
+    if isinstance(number, Tensor) and number.shape not in (torch.Size(), x.shape[:-2]):
+        raise ValueError(f"`{name}` must have shape () or {tuple(x.shape[:-2])}, got {tuple(number.shape)}")
+    return number
 
 
 def check_count(value: object, name: str, none: str) -> int | None:
@@ -115,8 +126,15 @@ def check_seed(seed: object) -> int:
 
 
 def _whole(value: object) -> int | None:
-    """Return the value as an int if it is an integer, NumPy's included, else None."""
-    return None if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex) else operator.index(value)
+    """Return an int for what is one, also as a scalar of NumPy's, a 0-d array or tensor, and None for anything else."""
+    number = _pythons_own(value)
+    return None if isinstance(number, bool) or not isinstance(number, SupportsIndex) else operator.index(number)
+
+
+def _pythons_own(value: Any) -> Any:
+    """Return the number in a scalar of NumPy's or a 0-d array or tensor, and anything else that has no dimensions."""
+    dimensions = getattr(value, "ndim", None)
+    return value if dimensions is None else value.item() if dimensions == 0 else None
 
 
 def check_writable(x: Tensor, name: str = "x") -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from projunn_manifold import validation
+from projunn_manifold import UnitaryLowRank, validation
 
 
 @pytest.mark.parametrize(
@@ -68,3 +68,40 @@ def test_a_warning_names_the_line_of_the_caller():
         validation.warn("something")
     assert caught[0].filename == __file__
     assert caught[0].category is RuntimeWarning
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__)
+def test_a_whole_number_of_any_library_is_one(kind):
+    assert validation.check_count(kind(3), "k", "full rank") == 3
+    assert validation.check_seed(kind(3)) == 3
+    assert validation.sides_of(kind(3), 2) == (3, 3)
+    manifold = UnitaryLowRank(kind(3), seed=kind(5), sweep=kind(7))
+    assert (manifold.k, manifold.seed, manifold.sweep) == (3, 5, 7)
+    assert all(type(number) is int for number in (manifold.k, manifold.seed, manifold.sweep))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, np.bool_(True), np.array(True), torch.tensor(True), np.array([3]), torch.tensor([3]), np.float64(3.0)],
+)
+def test_what_only_looks_like_a_whole_number_is_none(value):
+    for check in (validation.check_seed, lambda v: validation.check_count(v, "k", "full rank")):
+        with pytest.raises(TypeError, match="must be an int"):
+            check(value)
+    with pytest.raises(ValueError, match="an int or 2 of them"):
+        validation.sides_of(value, 2)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, np.longdouble, np.array, np.int8, int, float])
+def test_a_rate_becomes_pythons_own_number(kind):
+    value = validation.check_rate(kind(2), "lr", torch.eye(2))
+    assert value == 2
+    assert type(value) in (int, float)
+    x = UnitaryLowRank(1).random(8, 8)
+    UnitaryLowRank(1).step_(x, torch.eye(8), kind(0.5))
+
+
+@pytest.mark.parametrize("value", [np.bool_(True), np.array(True), np.array([0.1]), np.complex64(1), "0.1", None])
+def test_what_only_looks_like_a_rate_is_none(value):
+    with pytest.raises(TypeError, match="`lr` must be a number or a tensor, got"):
+        validation.check_rate(value, "lr", torch.eye(2))

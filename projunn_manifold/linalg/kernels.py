@@ -4,7 +4,7 @@ Arrays are C-contiguous: a stack of real matrices ``(batch, n, m)``, and thin fa
 or ``(batch, k, m)``.  A complex matrix comes as the real one of its interleaved real and imaginary parts, twice
 as wide, and its factors complex.  A call works on the matrices ``t0 <= t < t1`` and their rows
 ``i0 <= i < i1``, so that threads can share a stack or a matrix; the loops release Python's global lock.
-Sums may be taken in any order, but NaN and infinity keep their meaning.
+Sums may be taken in any order, but in updates; NaN and infinity keep their meaning.
 
 The innermost loops are written out for four rows of the matrix and one or two factors (updates: one or four rows and
 two or four factors): so the compiler keeps all sums in registers and uses each load for several multiplications.
@@ -26,11 +26,16 @@ _CACHE = 2**15  # bytes of the first-level cache
 _BAND = 2**18  # bytes of a matrix that stay in the second-level cache
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], flags: set[str] = _FLAGS) -> Callable[..., Any]:
     try:
-        return numba.njit(nogil=True, fastmath=_FLAGS, cache=True)(function)
+        return numba.njit(nogil=True, fastmath=flags, cache=True)(function)
     except RuntimeError:  # no folder to keep the machine code in: compile once in every process
-        return numba.njit(nogil=True, fastmath=_FLAGS)(function)
+        return numba.njit(nogil=True, fastmath=flags)(function)
+
+
+def _compiled_in_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a loop whose sums are taken as written: what is added to X first, and X, which is rounded once, last."""
+    return _compiled(function, _FLAGS - {"reassoc"})
 
 
 # -- products: Y = X R and Z += X^T L, or Z += X^T [Y, L] in the same read of X --------------------------------
@@ -348,7 +353,7 @@ def _copy_row(x0: Any, y0: Any) -> None:  # pragma: no cover
         y0[j] = x0[j]
 
 
-@_compiled
+@_compiled_in_order
 def _add_four(
     x: Any, start: int, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
 ) -> None:  # pragma: no cover
@@ -358,7 +363,7 @@ def _add_four(
             row[j] += ai * u[j] + bi * v[j] + ci * w[j] + di * q[j]
 
 
-@_compiled
+@_compiled_in_order
 def _add_two(x: Any, start: int, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
     for i in range(start, x.shape[0]):
         row, ai, bi = x[i], a[i], b[i]
@@ -366,7 +371,7 @@ def _add_two(x: Any, start: int, a: Any, b: Any, u: Any, v: Any) -> None:  # pra
             row[j] += ai * u[j] + bi * v[j]
 
 
-@_compiled
+@_compiled_in_order
 def _add_four_to_four(
     x: Any, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
 ) -> None:  # pragma: no cover
@@ -383,7 +388,7 @@ def _add_four_to_four(
             x3[j] += a3 * u[j] + b3 * v[j] + c3 * w[j] + d3 * q[j]
 
 
-@_compiled
+@_compiled_in_order
 def _add_two_to_four(x: Any, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
     for i in range(0, x.shape[0], 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]

@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import sharded
+from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 from projunn_manifold.sketching.lowrank import Scalar
 
-__all__ = ["Finiteness"]
+__all__ = ["PUT_BACK", "Finiteness", "is_far_off"]
+
+PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
+_FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
+
+
+def is_far_off(error: Tensor) -> bool:
+    """Tell whether unitarity errors are those of points that have never been on the manifold."""
+    return not bool((error <= _FAR_OFF).all())
 
 
 @final
@@ -63,11 +71,11 @@ class Finiteness:
                 return None
             healthy = bool(torch.isfinite(sharded.local_shard(x)).all())
             if not sharded.all_agree(x, healthy):
-                raise _error(x, "point of another process" if healthy else "point")
+                raise _error(x, "point of another process" if healthy else "point", None)
             if self.non_finite == "raise" and within:
                 raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
-                raise _error(as_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what)
+                raise _error(as_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what, x)
         kept = torch.as_tensor(sizes, device=x.device) <= limit
         self._state.count_faults(x.device, skipped=(~kept).sum())
         return kept
@@ -79,10 +87,17 @@ def _largest(numbers: Scalar) -> float:
     return numbers
 
 
-def _error(u: Tensor, what: str) -> ValueError:
-    """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow."""
+def _error(u: Tensor, what: str, x: Tensor | None) -> ValueError:
+    """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow at a finite x."""
     bad = int((~torch.isfinite(sharded.local_shard(u))).sum())
     problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
+    start = None if x is None or bad or sharded.is_sharded(x) else dense.probed_unitarity_error(x.detach())
+    if start is not None and is_far_off(start):
+        return ValueError(
+            f"{what} of shape {tuple(u.shape)} is too large for its precision, because the parameter is off the "
+            f"manifold, ‖X^H X - I‖_F/√m about {start.max().item():.2g}: it started there, or something else wrote to "
+            f"it; {PUT_BACK}; the parameter was not changed"
+        )
     if what == "step":
         problem += " (look at the learning rate and the optimiser's moments)"
     if what == "gradient" and not bad:

@@ -17,9 +17,15 @@ from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.manifold.finiteness import Finiteness
+from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
 from projunn_manifold.manifold.geometry import Geometry
-from projunn_manifold.manifold.parameters import manifold_of, take_added_decay, watch_optimizers
+from projunn_manifold.manifold.parameters import (
+    manifold_of,
+    note_whole_gradient,
+    take_added_decay,
+    watch_optimizers,
+    whole_gradient,
+)
 from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, State, counts_of, digits_of
 from projunn_manifold.moves import drift
@@ -33,8 +39,6 @@ from projunn_manifold.sketching.samplers import Sampler, Subspace
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of"]
 
-_FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
-_PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
 _DENSE_RATE = 2  # a product over all columns rounds once, whatever their number; k passes round k times
 _THIN = 16  # cost of an entry in a product with thin factors, relative to the product that forms a gradient
 
@@ -199,13 +203,32 @@ class UnitaryLowRank(Geometry):
         self._accept(x, u, "gradient")
         self._warn_if_far_off(x)
         decay = take_added_decay(x)
-        x, u = validation.broadcast(x, u)
-        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), u, decay), u)
-        self._state.count_gradient(x)
+        point, u = validation.broadcast(x, u)
+        tangent = self.finiteness.checked_gradient(point, self.sketcher.tangent(matrix(point), u, decay), u)
+        self._state.count_gradient(point)
         if torch.is_grad_enabled():
             left, right = tangent.outer()
-            return left @ right.mH
+            sketched = left @ right.mH
+            if not self.is_dense(x):
+                note_whole_gradient(x, sketched, u)
+            return sketched
         return FactoredTensor(tangent)
+
+    @in_full_precision
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        r"""Inner product :math:`\mathrm{Re}\,\mathrm{tr}\,u^H(2I - XX^H)v`, real, ``(*batch,)`` or ``(*batch, 1, 1)``.
+
+        Cost: :math:`O(k n)` for a factored u alone, one read of u and v on square X, :math:`O(n m^2)` on tall X.
+
+        To a line search that asks for slopes (geoopt's ``RiemannianLineSearch`` with Wolfe's conditions) it gives those
+        of the loss: where u is the sketch of a gradient G and v a tangent, :math:`\mathrm{Re}\,\mathrm{tr}\,G^H v`.
+        Sketches at two trial points are not comparable.
+        """
+        whole = None if v is None else whole_gradient(x, u)
+        if whole is None or v is None:
+            return super().inner(x, u, v, keepdim=keepdim)
+        slope = dense.frobenius_inner(*validation.broadcast(whole, as_plain(v)))
+        return slope[..., None, None] if keepdim else slope
 
     @outside_graphs
     @in_full_precision
@@ -250,7 +273,7 @@ class UnitaryLowRank(Geometry):
         >>> x = manifold.step_(x, g, lr=0.1)
         """
         self._accept_in_place(x, grad, "gradient")
-        validation.check_rate(lr, "lr", x)
+        lr = validation.check_rate(lr, "lr", x)
         self._warn_if_far_off(x)
         point = matrix(x)
         tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
@@ -284,7 +307,7 @@ class UnitaryLowRank(Geometry):
         raises; x and the vectors are then as they were.
         """
         self._accept_in_place(x, u, "u")
-        validation.check_rate(scale, "scale", x)
+        scale = validation.check_rate(scale, "scale", x)
         for v in vectors:
             self._accept_in_place(x, v, "v")
             validation.check_writable(v, "v")
@@ -380,7 +403,7 @@ class UnitaryLowRank(Geometry):
         if context.readable(x):
             validation.warn(
                 f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
-                f"far for the drift correction; {_PUT_BACK}"
+                f"far for the drift correction; {PUT_BACK}"
             )
 
     def _warn_if_far_off(self, x: Tensor) -> None:
@@ -388,10 +411,10 @@ class UnitaryLowRank(Geometry):
         if not (self._state.is_new(x) and context.readable(x)):
             return
         error = dense.probed_unitarity_error(x.detach())
-        if ((error > _FAR_OFF) & error.isfinite()).any():  # what is not finite will be refused
+        if is_far_off(error[error.isfinite()]):  # what is not finite will be refused
             validation.warn(
                 f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
-                f"{error.max().item():.2g}, where its moves are wrong; {_PUT_BACK}"
+                f"{error.max().item():.2g}, where its moves are wrong; {PUT_BACK}"
             )
 
     # -- state --------------------------------------------------------------------------------------------

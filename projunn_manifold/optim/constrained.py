@@ -24,10 +24,12 @@ from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.parameters import (
     has_closure_among,
+    inner_optimizer,
     is_dtensor,
     keepers,
     local_view,
     parameters_of,
+    warn_of_interpolation,
 )
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.move import Move
@@ -141,7 +143,7 @@ class Constraint:
 
 def _coupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> float | Tensor | None:
     """Return the λ of the λX that an optimiser of torch adds to a gradient, scaled and signed as it is, or None."""
-    decay: float = group.get("weight_decay", 0.0)
+    decay = validation.check_number(group.get("weight_decay", 0.0), "weight_decay")
     if not decay or not _steps_like_torchs(optimizer) or _is_decoupled(optimizer, group):
         return None
     decay = -decay if group.get("maximize", False) else decay
@@ -153,8 +155,7 @@ def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) ->
     """Return the part of X by which an optimiser of torch shrinks it in a step, or None."""
     if not group.get("weight_decay") or not _steps_like_torchs(optimizer) or not _is_decoupled(optimizer, group):
         return None
-    shrinkage: float | Tensor = group["lr"] * group["weight_decay"]
-    return shrinkage
+    return validation.check_number(group["lr"], "lr") * validation.check_number(group["weight_decay"], "weight_decay")
 
 
 def _steps_like_torchs(optimizer: torch.optim.Optimizer) -> bool:
@@ -291,6 +292,9 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     Parameters
     ----------
     optimizer : torch.optim.Optimizer
+        Or a wrapper that holds one as ``optimizer`` or ``optim`` (accelerate's, Lightning's,
+        ``ZeroRedundancyOptimizer``): that one is constrained.  Of Lookahead, whose averages leave the manifold, a
+        warning says what to do.
     feedback : bool
         Error feedback: what a rank-k step leaves out of the optimiser's move is added to the next one, carried along
         with the point.  It costs one more matrix for each parameter, ``optimizer.state[p]["residual"]``, which travels
@@ -299,8 +303,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     Raises
     ------
     TypeError
-        LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it;
-        geoopt's optimisers, which know manifolds themselves.
+        LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it; what is no
+        optimiser; geoopt's optimisers, which know manifolds themselves.
     ValueError
         A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite; the parameter is
         back where it was, the optimiser's state is not.
@@ -319,6 +323,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     >>> manifold.check_point_on_manifold(w.detach())
     True
     """
+    warn_of_interpolation(optimizer)
+    optimizer = inner_optimizer(optimizer)
     for kind, reason in _REFUSED.items():
         if isinstance(optimizer, kind):
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
@@ -338,13 +344,13 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
 
 
 def is_constrained(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether this very optimiser has been constrained."""
+    """Tell whether this very optimiser, or what it wraps, has been constrained."""
     return constraint_of(optimizer) is not None
 
 
 def constraint_of(optimizer: torch.optim.Optimizer) -> Constraint | None:
     """Return the handle of a constrained optimiser, or None."""
-    for hook in context.step_post_hooks(optimizer):
+    for hook in context.step_post_hooks(inner_optimizer(optimizer)):
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Constraint):
             return owner

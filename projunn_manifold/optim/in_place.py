@@ -26,7 +26,7 @@ from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, keepers, local_view, parameters_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
-from projunn_manifold.validation import check_same_matrix
+from projunn_manifold.validation import check_number, check_same_matrix
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
@@ -56,6 +56,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     """A step that moves this package's parameters in place and hides them from the step of geoopt's class."""
 
     _geoopt: type[torch.optim.Optimizer]
+    _numbers: tuple[str, ...]  # hyper-parameters that are real numbers, or pairs of them
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
@@ -66,6 +67,8 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     @outside_graphs
     def _move_all_(self) -> None:
         moved = []
+        for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
+            group.update(_numbers(group, self._numbers))
         check_attached(parameters_of(self))
         stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
         if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
@@ -113,6 +116,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     """
 
     _geoopt = geoopt.optim.RiemannianSGD
+    _numbers = ("lr", "momentum", "dampening", "weight_decay")
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         momentum, x, grad = group["momentum"], local_view(point), gradient_of(point)
@@ -137,6 +141,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     The second moment is one number for each matrix, the squared length of its gradient; geoopt keeps it n x m
     times.  Here it is kept once, ``(*batch, 1, 1)``, and ``state_dict`` writes it out in geoopt's shape.
     A step costs 15 passes over square X (19 without compiled loops) and allocates no matrix of its size.
+    Where the installed geoopt projects points before it moves them, as its main branch does, a parameter that starts
+    off the manifold is projected before its first step; after that the manifold corrects drift.
 
     Parameters
     ----------
@@ -158,6 +164,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
+    _numbers = ("lr", "betas", "eps", "weight_decay")
     _second_moments = ("exp_avg_sq", "max_exp_avg_sq")
 
     def __init__(
@@ -170,11 +177,14 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         amsgrad: bool = False,
         stabilize: int | None = None,
     ) -> None:
-        options: dict[str, Any] = {"betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        super().__init__(params, lr=lr, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
+        options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        options.update(_numbers(options, self._numbers))
+        super().__init__(params, amsgrad=amsgrad, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
         x, (beta1, beta2) = local_view(point), group["betas"]
+        if not self.state[point] and not is_dtensor(point) and _projects(self._geoopt):
+            point.copy_(manifold.projx(point))
         gradient = manifold.egrad2rgrad(x, gradient_of(point))
         square = manifold.inner(x, gradient, keepdim=True)
         state = self.state[point]
@@ -222,6 +232,21 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             for name in self._second_moments:
                 if name in own and unitary_of(point) is not None:
                     own[name] = _one_for_each(own[name])
+
+
+def _projects(kind: type[torch.optim.Optimizer]) -> bool:
+    """Tell whether a class of geoopt projects points before it moves them, as its main branch's Adam does."""
+    return "projx" in inspect.unwrap(kind.step).__code__.co_names
+
+
+def _numbers(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Return these hyper-parameters as Python's own numbers, or the tensors that they are; raise for anything else."""
+    numbers = {}
+    for name in names:
+        value = options[name]
+        is_pair = isinstance(value, tuple | list)
+        numbers[name] = tuple(check_number(each, name) for each in value) if is_pair else check_number(value, name)
+    return numbers
 
 
 def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:

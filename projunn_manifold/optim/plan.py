@@ -18,10 +18,13 @@ from torch import Tensor
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.parameters import (
     ADVICE,
+    inner_optimizer,
     is_dtensor,
     keeps,
     manifold_of,
     parameters_of,
+    shares_groups,
+    warn_of_interpolation,
     watch_shards,
 )
 
@@ -70,14 +73,18 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
 
     With optimisers given, each trainable parameter of the plan must be held by one of them, of geoopt's kind or
     :func:`constrained <projunn_manifold.optim.constrain>`: an optimiser built before a parameter was replaced goes on
-    moving the old one.
+    moving the old one.  Of a wrapper the optimiser inside is asked.
 
     Raises
     ------
+    TypeError
+        One of the optimisers is none.
     ValueError
         Names each parameter that is gone, off its manifold, no longer shared or held by none of the optimisers, and
         each optimiser that moves it as a Euclidean one.
     """
+    for optimizer in optimizers:
+        warn_of_interpolation(optimizer)
     _reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     problems, lost = [], False
@@ -101,7 +108,7 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
         for optimizer in holders:
             if found is None or not keeps(optimizer, p):
                 advice = "" if found is None else f": {ADVICE}"
-                problems.append(f"{type(optimizer).__name__} moves {name!r} as Euclidean{advice}")
+                problems.append(f"{type(inner_optimizer(optimizer)).__name__} moves {name!r} as Euclidean{advice}")
         if optimizers and not holders and p.requires_grad:
             problems.append(f"no given optimiser holds {name!r}: build it again and load its state_dict")
     if problems:
@@ -124,7 +131,8 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     ------
     ValueError, TypeError
         The model lacks a parameter of the plan, it cannot be a point of its manifold (shape, dtype), or none of the
-        optimisers given holds it: then build the optimiser again and load its state_dict.
+        optimisers given holds it: then build the optimiser again and load its state_dict.  One of the optimisers is
+        none, or (``ZeroRedundancyOptimizer``) has lists of its own: then build it after the parameters are back.
     NotImplementedError
         A sharded parameter on which no step can be made: columns are sharded, k=None or 2k >= m, ``column`` or ``svd``.
     """
@@ -139,6 +147,12 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         raise ValueError(
             f"no given optimiser holds {', '.join(map(repr, stray))}: it was built before they were replaced; "
             "build it again and load its state_dict"
+        )
+    apart = [type(optimizer).__name__ for optimizer in optimizers if not shares_groups(optimizer)]
+    if apart and any(manifold_of(parameters[name]) is None for name in plan):
+        raise TypeError(
+            f"{', '.join(apart)} keeps lists of the parameters in which none can be replaced: reattach without it, and "
+            "build it again"
         )
     first = {name: tied[0] for tied in plan.ties for name in tied}
     mended: dict[int, Tensor] = {}  # what takes the place of which parameter
@@ -175,7 +189,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         new = mended[id(old)]
         if old.grad is not None:
             new.grad = old.grad if new.grad is None else new.grad + old.grad
-    for optimizer in optimizers:
+    for optimizer in map(inner_optimizer, optimizers):
         for group in optimizer.param_groups:
             replaced = (mended.get(id(p), p) for p in group["params"])
             group["params"] = list({id(p): p for p in replaced}.values())

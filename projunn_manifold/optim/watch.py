@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from geoopt.optim import RiemannianLineSearch
 from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from projunn_manifold import validation
+from projunn_manifold import context, validation
+from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.parameters import (
     ADVICE,
+    PUT_BACK_WRAPPED,
     about_to_move,
     after_steps,
     before_steps,
@@ -20,13 +23,17 @@ from projunn_manifold.manifold.parameters import (
     manifold_of,
     note_added_decay,
     parameters_of,
+    search_along_slopes,
 )
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.in_place import InPlace
+from projunn_manifold.sketching.samplers import Subspace, svd
 
 __all__: list[str] = []
 
 _WARNED = -1
+_counts: Any = WeakIdKeyDictionary()  # steps of every optimiser; negative while one is made, and after one that raised
+_off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
 
 
@@ -67,7 +74,7 @@ def _note_decay(optimizer: torch.optim.Optimizer, about_to_step: bool) -> None:
     if not isinstance(optimizer, OptimMixin):
         return
     for group in optimizer.param_groups:
-        decay = group.get("weight_decay", 0) if about_to_step else 0
+        decay = validation.check_number(group.get("weight_decay", 0), "weight_decay") if about_to_step else 0
         for p in group["params"]:  # those without decay, too: a step that raised may have left a note
             note_added_decay(p, decay if decay and _adds_decay(optimizer, p) else 0)
 
@@ -80,5 +87,66 @@ def _adds_decay(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     return any(isinstance(part, UnitaryLowRank) for part in manifold.modules())
 
 
-before_steps.extend((_warn, _tell_decay))
-after_steps.append(_forget_decay)
+def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Warn, once, if parameters leave their manifolds between steps, as Lookahead and other averages make them.
+
+    Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before its first step others warn.
+    """
+    last = _counts.get(optimizer, 0)
+    count = abs(last) + 1
+    _counts[optimizer] = -count
+    has_raised = last < 0  # half-way: a constraint will put points back
+    if count & (count - 1) or has_raised or torch.compiler.is_compiling() or optimizer in _off:
+        return
+    for p in about_to_move(optimizer, args, kwargs):
+        manifold = unitary_of(p)
+        if manifold is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
+            continue
+        error = dense.probed_unitarity_error(p.detach())
+        if not ((error > torch.finfo(p.dtype).eps ** 0.5) & error.isfinite()).any():
+            continue
+        _off[optimizer] = True
+        if not manifold._state.is_new(p):
+            validation.warn(
+                f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
+                f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else writes "
+                f"to it, a wrapper like Lookahead or an average; {PUT_BACK_WRAPPED}"
+            )
+        return
+
+
+def _note_end(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    _counts[optimizer] = abs(_counts.get(optimizer, 0))
+
+
+def _prepare_search(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Have manifolds give a line search the slopes of the loss, not those of sketches that change between trials.
+
+    Raises
+    ------
+    ValueError
+        A manifold that has sketching ones as its parts, which see neither the parameter nor its gradient.
+    """
+    if not isinstance(optimizer, RiemannianLineSearch) or not optimizer.compute_derphi:
+        return
+    for p in parameters_of(optimizer):
+        manifold = manifold_of(p)
+        if isinstance(manifold, UnitaryLowRank):
+            search_along_slopes(p)
+        elif manifold is not None and any(map(_sketches_anew, manifold.modules())):
+            raise ValueError(
+                f"a line search that asks for slopes cannot have them on {manifold}: its sketches of the gradient "
+                'change between trials; make its UnitaryLowRank with sampler="subspace" or k=None, or take '
+                'line_search_method="armijo"'
+            )
+
+
+def _sketches_anew(part: object) -> bool:
+    """Tell whether sketches of one gradient differ, and their slopes; power iterations bring them close."""
+    if not isinstance(part, UnitaryLowRank) or part.k is None:
+        return False
+    return not (part.sampler is svd or (isinstance(part.sampler, Subspace) and part.sampler.power > 0))
+
+
+before_steps.extend((_warn, _tell_decay, _notice_writes, _prepare_search))
+after_steps.extend((_forget_decay, _note_end))

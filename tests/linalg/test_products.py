@@ -261,3 +261,22 @@ def test_stacks_of_any_dimension_are_updated_in_place(draw, monkeypatch):
         products.matrix(x).add_product_(left, right)
     assert error(x, expected) <= bound(x.dtype)
     assert max(storages.sizes, default=0) < x.numel() * x.itemsize / 8
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "r"), [(torch.float32, 2), (torch.float32, 4), (torch.complex64, 1), (torch.complex64, 2)]
+)
+@pytest.mark.parametrize("shape", [(70, 70), (30, 5000), (3, 40, 40)], ids=str)
+def test_an_update_rounds_each_entry_once(draw, shape, dtype, r, fresh):
+    """X + L R^H for a small product is the exact sum, rounded; the product's own rounding shows in few entries."""
+    *batch, n, m = shape
+    x = draw.matrix(*shape, dtype=dtype)
+    left, right = 1e-2 * draw.matrix(*batch, n, r, dtype=dtype), draw.matrix(*batch, m, r, dtype=dtype)
+    expected = (double(x) + double(left) @ double(right).mH).to(dtype)
+    known = products.matrix(x)
+    actual = known.plus_product(left, right) if fresh else known.add_product_(left, right)
+    if dtype.is_complex:
+        actual, expected = torch.view_as_real(actual), torch.view_as_real(expected)
+    assert (actual != expected).double().mean().item() < 0.05

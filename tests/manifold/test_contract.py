@@ -88,11 +88,12 @@ def test_separate_calls_agree_until_the_next_gradient(draw):
     assert error(manifold.retr(x, u), y) > 1e-3
 
 
-def test_numpy_integers_are_ranks():
-    assert UnitaryLowRank(np.int64(2)).k == 2
+@pytest.mark.parametrize("rank", [np.int64(2), np.array(2), torch.tensor(2)], ids=repr)
+def test_integers_of_any_library_are_ranks(rank):
+    assert UnitaryLowRank(rank).k == 2
 
 
-@pytest.mark.parametrize("rank", [0, -1, 1.5, "1", True, torch.tensor(1)])
+@pytest.mark.parametrize("rank", [0, -1, 1.5, "1", True, torch.tensor([1]), torch.tensor(1.0)])
 def test_bad_ranks_are_refused(rank):
     with pytest.raises((TypeError, ValueError), match="k must be an int >= 1"):
         UnitaryLowRank(rank)

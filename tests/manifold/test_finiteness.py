@@ -331,3 +331,23 @@ def test_sketches_do_not_depend_on_other_draws_or_threads(draw):
     torch.set_num_threads(1)
     torch.set_rng_state(state)
     assert error(*points) <= bound(torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:a parameter of shape")
+@pytest.mark.parametrize("size", [1e8, 1e25])
+@pytest.mark.parametrize("kind", [geoopt.optim.RiemannianSGD, optim.RiemannianSGD, optim.RiemannianAdam])
+def test_an_error_at_a_start_off_the_manifold_names_the_start(draw, kind, size):
+    w = geoopt.ManifoldParameter(size * draw.matrix(12, 12, dtype=torch.float32), manifold=UnitaryLowRank(1))
+    start = w.detach().clone()
+    w.grad = draw.matrix(12, 12, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"off the manifold.*x.copy_\(manifold.projx\(x\)\)") as caught:
+        kind([w], lr=0.1).step()
+    assert "learning rate" not in str(caught.value)
+    assert torch.equal(w, start)
+
+
+def test_an_error_at_a_point_of_the_manifold_still_names_the_rate(draw):
+    w = geoopt.ManifoldParameter(draw.point(12, 12, dtype=torch.float32), manifold=UnitaryLowRank(1))
+    w.grad = draw.matrix(12, 12, dtype=torch.float32)
+    with pytest.raises(ValueError, match="look at the learning rate"):
+        optim.RiemannianSGD([w], lr=1e12).step()

@@ -381,3 +381,84 @@ def test_graph_mode_returns_plain_differentiable_gradients(draw):
     assert type(u) is torch.Tensor
     (derivative,) = torch.autograd.grad(u.sum(), x)
     assert torch.isfinite(derivative).all()
+
+
+@pytest.mark.parametrize("sampler", ["lsi", "column", "subspace", "svd"])
+@pytest.mark.parametrize(("shape", "dtype"), [((10, 10), torch.complex128), ((12, 5), torch.float64)], ids=str)
+def test_a_wolfe_search_makes_progress_at_rank_one(draw, sampler, shape, dtype):
+    """The slopes it asks for are those of the loss, though its directions come from another sketch each."""
+    manifold = UnitaryLowRank(k=1, sampler=sampler)
+    a = draw.matrix(*shape[:-2], shape[-1], 20, dtype=dtype)
+    b = draw.point(*shape, dtype=dtype) @ a
+    w = geoopt.ManifoldParameter(draw.point(*shape, dtype=dtype), manifold=manifold)
+    optimizer = geoopt.optim.RiemannianLineSearch([w], line_search_method="wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w @ a - b).abs().square().sum()
+        loss.backward()
+        return loss.item()
+
+    first = closure()
+    for _ in range(100):
+        optimizer.step(closure)
+    assert closure() < 1e-2 * first
+    assert dense.unitarity_error(w).item() <= bound(dtype)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("shape", "dtype"), [((9, 9), torch.complex128), ((12, 5), torch.float64)], ids=str)
+def test_the_slope_a_wolfe_search_sees_is_the_derivative_of_the_loss(draw, variant, shape, dtype):
+    """Against a difference quotient of the loss along the move, at the start and, on geodesics, at trial points.
+
+    On other curves the direction that is carried along, which geoopt takes the slope with, is not their velocity.
+    """
+    w = parameter(draw, variant, 1, shape, dtype)
+    target = draw.point(*shape, dtype=dtype)
+    seen, trials = [], (0.0, 0.1, 0.7) if variant is UnitaryLowRankExact else (0.0,)
+
+    def search(phi, derphi, **given):
+        h = 1e-5
+        for step in trials:
+            slope = given["derphi0"] if step == 0 else derphi(step)
+            seen.append((slope, (phi(step + h) - phi(step - h)) / (2 * h)))
+        phi(0.1)  # geoopt goes wrong by a step that was not tried
+        return 0.1
+
+    optimizer = geoopt.optim.RiemannianLineSearch([w], line_search_method=search)
+
+    def closure():
+        optimizer.zero_grad(set_to_none=False)
+        loss = (w - target).abs().square().sum() + (w**3).real.sum()
+        loss.backward()
+        return loss.item()
+
+    for _ in range(3):
+        optimizer.step(closure)
+    assert len(seen) == 3 * len(trials)
+    for slope, quotient in seen:
+        assert slope == pytest.approx(quotient, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of SciPy, where the sketched slopes of the parts mislead it
+@pytest.mark.parametrize("method", ["wolfe", "armijo"])
+@pytest.mark.parametrize("options", [{}, {"sampler": "subspace"}, {"sampler": "svd"}, {"k": None}], ids=str)
+def test_a_wolfe_search_on_parts_of_a_manifold_says_what_it_needs(draw, method, options):
+    manifold = geoopt.Scaled(UnitaryLowRank(**{"k": 1, **options}), 2.0)
+    w = geoopt.ManifoldParameter(draw.point(8, 8, dtype=torch.float64), manifold=manifold)
+    start = w.detach().clone()
+    optimizer = geoopt.optim.RiemannianLineSearch([w], line_search_method=method)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (w**3).sum()
+        loss.backward()
+        return loss.item()
+
+    if method == "wolfe" and not options:
+        with pytest.raises(ValueError, match='sampler="subspace"'):
+            optimizer.step(closure)
+        assert torch.equal(w, start)
+    else:
+        optimizer.step(closure)
+        assert dense.unitarity_error(w).item() <= bound(torch.float64)

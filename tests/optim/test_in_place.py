@@ -3,6 +3,7 @@
 import copy
 
 import geoopt
+import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, bound, error
@@ -183,3 +184,91 @@ def test_closures_hooks_and_schedulers(draw):
     assert scheduler.get_last_lr() == [0.05]
     clone = copy.deepcopy(optimizer)
     assert type(clone) is optim.RiemannianSGD
+
+
+class MainBranch(geoopt.optim.RiemannianAdam):
+    """geoopt's development version projects every point before its step."""
+
+    def step(self, closure=None):
+        with torch.no_grad():
+            for group in self.param_groups:
+                for point in group["params"]:
+                    if point.grad is not None:
+                        point.copy_(point.manifold.projx(point))
+        return super().step(closure)
+
+
+class OnMainBranch(optim.RiemannianAdam, MainBranch):
+    _geoopt = MainBranch
+
+
+@pytest.mark.filterwarnings("ignore:a parameter of shape")
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("shape", [(12, 12), (3, 10, 6)], ids=str)
+def test_adam_starts_off_the_manifold_as_geoopts_does(draw, shape, amsgrad):
+    """The development version's brings the point to the manifold first, the release's does not; so do ours."""
+    start, g = 3 * draw.matrix(*shape, dtype=torch.float64), draw.matrix(*shape, dtype=torch.float64)
+    for theirs, ours in ((MainBranch, OnMainBranch), (geoopt.optim.RiemannianAdam, optim.RiemannianAdam)):
+        points = []
+        for kind in (theirs, ours):
+            w = geoopt.ManifoldParameter(start.clone(), manifold=UnitaryLowRank(2, sweep=None))
+            optimizer = kind([w], lr=0.05, amsgrad=amsgrad)
+            for _ in range(1 if theirs is geoopt.optim.RiemannianAdam else 3):
+                w.grad = g.clone()
+                optimizer.step()
+            points.append(w.detach())
+        size = torch.linalg.matrix_norm(start, 2).max().item()
+        assert error(*points) <= bound(torch.float64, size**3)
+        on_manifold = dense.unitarity_error(points[1]).max().item() <= bound(torch.float64)
+        assert on_manifold is (theirs is MainBranch)
+
+
+KINDS = {
+    "float32": np.float32,
+    "float64": np.float64,
+    "longdouble": np.longdouble,
+    "0-d array": np.array,
+    "0-d float32 array": lambda v: np.array(v, dtype=np.float32),
+    "0-d tensor": torch.tensor,
+    "0-d double tensor": lambda v: torch.tensor(v, dtype=torch.float64),
+}
+HYPER = {
+    optim.RiemannianSGD: {"lr": 0.125, "momentum": 0.75, "dampening": 0.25, "weight_decay": 0.5},
+    optim.RiemannianAdam: {"lr": 0.125, "betas": (0.75, 0.875), "eps": 2.0**-20, "weight_decay": 0.5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", HYPER)
+def test_every_hyper_parameter_may_be_a_number_of_any_library(draw, make, kind):
+    """All values are exact in single precision, so the steps are equal."""
+    start, g = draw.point(12, 12, dtype=torch.float64), draw.matrix(12, 12, dtype=torch.float64)
+
+    def steps(options, later=None):
+        w = geoopt.ManifoldParameter(start.clone(), manifold=UnitaryLowRank(1))
+        optimizer = make([w], **options)
+        optimizer.param_groups[0].update(later or {})
+        for _ in range(3):
+            w.grad = g.clone()
+            optimizer.step()
+        return w.detach()
+
+    expected = steps(HYPER[make])
+    for name, value in HYPER[make].items():
+        given = tuple(map(KINDS[kind], value)) if isinstance(value, tuple) else KINDS[kind](value)
+        for points in (steps(HYPER[make] | {name: given}), steps(HYPER[make], {name: given})):
+            assert error(points, expected) <= bound(torch.float64), name
+
+
+@pytest.mark.parametrize("make", HYPER)
+@pytest.mark.parametrize("value", [True, np.bool_(True), "0.1", 1j, np.array([0.1, 0.2]), torch.tensor(True), None])
+def test_a_hyper_parameter_that_is_no_number_is_named(draw, make, value):
+    for name in HYPER[make]:
+        w = geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float64), manifold=UnitaryLowRank(1))
+        start = w.detach().clone()
+        optimizer = make([w], **HYPER[make])
+        optimizer.param_groups[0][name] = (value, value) if name == "betas" else value
+        w.grad = torch.eye(6, dtype=torch.float64)
+        with pytest.raises(TypeError, match=f"`{name}` must be"):
+            optimizer.step()
+        assert torch.equal(w, start)
