@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from projunn_manifold import init as initialise
 from projunn_manifold.manifold.geometry import Geometry
-from projunn_manifold.optim.plan import manifolds_of, reattach_manifolds
+from projunn_manifold.manifold.parameters import manifold_of
+from projunn_manifold.optim.plan import Guard, Plan, manifolds_of, reattach_manifolds
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 __all__ = ["INITS", "KeepsManifolds", "StaysComplex", "cast", "on_manifold"]
@@ -51,8 +52,7 @@ class KeepsManifolds(StaysComplex):
 
     def remember_manifolds(self) -> None:
         """Remember the manifolds of all parameters; call it once these have been created."""
-        self._plan = manifolds_of(self)
-        self.register_load_state_dict_post_hook(_reattach)  # type: ignore[no-untyped-call]
+        Guard(self, manifolds_of(self))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert parameters, and put them back on their manifolds."""
@@ -60,13 +60,10 @@ class KeepsManifolds(StaysComplex):
             if isinstance(p.grad, FactoredTensor):
                 p.grad = p.grad.clone()  # PyTorch would convert the wrapper, but not its factors
         plan = manifolds_of(self)
+        kept = {name: plan[name] for name in plan if manifold_of(self.get_parameter(name)) is not None}
         super()._apply(fn, recurse)
-        reattach_manifolds(self, plan)
+        reattach_manifolds(self, Plan(kept, plan.ties))
         return self
-
-
-def _reattach(module: Any, _: Any) -> None:
-    reattach_manifolds(module, module._plan)
 
 
 def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:

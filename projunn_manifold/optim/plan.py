@@ -3,18 +3,25 @@
 A parameter's manifold is an attribute of the parameter object.  Whatever puts another object in its place
 (``load_state_dict(assign=True)``, ``to_empty``, sharding wrappers) loses it, and geoopt's optimisers then treat the new
 one as Euclidean, without a word.  A plan, made while all is well, tells afterwards what is missing.
+
+Modules whose weights this package has put on manifolds have a :class:`Guard`, which holds such a plan.  It is asked
+before the steps of an optimiser (:mod:`projunn_manifold.optim.watch`), and in :func:`manifolds_of`; never in a forward
+pass, where anything may stand in for a parameter.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from projunn_manifold.init import nearest_unitary_
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.parameters import (
     ADVICE,
@@ -25,7 +32,9 @@ from projunn_manifold.manifold.parameters import (
     watch_shards,
 )
 
-__all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
+__all__ = ["Guard", "Plan", "check_manifolds", "guard_of", "guarded_parameters", "manifolds_of", "reattach_manifolds"]
+
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 class Plan(dict[str, Manifold]):
@@ -36,8 +45,84 @@ class Plan(dict[str, Manifold]):
         self.ties = list(ties)
 
 
+class Guard:
+    """Puts a module's parameters back on their manifolds after ``load_state_dict``, and tells which ones have a plan.
+
+    It lives as long as its hook on the module, and is copied and pickled with it.
+    """
+
+    def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self._watch(module)
+        module.register_load_state_dict_post_hook(self.reattach)
+
+    def _watch(self, module: torch.nn.Module) -> None:
+        self._module = weakref.ref(module)  # a plain one would keep the module alive until the collector runs
+        _guards.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.plan = state["plan"]
+        self._watch(state["module"])
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, Manifold]]:
+        """Walk through the parameters of the plan, under the names that they have now, and their manifolds.
+
+        Pruning and parametrisations rename a parameter; one that they, or the user, have removed is left out.
+        """
+        module = self._module()
+        present = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+        for name, manifold in self.plan.items():
+            path, dot, leaf = name.rpartition(".")
+            for now in (name, f"{name}_orig", f"{path}{dot}parametrizations.{leaf}.original"):
+                if now in present:
+                    yield now, present[now], manifold
+
+    def reattach(self, module: torch.nn.Module, _: Any = None) -> None:
+        """Put the parameters back on their manifolds."""
+        manifolds = {name: manifold for name, _, manifold in self.named_parameters()}
+        reattach_manifolds(module, Plan(manifolds, (tied for tied in self.plan.ties if set(tied) <= manifolds.keys())))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the module's own first values, and put those of the plan at their closest points of the manifolds."""
+        module: Any = self._module()
+        type(module).reset_parameters(module)
+        self.reattach(module)
+        for _, p, _ in self.named_parameters():
+            nearest_unitary_(p)
+
+    def forget(self, name: str) -> None:
+        """Take a parameter out of the plan; a guard without any leaves its module."""
+        self.plan.pop(name)
+        module = self._module()
+        if module is None or self.plan:
+            return
+        for key, hook in list(module._load_state_dict_post_hooks.items()):
+            if getattr(hook, "__self__", None) is self:
+                del module._load_state_dict_post_hooks[key]
+        if getattr(module.__dict__.get("reset_parameters"), "__self__", None) is self:
+            del module.__dict__["reset_parameters"]
+
+
+def guard_of(module: torch.nn.Module) -> Guard | None:
+    """Return the guard of a module, or None."""
+    owners = (getattr(hook, "__self__", None) for hook in module._load_state_dict_post_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Guard)), None)
+
+
+def guarded_parameters() -> dict[int, str]:
+    """Return the names of all parameters that guards know, by their ids."""
+    return {id(p): name for guard in list(_guards) for name, p, _ in guard.named_parameters()}
+
+
 def manifolds_of(model: torch.nn.Module) -> Plan:
     """Return the manifold of every parameter that has one, under each of the parameter's names.
+
+    Weights that ``unitary_``, ``unitarize`` or a layer of this package has put on a manifold are in the plan even if
+    they have lost it since.
 
     Examples
     --------
@@ -57,8 +142,11 @@ def manifolds_of(model: torch.nn.Module) -> Plan:
     """
     _reshard(model)
     found, names = {}, defaultdict(list)
+    guards = filter(None, map(guard_of, model.modules()))
+    guarded = {id(p): manifold for guard in guards for _, p, manifold in guard.named_parameters()}
     for name, p in model.named_parameters(remove_duplicate=False):
         manifold = manifold_of(p)
+        manifold = guarded.get(id(p)) if manifold is None else manifold
         if manifold is not None:
             found[name] = manifold
             names[id(p)].append(name)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from projunn_manifold.validation import check_full_rank, check_positive
+from projunn_manifold.validation import check_positive
 
 __all__ = ["STEPS", "TOLERANCE", "Callback", "Problem", "descend", "lie_element", "squared_distances"]
 
@@ -50,7 +50,6 @@ def descend(
     generator = torch.Generator("cpu").manual_seed(seed)
     thetas, targets = [], []
     for weight, r, _ in problems:
-        check_full_rank(torch.linalg.svdvals(weight), weight.shape, "a matrix")
         side = max(weight.shape[-2:])
         count = side * side if weight.is_complex() else side * (side - 1) // 2
         start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, device="cpu", generator=generator) / side
