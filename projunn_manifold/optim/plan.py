@@ -114,8 +114,12 @@ def guard_of(module: torch.nn.Module) -> Guard | None:
 
 
 def guarded_parameters() -> dict[int, str]:
-    """Return the names of all parameters that guards know, by their ids."""
-    return {id(p): name for guard in list(_guards) for name, p, _ in guard.named_parameters()}
+    """Return the modules' kinds and the names of all parameters that guards know, by their ids."""
+    return {
+        id(p): f"{type(guard._module()).__name__}.{name}"
+        for guard in list(_guards)
+        for name, p, _ in guard.named_parameters()
+    }
 
 
 def manifolds_of(model: torch.nn.Module) -> Plan:

@@ -37,7 +37,7 @@ def nearest_convolution(
     inputs : Tensor, optional
         Images ``(samples, in, *image_size)`` that the kernel is applied to, for ``"procrustes"`` and ``"lie"``.
     rotation : bool
-        Whether the determinants of a real kernel's real blocks, if these are square, shall be one.
+        Whether the real square blocks of a real kernel get determinant one.
     method, steps, tolerance, seed, callback
         As for :func:`~projunn_manifold.nearest_unitary`.
 

@@ -1,6 +1,6 @@
 r"""The closest unitary matrix to a given one: in closed form, or by backpropagation along the Lie algebra.
 
-Closest means least :math:`\|U - W\|_F`, or, seen by data, least :math:`\|(U - W)X\|_F`.
+Closest means that :math:`\|U - W\|_F` is smallest, or, measured on data X, :math:`\|(U - W)X\|_F`.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ def nearest_unitary(weight: Tensor, method: str = "polar", **search: Unpack[Sear
     ================  ========================  =================================================
 
     The :math:`L_i` are :math:`E_{ij} - E_{ji}`, i < j, and for complex weights also :math:`i(E_{ij} + E_{ji})` and
-    :math:`iE_{jj}`; of a weight that is not square they have the larger side, and the columns or rows of U in excess
-    are discarded.  As real exponentials are rotations, ``"lie"`` ends at the closest *rotation* to a real square
-    weight with a negative determinant, which is what ``"polar"`` gives with ``rotation=True``.  Everything is
-    computed in double precision.  Cost: :math:`O(n^3)`, for ``"lie"`` in every step.
+    :math:`iE_{jj}`.  If a weight is not square, they have its larger side, and surplus columns or rows of U are
+    discarded.  Real exponentials are rotations, so for a real square weight with a negative determinant ``"lie"``
+    finds the closest *rotation*, as ``"polar"`` does with ``rotation=True``.  Everything is computed in double
+    precision.  Cost: :math:`O(n^3)`, one SVD for ``"polar"``; for ``"lie"`` in every step.
 
     Parameters
     ----------
@@ -73,18 +73,18 @@ def nearest_unitary(weight: Tensor, method: str = "polar", **search: Unpack[Sear
     method : {"polar", "procrustes", "lie"}
         See above.
     inputs : Tensor, optional
-        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  Directions
-        that they do not reach are left as close to the weight as can be (``"procrustes"``), or as they come
+        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  In
+        directions that they do not reach, U is as close to the weight as possible (``"procrustes"``), or arbitrary
         (``"lie"``).
     rotation : bool
-        Whether the determinants of real square matrices shall be one (Kabsch 1976).
+        Whether real square matrices get determinant one (Kabsch 1976).
     steps, tolerance : int, float, optional
-        Of ``"lie"`` (500, 1e-6): it ends when the derivative by θ is, for every matrix, this small a part of
-        :math:`2\|W X X^H\|_F`, or with a warning after so many steps, of five iterations each.
+        For ``"lie"`` (500, 1e-6).  It stops when, for every matrix, the derivative with respect to θ is at most
+        ``tolerance`` times :math:`2\|W X X^H\|_F`, or, with a warning, after ``steps`` steps of five iterations each.
     seed : int, optional
-        Of ``"lie"`` (0), for the first θ, which are small random numbers: θ = 0 is a saddle for Hermitian weights.
+        For ``"lie"`` (0): seed of the first θ, small random numbers, since θ = 0 is a saddle for Hermitian weights.
     callback : callable, optional
-        Called after every step of ``"lie"`` with its number, from 1, and the loss.
+        For ``"lie"``: called after every step with its number, from 1, and the loss.
 
     Returns
     -------

@@ -426,6 +426,20 @@ def test_unknown_arguments_are_refused():
             call(mlp(), tol=1)
 
 
+@pytest.mark.parametrize(("make", "shape"), CASES[:3], ids=IDS[:3])
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")  # torch's own, of any torch.nn.RNN
+def test_a_unitarized_model_is_exported_and_copied_and_runs_with_other_weights(make, shape):
+    model, x = make().eval(), of(shape)
+    unitarize(model, inputs=x)
+    expected = model(x)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    plain = {name: p.detach().as_subclass(torch.Tensor).clone() for name, p in model.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, plain, (x,)), expected)
+    other = {name: torch.zeros_like(p) for name, p in plain.items()}
+    torch.testing.assert_close(torch.func.functional_call(model, other, (x,)), torch.zeros_like(expected))
+
+
 # -- the meta device ---------------------------------------------------------------------------------------
 
 
