@@ -62,7 +62,8 @@ def unitary_(
     """
     weight = getattr(module, name)
     if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
+        advice = ": remove the pruning or parametrisation that computes it" if isinstance(weight, Tensor) else ""
+        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}{advice}")
     problem = weight_problem(module, name) or shape_problem(weight.shape, name)
     if problem:
         raise ValueError(problem)
