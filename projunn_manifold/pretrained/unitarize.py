@@ -241,22 +241,26 @@ def _chosen(model: nn.Module, select: Select | None) -> tuple[list[_Entry], list
     """Return the selected weights that can become unitary, and what is left alone."""
     patterns = [] if select is None or callable(select) else [select] if isinstance(select, str) else list(select)
     matches = select if callable(select) else lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    parameters = (
+        (f"{path}.{own}" if path else own, module, own)
+        for path, module in model.named_modules()
+        for own, _ in module.named_parameters(recurse=False)
+    )
+    entries = [_Entry(name, module, own, name in patterns) for name, module, own in parameters]
     chosen, left_alone = [], []
-    for path, module in model.named_modules():
-        for own, p in module.named_parameters(recurse=False):
-            name = f"{path}.{own}" if path else own
-            entry = _Entry(name, module, own, name in patterns)
-            reason = _reason(entry) if select is None or matches(name) else "not selected"
-            if reason and entry.is_named:
-                raise ValueError(f"{name!r} cannot become unitary: {reason}")
-            if reason is None:
-                check_precision(p.dtype, name)
-                chosen.append(entry)
-            elif nn.parameter.is_lazy(p) or p.dim() > 1:
-                left_alone.append(LeftAlone(name, reason))
+    for entry in entries:
+        p, name = entry.module.get_parameter(entry.own), entry.name
+        reason = _reason(entry) if select is None or matches(name) else "not selected"
+        if reason and entry.is_named:
+            raise ValueError(f"{name!r} cannot become unitary: {reason}")
+        if reason is None:
+            check_precision(p.dtype, name)
+            chosen.append(entry)
+        elif nn.parameter.is_lazy(p) or p.dim() > 1:
+            left_alone.append(LeftAlone(name, reason))
     for pattern in patterns:
         if not any(fnmatchcase(entry.name, pattern) for entry in chosen):
-            there = ", ".join(entry.name for entry in _chosen(model, None)[0]) or "none"
+            there = ", ".join(entry.name for entry in entries if _reason(entry) is None) or "none"
             raise ValueError(f"{pattern!r} selects no weight that can become unitary; there are {there}")
     return chosen, left_alone
 
@@ -271,12 +275,9 @@ def _reason(entry: _Entry) -> str | None:
     if (kind is nn.Linear and own == "weight") or (kind in (nn.RNN, nn.RNNCell) and own.startswith("weight_hh")):
         return problem
     if problem is None and not is_named:
-        computed = isinstance(module, ParametrizationList) or own.endswith(("_orig", "_g", "_v"))
-        return (
-            "a parametrisation or pruning computes another weight from it"
-            if computed
-            else (f"{kind.__name__}.{own} is taken only by its full name")
-        )
+        if isinstance(module, ParametrizationList) or own.endswith(("_orig", "_g", "_v")):
+            return "a parametrisation or pruning computes another weight from it"
+        return f"{kind.__name__}.{own} is taken only by its full name"
     return problem or shape_problem(weight.shape, name)
 
 

@@ -417,6 +417,8 @@ def test_unselected_weights_are_named_too():
 def test_half_precision_elsewhere_does_not_matter():
     model = mlp()
     model[0].half()
+    with pytest.raises(ValueError, match=r"'9.*' selects no weight .*; there are 0.weight, 2.weight"):
+        unitarize(model, "9.*")
     assert [c.name for c in unitarize(model, ["2.weight", "4.weight"])] == ["2.weight", "4.weight"]
 
 
