@@ -14,7 +14,7 @@ from torch import Tensor
 
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg import dense
-from projunn_manifold.validation import check_full_rank, check_point
+from projunn_manifold.validation import check_finite, check_full_rank, check_point
 
 __all__ = ["cayley_", "haar_", "henaff_", "identity_", "nearest_unitary_"]
 
@@ -58,21 +58,51 @@ def cayley_(tensor: Tensor, *, generator: torch.Generator | None = None) -> Tens
 def nearest_unitary_(tensor: Tensor) -> Tensor:
     """Replace each matrix of ``(*batch, n, m)``, n >= m, by the closest one with orthonormal columns (polar factor).
 
+    It is computed in double precision by one SVD, :math:`O(n m^2)`.  A tensor on the meta device has no values, and
+    stays as it is.
+
     Raises
     ------
     ValueError
         Non-finite entries, or a rank-deficient matrix, whose closest point is not unique.
     """
     check_point(tensor, "tensor")
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"`tensor` of shape {tuple(tensor.shape)} has non-finite entries: it has no closest unitary")
-    return tensor.copy_(closest_unitary(tensor, "`tensor`"))
+    return tensor.copy_(nearest(tensor, "`tensor`"))
 
 
-def closest_unitary(a: Tensor, name: str) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
-    """Return the polar factors of square or tall matrices; raise ValueError for one that is rank deficient."""
+def nearest(w: Tensor, name: str) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return the polar factors of matrices, computed in double precision; messages call these by the name."""
+    check_finite(w, name)
+    polar = closest_unitary(w.detach().to(dense.high_precision(w.dtype)), name, w.dtype)
+    return polar.to(w.dtype).contiguous()
+
+
+def closest_unitary(
+    a: Tensor, name: str, dtype: torch.dtype, *, rotation: bool = False
+) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return the polar factors of matrices in double precision.
+
+    Parameters
+    ----------
+    a : Tensor
+        ``(*batch, n, m)``, square, tall or wide.
+    name : str
+        What messages call it.
+    dtype : torch.dtype
+        Dtype in which the matrices were given, in whose precision their rank is judged.
+    rotation : bool
+        Whether real square matrices become rotations: where a determinant is negative, the direction of the smallest
+        singular value is reversed.
+
+    Raises
+    ------
+    ValueError
+        A rank-deficient matrix (:func:`~projunn_manifold.validation.check_full_rank`).
+    """
     u, s, vh = torch.linalg.svd(a, full_matrices=False)
-    check_full_rank(s, a.shape, name)
+    check_full_rank(s, a.shape, name, dtype)
+    if rotation and u.shape[-2] == vh.shape[-1]:
+        u[..., -1] *= torch.linalg.det(u @ vh).sign()[..., None]
     return dense.newton_schulz(u @ vh)
 
 

@@ -18,11 +18,13 @@ __all__ = [
     "broadcast",
     "check_count",
     "check_dtype",
+    "check_finite",
     "check_full_rank",
     "check_image_size",
     "check_number",
     "check_point",
     "check_positive",
+    "check_precision",
     "check_rate",
     "check_same_matrix",
     "check_seed",
@@ -73,6 +75,13 @@ def check_dtype(dtype: torch.dtype, name: str) -> None:
     problem = dtype_problem(dtype, name)
     if problem:
         raise TypeError(problem)
+
+
+def check_precision(dtype: torch.dtype, name: str) -> None:
+    """Raise ValueError unless a weight of that dtype can be made unitary."""
+    problem = dtype_problem(dtype, name)
+    if problem:
+        raise ValueError(problem)
 
 
 def check_tensor(x: object, name: str, missing: str = "") -> None:
@@ -178,13 +187,30 @@ def warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=level)
 
 
-def check_full_rank(s: Tensor, shape: torch.Size, name: str) -> None:
-    """Raise ValueError unless matrices of that shape, with singular values s in descending order, have full rank."""
-    if (s[..., -1] <= torch.finfo(s.dtype).eps * max(shape[-2:]) * s[..., 0]).any():
+def check_full_rank(s: Tensor, shape: torch.Size, name: str, dtype: torch.dtype) -> None:
+    r"""Raise ValueError unless matrices of that shape and dtype have full rank.
+
+    ``s`` holds their singular values, descending, computed in double precision.  Rounding to ``dtype`` changes a
+    matrix by a matrix of random signs, whose largest singular value is about :math:`\epsilon\,\sigma/2`, where
+    :math:`\sigma = \|W\|_F/\sqrt m` is the root mean square of the singular values.  A smallest singular value
+    within :math:`4\epsilon\,\sigma`, or within the rounding error of ``s`` itself, may be zero.
+    """
+    if s.is_meta:
+        return
+    relative = s / s[..., :1]  # NaN for a matrix of zeros
+    spread = relative.square().mean(-1).sqrt()
+    least = 4 * torch.finfo(dtype).eps * spread + torch.finfo(s.dtype).eps * max(shape[-2:])
+    if not (relative[..., -1] > least).all():
         raise ValueError(
-            f"{name} of shape {tuple(shape)} is rank deficient (smallest singular value "
-            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique"
+            f"{name} of shape {tuple(shape)} is rank deficient in {dtype} (smallest singular value "
+            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique; add small random numbers to it first"
         )
+
+
+def check_finite(t: Tensor, name: str) -> None:
+    """Raise ValueError if a tensor has entries that are not finite."""
+    if not t.is_meta and not torch.isfinite(t).all():
+        raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries: it has no closest unitary")
 
 
 def check_positive(name: str, value: object, least: int = 1) -> None:

@@ -41,7 +41,9 @@ from projunn_manifold import UnitaryLowRank, validation
             "must broadcast",
         ),
         (
-            lambda: validation.check_full_rank(torch.tensor([1.0, 1e-9]), torch.Size((2, 2)), "w"),
+            lambda: validation.check_full_rank(
+                torch.tensor([1.0, 1e-9]).double(), torch.Size((2, 2)), "w", torch.float32
+            ),
             ValueError,
             "rank deficient",
         ),

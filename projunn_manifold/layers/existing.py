@@ -7,32 +7,43 @@ from typing import Any
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
-from torch import nn
+from torch import Tensor, nn
 
-from projunn_manifold import init as initialise
-from projunn_manifold.layers.base import check_loaded
+from projunn_manifold.context import in_full_precision
+from projunn_manifold.init import nearest
+from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
-from projunn_manifold.optim.plan import Plan, reattach_manifolds
+from projunn_manifold.optim.plan import Guard, Plan, guard_of
+from projunn_manifold.validation import check_precision, shape_problem
 
-__all__ = ["param_groups", "plain_", "unitary_"]
+__all__ = ["attach", "param_groups", "parameter_problem", "plain_", "unitary_", "weight_problem"]
 
 
+@torch.no_grad()
+@in_full_precision
 def unitary_(
     module: nn.Module, name: str = "weight", k: int | None = 1, *, manifold: UnitaryLowRank | None = None
 ) -> nn.Module:
-    """Put a square or tall weight of an existing module on a manifold, at its closest point; return the module.
+    """Put a weight of an existing module on a manifold, at its closest point, and return the module.
 
-    The manifold becomes the submodule ``{name}_manifold``.  The module keeps a plan: after
-    ``load_state_dict(assign=True)`` the weight is put back on its manifold, and a forward pass with a weight that lost
-    it otherwise is refused.  ``load_state_dict`` takes what the plain module had if the weight is on the manifold, and
-    raises ValueError if it is not.  Do it before an optimiser is built, and before the weight is shared with another
-    module.
+    The manifold becomes the submodule ``{name}_manifold``.  After ``load_state_dict`` (also with ``assign=True``) the
+    weight is put back on it, and ``reset_parameters`` draws the module's own first values and takes their closest
+    point.  On the meta device there are no values yet: ``to_empty`` and ``reset_parameters`` draw them.  Call it before
+    you build an optimiser, and before the weight is shared with another module.
+
+    In a forward pass anything may stand in for the weight.  If the weight itself loses its manifold, the next step of
+    an optimiser that holds it raises ValueError, and :func:`~projunn_manifold.manifolds_of` has it in its plan.
+
+    ``load_state_dict`` takes what the plain module had if the weight is on the manifold, and raises ValueError if it
+    is not.
+
+    Cost: one SVD in double precision, :math:`O(n m^2)`.
 
     Parameters
     ----------
     module : torch.nn.Module
     name : str
-        Of a parameter ``(n, m)``, n >= m.
+        Of a parameter ``(*batch, n, m)``, n >= m: a square or tall matrix, or a stack of them.
     k, manifold
         As for :class:`UnitaryLinear`.
 
@@ -41,8 +52,9 @@ def unitary_(
     AttributeError, TypeError
         The module has no such parameter.
     ValueError
-        A wide weight; a convolution's; an LSTM's or GRU's, which is a stack of gates and no one matrix, and the like; a
-        rank-deficient one, whose closest unitary is not unique.
+        A weight that is no matrix or stack of matrices: a kernel of a convolution, the gates of an LSTM or GRU, the
+        joint weight of a MultiheadAttention; a wide one; another dtype than the manifold's; a rank-deficient one, whose
+        closest unitary is not unique; one that is on a manifold, or sharded, or has no shape yet.
 
     Examples
     --------
@@ -53,71 +65,81 @@ def unitary_(
     """
     weight = getattr(module, name)
     if not isinstance(weight, nn.Parameter):
-        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}")
-    if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
-        raise ValueError(f"{type(module).__name__}.{name} is a stack of gates: as one matrix it means nothing")
-    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        raise ValueError(f"{type(module).__name__}.{name} is a stack of three weights: as one matrix it means nothing")
-    if weight.dim() != 2:
-        raise ValueError(
-            f"{type(module).__name__}.{name} must be a matrix, got a kernel of shape {tuple(weight.shape)}"
-        )
-    if isinstance(weight, ManifoldTensor):
-        raise ValueError(f"`{name}` is on a manifold already: {weight.manifold}")
+        advice = ": remove the pruning or parametrisation that computes it" if isinstance(weight, Tensor) else ""
+        raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}{advice}")
+    problem = weight_problem(module, name) or shape_problem(weight.shape, name)
+    if problem:
+        raise ValueError(problem)
+    check_precision(weight.dtype, name)
     manifold = UnitaryLowRank(k) if manifold is None else manifold
-    point = initialise.nearest_unitary_(weight.detach().clone(memory_format=torch.contiguous_format))
+    return attach(module, name, nearest(weight, f"`{name}`"), manifold)
+
+
+def attach(module: nn.Module, name: str, point: Tensor, manifold: UnitaryLowRank) -> nn.Module:
+    """Put a point of a manifold in the place of a weight, guard it, and return the module."""
+    weight = module.get_parameter(name)
     setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
     module.add_module(f"{name}_manifold", manifold)
-    guard = _Guard(name, manifold)
-    module.register_load_state_dict_pre_hook(guard.check_loaded)
-    module.register_load_state_dict_post_hook(guard.reattach)
-    module.register_forward_pre_hook(guard.check)
+    guard = guard_of(module) or Guard(module, Plan({}))
+    guard.plan[name] = manifold
+    if hasattr(type(module), "reset_parameters"):
+        module.__dict__["reset_parameters"] = guard.reset_parameters
     return module
 
 
 def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
     """Make a weight that is on a manifold an ordinary parameter again; return the module: undoes :func:`unitary_`.
 
+    A weight that has lost its manifold stays as it is, and is no longer expected to have one.
+
     Raises
     ------
     TypeError
         The module has no such parameter on a manifold.
     """
-    weight = getattr(module, name)
-    if not isinstance(weight, ManifoldTensor):
+    weight, guard = getattr(module, name), guard_of(module)
+    is_guarded = guard is not None and name in guard.plan
+    if not isinstance(weight, ManifoldTensor) and not is_guarded:
         raise TypeError(f"`{name}` must be on a manifold, got {type(weight).__name__}")
-    for hooks in (module._forward_pre_hooks, module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
-        for key, hook in list(hooks.items()):
-            guard = getattr(getattr(hook, "hook", hook), "__self__", None)  # PyTorch wraps some
-            if isinstance(guard, _Guard) and name in guard.plan:
-                del hooks[key]
+    if guard is not None and is_guarded:
+        guard.forget(name)
     module._modules.pop(f"{name}_manifold", None)
-    setattr(module, name, nn.Parameter(weight.detach().as_subclass(torch.Tensor).clone(), weight.requires_grad))
+    if isinstance(weight, ManifoldTensor):
+        setattr(module, name, nn.Parameter(weight.detach().as_subclass(Tensor).clone(), weight.requires_grad))
     return module
 
 
-class _Guard:
-    """Keeps the manifold of one weight of a module that is not ours."""
+# -- which weights -------------------------------------------------------------------------------------------
 
-    def __init__(self, name: str, manifold: UnitaryLowRank) -> None:
-        self.plan = Plan({name: manifold})
 
-    def check_loaded(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Refuse a weight that is off the manifold."""
-        check_loaded(module, self.plan, state_dict, prefix)
+def weight_problem(module: nn.Module, name: str) -> str | None:
+    """Return why a module's parameter is no matrix, or stack of matrices, that can become unitary; None if it is one.
 
-    def reattach(self, module: nn.Module, _: Any) -> None:
-        """Put the weight back."""
-        reattach_manifolds(module, self.plan)
+    Shape and dtype are not looked at: a wide matrix has an adjoint, and a dtype can be changed.
+    """
+    weight, own = module.get_parameter(name), f"{type(module).__name__}.{name}"
+    if isinstance(module, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell):
+        return f"{own} is a stack of gates: as one matrix it means nothing"
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        return f"{own} is a stack of three weights: as one matrix it means nothing"
+    if isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear) and weight.dim() > 2:
+        return f"{own} must be a matrix, or a stack of them, got a kernel of shape {tuple(weight.shape)}"
+    return parameter_problem(weight, own)
 
-    def check(self, module: nn.Module, _: Any) -> None:
-        """Refuse a forward pass with a weight that is on no manifold."""
-        for name in self.plan:
-            if not isinstance(getattr(module, name), ManifoldTensor):
-                raise RuntimeError(
-                    f"`{name}` has lost its manifold; call reattach_manifolds, or load a state_dict, before an "
-                    "optimiser is built"
-                )
+
+def parameter_problem(weight: Any, name: str) -> str | None:
+    """Return why a parameter, whatever its module makes of it, cannot become unitary, or None."""
+    if nn.parameter.is_lazy(weight):
+        return f"{name} has no shape yet: pass a batch through the model first"
+    manifold = manifold_of(weight)
+    if manifold is not None:
+        return f"{name} is on a manifold already: {manifold}"
+    if is_dtensor(weight):
+        return f"{name} is sharded: make it unitary first, and shard it then"
+    return None
+
+
+# -- optimisers ----------------------------------------------------------------------------------------------
 
 
 def param_groups(model: nn.Module, lr: float, *, unitary_lr: float) -> list[dict[str, Any]]:

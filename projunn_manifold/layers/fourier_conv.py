@@ -27,10 +27,10 @@ from projunn_manifold.manifold.state import digits_of, numbers_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
 from projunn_manifold.validation import check_dtype, check_image_size, check_positive, sides_of
 
-__all__ = ["FourierConv", "Nearest"]
+__all__ = ["FourierConv", "NearestBlocks"]
 
 #: Chooses unitary blocks for a layer; see :meth:`FourierConv.from_centred_kernel`.
-Nearest = Callable[["FourierConv", Tensor], Sequence[Tensor]]
+NearestBlocks = Callable[["FourierConv", Tensor], Sequence[Tensor]]
 
 
 class FourierConv(KeepsManifolds):
@@ -253,7 +253,7 @@ class FourierConv(KeepsManifolds):
 
     @classmethod
     def from_plain(
-        cls, conv: Any, image_size: int | tuple[int, ...], *, nearest: Nearest | None = None, **options: Any
+        cls, conv: Any, image_size: int | tuple[int, ...], *, nearest: NearestBlocks | None = None, **options: Any
     ) -> Any:
         """Return the layer closest to a ``torch.nn.Conv`` with circular padding, for images of that size.
 
@@ -273,7 +273,7 @@ class FourierConv(KeepsManifolds):
         return layer
 
     @classmethod
-    def from_centred_kernel(cls, centred: Tensor, nearest: Nearest | None = None, **options: Any) -> Any:
+    def from_centred_kernel(cls, centred: Tensor, nearest: NearestBlocks | None = None, **options: Any) -> Any:
         """Return the layer closest to a kernel ``(out, in / groups, *image_size)`` with its centre at entry 0.
 
         ``nearest`` is a function of the layer and of its blocks ``(groups, stored, out, in)``, in double precision,
@@ -370,8 +370,5 @@ def _polar_blocks(layer: FourierConv, blocks: Tensor) -> list[Tensor]:
     for chosen in (grid.paired, grid.self_conjugate):
         own = blocks.index_select(-3, chosen)
         own = own.real if chosen is grid.self_conjugate and grid.real else own
-        is_wide = own.shape[-2] < own.shape[-1]
-        tall = own.mH if is_wide else own
-        polar = closest_unitary(tall, "a block of the kernel") if tall.numel() else tall
-        found.append(polar.mH if is_wide else polar)
+        found.append(closest_unitary(own, "a block of the kernel", layer._dtype) if own.numel() else own)
     return found

@@ -3,18 +3,27 @@
 A parameter's manifold is an attribute of the parameter object.  Whatever puts another object in its place
 (``load_state_dict(assign=True)``, ``to_empty``, sharding wrappers) loses it, and geoopt's optimisers then treat the new
 one as Euclidean, without a word.  A plan, made while all is well, tells afterwards what is missing.
+
+Modules whose weights this package has put on manifolds have a :class:`Guard`, which holds such a plan.  It is asked
+before the steps of an optimiser (:mod:`projunn_manifold.optim.watch`), and in :func:`manifolds_of`; never in a forward
+pass, where anything may stand in for a parameter.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from geoopt import ManifoldParameter, ManifoldTensor
 from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
+from projunn_manifold.context import is_plain
+from projunn_manifold.init import nearest_unitary_
+from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.parameters import (
     ADVICE,
@@ -27,8 +36,13 @@ from projunn_manifold.manifold.parameters import (
     warn_of_interpolation,
     watch_shards,
 )
+from projunn_manifold.manifold.state import counts_of
+from projunn_manifold.validation import warn
 
-__all__ = ["Plan", "check_manifolds", "manifolds_of", "reattach_manifolds"]
+__all__ = ["Guard", "Plan", "check_manifolds", "guard_of", "guarded_parameters", "manifolds_of", "reattach_manifolds"]
+
+_NEAR = 0.01  # a unitarity error that the drift correction makes good, and above that of a rounding to bfloat16
+_guards: weakref.WeakSet[Guard] = weakref.WeakSet()
 
 
 class Plan(dict[str, Manifold]):
@@ -39,8 +53,137 @@ class Plan(dict[str, Manifold]):
         self.ties = list(ties)
 
 
+class Guard:
+    """Puts a module's parameters back on their manifolds after ``load_state_dict``, and tells which ones have a plan.
+
+    It lives as long as its hook on the module, and is copied and pickled with it.
+    """
+
+    def __init__(self, module: torch.nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self._watch(module)
+        module.register_load_state_dict_pre_hook(self.check_loaded)
+        module.register_load_state_dict_post_hook(self.reattach)
+
+    def _watch(self, module: torch.nn.Module) -> None:
+        self._module = weakref.ref(module)  # a plain one would keep the module alive until the collector runs
+        _guards.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"plan": self.plan, "module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.plan = state["plan"]
+        self._watch(state["module"])
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, Manifold]]:
+        """Walk through the parameters of the plan, under the names that they have now, and their manifolds.
+
+        Pruning and parametrisations rename a parameter; one that they, or the user, have removed is left out.
+        """
+        module = self._module()
+        present = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+        for name, manifold in self.plan.items():
+            path, dot, leaf = name.rpartition(".")
+            for now in (name, f"{name}_orig", f"{path}{dot}parametrizations.{leaf}.original"):
+                if now in present:
+                    yield now, present[now], manifold
+
+    def check_loaded(self, module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Refuse what is no state of a manifold, and a plain weight that is off it."""
+        _check_loaded(module, self.plan, state_dict, prefix)
+
+    def reattach(self, module: torch.nn.Module, _: Any = None) -> None:
+        """Put the parameters back on their manifolds."""
+        manifolds = {name: manifold for name, _, manifold in self.named_parameters()}
+        reattach_manifolds(module, Plan(manifolds, (tied for tied in self.plan.ties if set(tied) <= manifolds.keys())))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the module's own first values, and put those of the plan at their closest points of the manifolds."""
+        module: Any = self._module()
+        type(module).reset_parameters(module)
+        self.reattach(module)
+        for _, p, _ in self.named_parameters():
+            nearest_unitary_(p)
+
+    def forget(self, name: str) -> None:
+        """Take a parameter out of the plan; a guard without any leaves its module."""
+        self.plan.pop(name)
+        module = self._module()
+        if module is None or self.plan:
+            return
+        for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(getattr(hook, "hook", hook), "__self__", None) is self:  # PyTorch wraps some
+                    del hooks[key]
+        if getattr(module.__dict__.get("reset_parameters"), "__self__", None) is self:
+            del module.__dict__["reset_parameters"]
+
+
+def _check_loaded(module: torch.nn.Module, plan: Plan, state_dict: dict[str, Any], prefix: str) -> None:
+    """Check what a module is about to load: the states of its manifolds, and its weights' distances from them.
+
+    Points on manifolds that come with a state were points once, and are an average, say, if they are none: a warning
+    says so.  Without a state they are the weights of a plain module.  What has another shape is left to PyTorch.
+
+    Raises
+    ------
+    ValueError
+        Something that is no state of a manifold, or a plain weight that is off the manifold.
+    """
+    for name, manifold in plan.items():
+        keys = [f"{prefix}{child}._extra_state" for child, found in module.named_children() if found is manifold]
+        states = [key for key in keys if key in state_dict]
+        for key in states:
+            counts_of(state_dict[key], key)
+        error = _distance(state_dict.get(f"{prefix}{name}"), module, name)
+        if error <= _NEAR:
+            continue
+        found = f"{prefix + name!r} is off the manifold, ‖X^H X - I‖_F/√m about {error:.2g}"
+        if not states:
+            raise ValueError(
+                f"{found}, expected at most {_NEAR}: without a manifold's state it counts as the weight of a plain "
+                "module; `unitarize` and `fold` that module before its state_dict is taken, or put the weight on the "
+                "manifold by init.nearest_unitary_"
+            )
+        warn(
+            f"{found}, and is loaded as it is; if it is an average, put it on the manifold afterwards: with "
+            "torch.no_grad(): parameter.proj_()"
+        )
+
+
+@torch.no_grad()
+def _distance(given: object, module: torch.nn.Module, name: str) -> float:
+    """Return the unitarity error that a parameter will have once loaded, or 0 if that is not for us to say."""
+    if not isinstance(given, Tensor) or given.is_meta or not given.numel():
+        return 0.0
+    own, given = module.get_parameter(name), given.detach().resolve_conj()
+    if given.shape != own.shape or not is_plain(given):
+        return 0.0
+    return dense.probed_unitarity_error(given.to(own.dtype)).amax().item()
+
+
+def guard_of(module: torch.nn.Module) -> Guard | None:
+    """Return the guard of a module, or None."""
+    owners = (getattr(hook, "__self__", None) for hook in module._load_state_dict_post_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Guard)), None)
+
+
+def guarded_parameters() -> dict[int, str]:
+    """Return the modules' kinds and the names of all parameters that guards know, by their ids."""
+    return {
+        id(p): f"{type(guard._module()).__name__}.{name}"
+        for guard in list(_guards)
+        for name, p, _ in guard.named_parameters()
+    }
+
+
 def manifolds_of(model: torch.nn.Module) -> Plan:
     """Return the manifold of every parameter that has one, under each of the parameter's names.
+
+    Weights that ``unitary_``, ``unitarize`` or a layer of this package has put on a manifold are in the plan even if
+    they have lost it since.
 
     Examples
     --------
@@ -60,8 +203,11 @@ def manifolds_of(model: torch.nn.Module) -> Plan:
     """
     _reshard(model)
     found, names = {}, defaultdict(list)
+    guards = filter(None, map(guard_of, model.modules()))
+    guarded = {id(p): manifold for guard in guards for _, p, manifold in guard.named_parameters()}
     for name, p in model.named_parameters(remove_duplicate=False):
         manifold = manifold_of(p)
+        manifold = guarded.get(id(p)) if manifold is None else manifold
         if manifold is not None:
             found[name] = manifold
             names[id(p)].append(name)

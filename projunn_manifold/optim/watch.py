@@ -1,4 +1,4 @@
-"""Before each step of any optimiser: tell manifolds the weight decay, and warn of a step that would leave them."""
+"""Before each step of any optimiser: tell manifolds the weight decay, and tell of a step that would leave them."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from projunn_manifold.manifold.parameters import (
     about_to_move,
     after_steps,
     before_steps,
+    has_closure_among,
     is_dtensor,
     keeps,
     manifold_of,
@@ -27,6 +28,7 @@ from projunn_manifold.manifold.parameters import (
 )
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.in_place import InPlace
+from projunn_manifold.optim.plan import guarded_parameters
 from projunn_manifold.sketching.samplers import Subspace, svd
 
 __all__: list[str] = []
@@ -35,6 +37,31 @@ _WARNED = -1
 _counts: Any = WeakIdKeyDictionary()  # steps of every optimiser; negative while one is made, and after one that raised
 _off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
+_guarded: Any = WeakIdKeyDictionary()  # optimisers; how many parameters they have, and which of these have guards
+
+
+def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raise before a step moves a weight that was made unitary, and has lost its manifold."""
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    known, places = _guarded.get(optimizer, (None, []))
+    if known != count:
+        guarded = guarded_parameters()
+        places = [place for place, p in enumerate(parameters_of(optimizer)) if id(p) in guarded]
+        _guarded[optimizer] = count, places
+    if not places:
+        return
+    parameters, has_closure = list(parameters_of(optimizer)), has_closure_among(args, kwargs)
+    moving = (p for p in map(parameters.__getitem__, places) if has_closure or p.grad is not None)
+    lost = [p for p in moving if manifold_of(p) is None]
+    if lost:
+        guarded = guarded_parameters()
+        names = [f"{guarded[id(p)]!r} of shape {tuple(p.shape)}" for p in lost if id(p) in guarded]
+        if names:
+            raise ValueError(
+                f"{type(optimizer).__name__} would move as Euclidean what was made unitary and has lost its manifold: "
+                f"{', '.join(names)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ if it "
+                "shall be free"
+            )
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -148,5 +175,5 @@ def _sketches_anew(part: object) -> bool:
     return not (part.sampler is svd or (isinstance(part.sampler, Subspace) and part.sampler.power > 0))
 
 
-before_steps.extend((_warn, _tell_decay, _notice_writes, _prepare_search))
+before_steps.extend((_refuse_lost, _warn, _tell_decay, _notice_writes, _prepare_search))
 after_steps.extend((_forget_decay, _note_end))

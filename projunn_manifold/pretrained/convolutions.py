@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,9 +13,8 @@ from projunn_manifold.context import in_full_precision
 from projunn_manifold.layers import fourier
 from projunn_manifold.layers.fourier_conv import FourierConv
 from projunn_manifold.linalg.dense import high_precision
-from projunn_manifold.pretrained.lie import Callback
-from projunn_manifold.pretrained.nearest import Nearest, Stack, as_problem, solve
-from projunn_manifold.validation import check_dtype, sides_of
+from projunn_manifold.pretrained.nearest import Nearest, Search, Stack, as_problem, solve
+from projunn_manifold.validation import check_precision, sides_of
 
 __all__ = ["nearest_blocks", "nearest_convolution", "nearest_layer"]
 
@@ -23,16 +22,7 @@ __all__ = ["nearest_blocks", "nearest_convolution", "nearest_layer"]
 @torch.no_grad()
 @in_full_precision
 def nearest_convolution(
-    kernel: Tensor,
-    image_size: int | tuple[int, ...],
-    method: str = "polar",
-    *,
-    inputs: Tensor | None = None,
-    rotation: bool = False,
-    steps: int | None = None,
-    tolerance: float | None = None,
-    seed: int | None = None,
-    callback: Callback | None = None,
+    kernel: Tensor, image_size: int | tuple[int, ...], method: str = "polar", **search: Unpack[Search]
 ) -> Nearest:
     r"""Return the kernel of the orthogonal or unitary convolution that is closest to ``kernel``.
 
@@ -47,7 +37,7 @@ def nearest_convolution(
     inputs : Tensor, optional
         Images ``(samples, in, *image_size)`` that the kernel is applied to, for ``"procrustes"`` and ``"lie"``.
     rotation : bool
-        Whether the determinants of a real kernel's real blocks, if these are square, shall be one.
+        Whether the real square blocks of a real kernel get determinant one.
     method, steps, tolerance, seed, callback
         As for :func:`~projunn_manifold.nearest_unitary`.
 
@@ -68,12 +58,12 @@ def nearest_convolution(
     >>> nearest_convolution(torch.randn(4, 4, 3, 3), image_size=16).unitary.shape
     torch.Size([4, 4, 16, 16])
     """
-    check_dtype(kernel.dtype, "kernel")
+    check_precision(kernel.dtype, "kernel")
     if kernel.dim() < 3 or not kernel.numel():
         raise ValueError(f"kernel must be (out, in, *kernel_size), and not empty, got shape {tuple(kernel.shape)}")
-    if rotation and kernel.is_complex():
+    inputs, problem = as_problem(method, search)
+    if problem.get("rotation") and kernel.is_complex():
         raise ValueError(f"rotation=True is for real kernels, got {kernel.dtype}")
-    problem = as_problem(method, rotation, steps=steps, tolerance=tolerance, seed=seed, callback=callback)
     sides = sides_of(image_size, kernel.dim() - 2, "image_size")
     wide = kernel.detach().to(high_precision(kernel.dtype))
     grid = fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
@@ -82,7 +72,7 @@ def nearest_convolution(
     if inputs is not None:
         _check_images(inputs, kernel.shape[1], sides)
         waves = fourier.analyse(inputs.detach().to(wide.dtype), grid).permute(2, 0, 1) / math.sqrt(math.prod(sides))
-    free, losses = nearest_blocks(blocks, grid, waves, **problem)
+    free, losses = nearest_blocks(blocks, grid, waves, dtype=kernel.dtype, **problem)
     nearest = fourier.kernel_of_blocks(fourier.everywhere(torch.cat(free, -3), grid), grid)
     return Nearest(fourier.from_origin(nearest, sides).to(kernel.dtype).contiguous(), losses)
 
@@ -106,13 +96,13 @@ def nearest_layer(
         if inputs is not None:
             _check_images(inputs, layer.in_channels, layer.image_size)
             waves = layer.waves(inputs.to(high_precision(blocks.dtype) if not grid.real else torch.float64), grid).mT
-        return nearest_blocks(blocks, grid, waves, **problem)[0]
+        return nearest_blocks(blocks, grid, waves, dtype=conv.weight.dtype, **problem)[0]
 
     return kind.from_plain(conv, image_size, nearest=nearest, **options)
 
 
 def nearest_blocks(
-    blocks: Tensor, grid: fourier.Spectrum, waves: Tensor | None = None, **problem: Any
+    blocks: Tensor, grid: fourier.Spectrum, waves: Tensor | None = None, *, dtype: torch.dtype, **problem: Any
 ) -> tuple[list[Tensor], list[float]]:
     """Return the closest unitary blocks at the free frequencies, paired and self-conjugate, and the squared distances.
 
@@ -124,6 +114,8 @@ def nearest_blocks(
         Their frequencies.
     waves : Tensor, optional
         ``(*batch, stored, samples, in)``, the transforms of inputs.
+    dtype : torch.dtype
+        Dtype of the kernel, in whose precision the rank of its blocks is judged.
     problem
         Arguments of :func:`nearest_unitary`: method, rotation (of the real blocks), steps and so on.
     """
@@ -135,7 +127,7 @@ def nearest_blocks(
             own, data = own.real, None if data is None else data.real
         stacks.append((own, data, times))
     there = [stack for stack in stacks if stack[0].numel()]
-    found, losses, _ = solve(there, **problem)
+    found, losses, _ = solve(there, dtype, **problem)
     rest = iter(found)
     return [(next(rest) if own.numel() else own).to(blocks.dtype) for own, _, _ in stacks], losses
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from projunn_manifold.validation import check_full_rank, check_positive
+from projunn_manifold.validation import check_positive
 
 __all__ = ["STEPS", "TOLERANCE", "Callback", "Problem", "descend", "lie_element", "squared_distances"]
 
@@ -29,7 +29,7 @@ def squared_distances(unitary: Tensor, weight: Tensor, r: Tensor | None) -> Tens
 
 
 def _varying_part(unitary: Tensor, target: Tensor, r: Tensor | None) -> Tensor:  # -> (*batch,)
-    """Return what of the squared distance depends on U, over the size of W X X^H: small differences stay exact."""
+    """Return the part of the squared distance that depends on U, divided by ‖W X X^H‖: small differences stay exact."""
     size = torch.linalg.matrix_norm(target)
     varying = -2 * (unitary.conj() * target).sum((-2, -1)).real
     if r is not None and unitary.shape[-2] < unitary.shape[-1]:  # ‖UX‖ is the same for all others
@@ -45,12 +45,11 @@ def descend(
     seed: int = 0,
     callback: Callback | None = None,
 ) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
-    """Descend for all matrices at once, each loss in units of its own size, so that none is lost beside a large one."""
+    """Descend for all matrices at once, each loss in units of its own size: large ones do not hide small ones."""
     check_positive("steps", steps)
     generator = torch.Generator("cpu").manual_seed(seed)
     thetas, targets = [], []
     for weight, r, _ in problems:
-        check_full_rank(torch.linalg.svdvals(weight), weight.shape, "a matrix")
         side = max(weight.shape[-2:])
         count = side * side if weight.is_complex() else side * (side - 1) // 2
         start = torch.randn(*weight.shape[:-2], count, dtype=torch.float64, device="cpu", generator=generator) / side

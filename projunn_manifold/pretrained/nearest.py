@@ -1,22 +1,24 @@
 r"""The closest unitary matrix to a given one: in closed form, or by backpropagation along the Lie algebra.
 
-Closest means least :math:`\|U - W\|_F`, or, seen by data, least :math:`\|(U - W)X\|_F`.
+Closest means that :math:`\|U - W\|_F` is smallest, or, measured on data X, :math:`\|(U - W)X\|_F`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
 from projunn_manifold.context import in_full_precision
-from projunn_manifold.linalg.dense import high_precision, newton_schulz
+from projunn_manifold.init import closest_unitary
+from projunn_manifold.linalg.dense import high_precision
 from projunn_manifold.pretrained.lie import Callback, Problem, descend, squared_distances
-from projunn_manifold.validation import check_dtype, check_full_rank
+from projunn_manifold.validation import check_finite, check_full_rank, check_precision
 
-__all__ = ["METHODS", "Nearest", "Stack", "as_problem", "nearest_unitary", "solve"]
+__all__ = ["METHODS", "Nearest", "Search", "Stack", "as_problem", "nearest_unitary", "solve"]
 
 #: Ways to the closest unitary matrix.
 METHODS = ("polar", "procrustes", "lie")
@@ -28,25 +30,26 @@ class Nearest(NamedTuple):
     """The closest unitary matrix."""
 
     unitary: Tensor
-    #: The squared distance: after every step of ``"lie"``, else one number.
+    #: The squared distance: after every step of ``"lie"``, else one number (NaN on the meta device).
     losses: list[float]
     #: θ, for ``"lie"`` alone: n(n-1)/2 numbers for each matrix, or n² where U is complex.
     parameters: Tensor | None = None
 
 
+class Search(TypedDict, total=False):
+    """What to look for, and how; see :func:`nearest_unitary`."""
+
+    inputs: Tensor | None
+    rotation: bool
+    steps: int | None
+    tolerance: float | None
+    seed: int | None
+    callback: Callback | None
+
+
 @torch.no_grad()
 @in_full_precision
-def nearest_unitary(
-    weight: Tensor,
-    method: str = "polar",
-    *,
-    inputs: Tensor | None = None,
-    rotation: bool = False,
-    steps: int | None = None,
-    tolerance: float | None = None,
-    seed: int | None = None,
-    callback: Callback | None = None,
-) -> Nearest:
+def nearest_unitary(weight: Tensor, method: str = "polar", **search: Unpack[Search]) -> Nearest:
     r"""Return the matrix with orthonormal columns (of a wide one: rows) that is closest to ``weight``.
 
     ================  ========================  =================================================
@@ -58,10 +61,10 @@ def nearest_unitary(
     ================  ========================  =================================================
 
     The :math:`L_i` are :math:`E_{ij} - E_{ji}`, i < j, and for complex weights also :math:`i(E_{ij} + E_{ji})` and
-    :math:`iE_{jj}`; of a weight that is not square they have the larger side, and the columns or rows of U in excess
-    are discarded.  As real exponentials are rotations, ``"lie"`` ends at the closest *rotation* to a real square
-    weight with a negative determinant, which is what ``"polar"`` gives with ``rotation=True``.  Everything is
-    computed in double precision.  Cost: :math:`O(n^3)`, for ``"lie"`` in every step.
+    :math:`iE_{jj}`.  If a weight is not square, they have its larger side, and surplus columns or rows of U are
+    discarded.  Real exponentials are rotations, so for a real square weight with a negative determinant ``"lie"``
+    finds the closest *rotation*, as ``"polar"`` does with ``rotation=True``.  Everything is computed in double
+    precision.  Cost: :math:`O(n^3)`, one SVD for ``"polar"``; for ``"lie"`` in every step.
 
     Parameters
     ----------
@@ -70,18 +73,18 @@ def nearest_unitary(
     method : {"polar", "procrustes", "lie"}
         See above.
     inputs : Tensor, optional
-        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  Directions
-        that they do not reach are left as close to the weight as can be (``"procrustes"``), or as they come
+        Rows that the weight is applied to, ``(samples, m)`` or ``(*batch, samples, m)``: the columns of X.  In
+        directions that they do not reach, U is as close to the weight as possible (``"procrustes"``), or arbitrary
         (``"lie"``).
     rotation : bool
-        Whether the determinants of real square matrices shall be one (Kabsch 1976).
+        Whether real square matrices get determinant one (Kabsch 1976).
     steps, tolerance : int, float, optional
-        Of ``"lie"`` (500, 1e-6): it ends when the derivative by θ is, for every matrix, this small a part of
-        :math:`2\|W X X^H\|_F`, or with a warning after so many steps, of five iterations each.
+        For ``"lie"`` (500, 1e-6).  It stops when, for every matrix, the derivative with respect to θ is at most
+        ``tolerance`` times :math:`2\|W X X^H\|_F`, or, with a warning, after ``steps`` steps of five iterations each.
     seed : int, optional
-        Of ``"lie"`` (0), for the first θ, which are small random numbers: θ = 0 is a saddle for Hermitian weights.
+        For ``"lie"`` (0): seed of the first θ, small random numbers, since θ = 0 is a saddle for Hermitian weights.
     callback : callable, optional
-        Called after every step of ``"lie"`` with its number, from 1, and the loss.
+        For ``"lie"``: called after every step with its number, from 1, and the loss.
 
     Returns
     -------
@@ -91,10 +94,10 @@ def nearest_unitary(
     Raises
     ------
     ValueError
-        A weight whose closest unitary is not unique, for want of rank; wrong shapes; options that the method has
-        no use for.
+        A weight of deficient rank, whose closest unitary is not unique; non-finite entries; wrong shapes; another
+        dtype than those of the manifold; arguments that the method has no use for.
     TypeError
-        Other dtypes than those of the manifold.
+        Unknown arguments.
 
     References
     ----------
@@ -111,22 +114,33 @@ def nearest_unitary(
     >>> torch.allclose(polar, lie, atol=1e-4)
     True
     """
+    inputs, problem = as_problem(method, search)
     _check_shapes(weight, inputs)
-    problem = as_problem(method, rotation, steps=steps, tolerance=tolerance, seed=seed, callback=callback)
     wide = weight.detach().to(high_precision(weight.dtype))
     data = None if inputs is None else inputs.detach().to(wide.dtype)
-    (unitary,), losses, (theta,) = solve([(wide, data, 1)], **problem)
+    (unitary,), losses, (theta,) = solve([(wide, data, 1)], weight.dtype, **problem)
     return Nearest(unitary.to(weight.dtype).contiguous(), losses, theta)
 
 
-def as_problem(method: str, rotation: bool, **options: Any) -> dict[str, Any]:
-    """Return the arguments of :func:`solve`: those options that were given."""
-    given = {name: value for name, value in options.items() if value is not None}
-    return {"method": method, "rotation": rotation, **given}
+def as_problem(method: str, search: Search) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return the inputs, and the arguments of :func:`solve`: those that were given.
+
+    Raises
+    ------
+    TypeError
+        An argument that nothing here has.
+    """
+    unknown = search.keys() - Search.__annotations__.keys()
+    if unknown:
+        raise TypeError(
+            f"unexpected arguments {', '.join(sorted(unknown))}: there are {', '.join(Search.__annotations__)}"
+        )
+    given = {name: value for name, value in search.items() if value is not None and name != "inputs"}
+    return search.get("inputs"), {"method": method, **given}
 
 
 def _check_shapes(weight: Tensor, inputs: Tensor | None) -> None:
-    check_dtype(weight.dtype, "weight")
+    check_precision(weight.dtype, "weight")
     if weight.dim() < 2 or not weight.numel():
         raise ValueError(f"weight must be (*batch, n, m), and not empty, got shape {tuple(weight.shape)}")
     if inputs is None:
@@ -147,6 +161,8 @@ def _check_problem(
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if options and method != "lie":
         raise ValueError(f"method={method!r} has no use for {', '.join(options)}: they are of 'lie'")
+    if weight.is_meta and method != "polar":
+        raise ValueError(f"method={method!r} needs values, and the weight is on the meta device: take 'polar'")
     if inputs is None and method == "procrustes":
         raise ValueError("method='procrustes' needs inputs; without any it would be 'polar'")
     if inputs is not None and method == "polar":
@@ -159,18 +175,23 @@ def _check_problem(
         raise ValueError(f"rotation=True is for real matrices, got {weight.dtype}")
     if inputs is not None and not inputs.numel():
         raise ValueError(f"inputs of shape {tuple(inputs.shape)} are empty")
-    for name, t in (("weight", weight), ("inputs", inputs)):
-        if t is not None and not torch.isfinite(t).all():
-            raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries")
+    check_finite(weight, "`weight`")
+    if inputs is not None:
+        check_finite(inputs, "`inputs`")
 
 
 def solve(
-    stacks: list[Stack], *, method: str = "polar", rotation: bool = False, **options: Any
+    stacks: list[Stack], dtype: torch.dtype, *, method: str = "polar", rotation: bool = False, **options: Any
 ) -> tuple[list[Tensor], list[float], list[Tensor | None]]:
-    """Return the closest unitary matrices of stacks in double precision, and the squared distances of all."""
+    """Return the closest unitary matrices of stacks in double precision, and the squared distances of all.
+
+    ``dtype`` is that in which the weights were given, in whose precision their rank is judged.
+    """
     problems: list[Problem] = []
     for weight, inputs, times in stacks:
         _check_problem(weight, inputs, method, rotation, options, len(stacks) > 1)
+        if method != "polar":  # which finds out on its own
+            check_full_rank(torch.linalg.svdvals(weight), weight.shape, "`weight`", dtype)
         problems.append((weight, None if inputs is None else torch.linalg.qr(inputs, mode="r")[1], times))
     if method == "lie":
         with torch.inference_mode(False), torch.enable_grad():
@@ -179,19 +200,12 @@ def solve(
     found = []
     for weight, r, _ in problems:
         turned = rotation and not weight.is_complex()
-        found.append(_polar(weight if r is None else _seen(weight, r, turned), turned))
+        target, precision = (weight, dtype) if r is None else (_seen(weight, r, turned), weight.dtype)
+        found.append(closest_unitary(target, "`weight`", precision, rotation=turned))
     distances = zip(found, problems, strict=True)
-    loss = sum(times * squared_distances(unitary, weight, r).sum().item() for unitary, (weight, r, times) in distances)
+    losses = [times * squared_distances(unitary, weight, r).sum() for unitary, (weight, r, times) in distances]
+    loss = math.nan if losses[0].is_meta else sum(loss.item() for loss in losses)
     return found, [loss], [None] * len(found)
-
-
-def _polar(weight: Tensor, rotation: bool) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
-    """Return the polar factor; for a rotation the smallest singular direction is turned round where need be."""
-    p, s, qh = torch.linalg.svd(weight, full_matrices=False)
-    check_full_rank(s, weight.shape, "a matrix")
-    if rotation and p.shape[-2] == qh.shape[-1]:
-        p[..., -1] *= torch.linalg.det(p @ qh).sign()[..., None]
-    return newton_schulz(p @ qh)
 
 
 def _seen(weight: Tensor, r: Tensor, rotation: bool) -> Tensor:

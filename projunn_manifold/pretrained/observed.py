@@ -46,6 +46,8 @@ def _applied_to(module: Any, args: list[Any], output: Any) -> Tensor | None:
     before = args[1] if len(args) > 1 else None  # the first state; zero, which counts for nothing, if None
     if type(module) is nn.RNNCell:
         return None if before is None else torch.as_tensor(before).reshape(-1, module.hidden_size)
+    if type(module) is not nn.RNN:
+        return None
     if module.num_layers > 1 or module.bidirectional or not isinstance(output[0], Tensor):
         return None
     states = output[0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from geoopt import ManifoldTensor
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from projunn_manifold.layers.conv import (
     OrthogonalConv1d,
@@ -19,18 +20,18 @@ from projunn_manifold.layers.conv import (
     UnitaryConv2d,
     UnitaryConv3d,
 )
-from projunn_manifold.layers.existing import plain_, unitary_
+from projunn_manifold.layers.existing import attach, parameter_problem, plain_, weight_problem
 from projunn_manifold.layers.fourier_conv import FourierConv
 from projunn_manifold.layers.linear import UnitaryLinear
-from projunn_manifold.layers.plain_conv import centred_kernel
+from projunn_manifold.layers.plain_conv import centred_kernel, conv_problem, size_problem
 from projunn_manifold.layers.rnn import UnitaryRNN, UnitaryRNNCell
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.pretrained.convolutions import nearest_layer
-from projunn_manifold.pretrained.nearest import nearest_unitary
+from projunn_manifold.pretrained.nearest import as_problem, nearest_unitary
 from projunn_manifold.pretrained.observed import observed
-from projunn_manifold.validation import dtype_problem
+from projunn_manifold.validation import check_precision, shape_problem
 
-__all__ = ["Converted", "Report", "fold", "unitarize"]
+__all__ = ["Converted", "LeftAlone", "Report", "fold", "unitarize"]
 
 Select = Callable[[str], bool] | Iterable[str]
 _CONVS: dict[type[nn.Module], tuple[type[FourierConv], type[FourierConv]]] = {
@@ -45,21 +46,39 @@ class Converted:
     """What became of a weight."""
 
     name: str
-    #: ‖U - W‖_F / ‖W‖_F, of a convolution as an operator on its images.
+    #: ‖U - W‖_F / ‖W‖_F, of a convolution as an operator on its images; NaN on the meta device.
     distance: float
-    #: Singular values of the weight, or of the operator, descending.
+    #: Singular values of the weight, of all matrices of a stack, or of the operator, descending.
     before: Tensor
     after: Tensor
 
 
+class LeftAlone(NamedTuple):
+    """A matrix, a kernel or a stack of matrices that was left as it is."""
+
+    name: str
+    reason: str
+
+
 class Report(list[Converted]):
-    """One entry for each weight; printed, a table."""
+    """One entry for each weight that was changed; printed, a table.
+
+    Attributes
+    ----------
+    left_alone : list of LeftAlone
+        All other parameters of two or more dimensions, each with the reason.
+    """
+
+    def __init__(self, converted: Iterable[Converted] = (), left_alone: Iterable[LeftAlone] = ()) -> None:
+        super().__init__(converted)
+        self.left_alone = list(left_alone)
 
     def __str__(self) -> str:
         rows = [("weight", "distance", "singular values before", "after")]
         rows += [(c.name, f"{c.distance:.3g}", _range(c.before), _range(c.after)) for c in self]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*table, *(f"{name} left alone: {reason}" for name, reason in self.left_alone)])
 
 
 def unitarize(
@@ -75,10 +94,14 @@ def unitarize(
 ) -> Report:
     r"""Replace weights of a trained model, in place, by the closest unitary ones, each on a manifold of its own.
 
-    Weights are those of ``torch.nn.Linear``, the recurrent ones of ``torch.nn.RNN`` and ``RNNCell``, and circular
-    ``torch.nn.Conv1d/2d/3d``.  Square and tall matrices stay in their module; a wide ``Linear`` becomes a
+    It takes the weights of ``torch.nn.Linear``, the recurrent weights of ``torch.nn.RNN`` and ``RNNCell``, and circular
+    ``torch.nn.Conv1d/2d/3d``; by its full name also any other square or tall matrix, or stack of matrices, that
+    :func:`~projunn_manifold.layers.unitary_` takes.  What it leaves alone is in ``report.left_alone``, with the reason.
+    Square and tall matrices stay in their module; a wide ``Linear`` becomes a
     :class:`~projunn_manifold.UnitaryLinear`, a convolution an ``OrthogonalConv`` or ``UnitaryConv``.  Build the
     optimiser afterwards.  If anything is refused, the model stays as it was.
+
+    On the meta device there are no values yet: ``to_empty`` and every module's ``reset_parameters`` draw them.
 
     Parameters
     ----------
@@ -99,13 +122,14 @@ def unitarize(
     Returns
     -------
     Report
-        Distance moved, and the singular values before and after, of every weight.
+        Distance moved, and the singular values before and after, of every weight that was changed; ``left_alone``.
 
     Raises
     ------
     ValueError
-        A name that selects nothing; a weight that cannot become unitary: shared by two modules, rank deficient, of a
-        convolution that is not circular or of unknown size; a module with hooks that would be lost.
+        A name that selects nothing, or a full name of a weight that cannot become unitary; a weight that is shared by
+        two modules, rank deficient, or of another dtype than the manifold's (half precision); a circular convolution
+        whose images have an unknown size; a module with hooks that would be lost.
 
     Examples
     --------
@@ -115,67 +139,88 @@ def unitarize(
     >>> report = unitarize(model, ["2.weight"], k=2)
     >>> [converted.name for converted in report], model[2].weight.manifold.k
     (['2.weight'], 2)
+    >>> report.left_alone
+    [LeftAlone(name='0.weight', reason='not selected')]
     >>> fold(model)[2].weight.__class__
     <class 'torch.nn.parameter.Parameter'>
     """
-    chosen = _chosen(model, select)
+    search: Any = {"rotation": rotation, **options}
+    problem = as_problem(method, search)[1]
+    chosen, left_alone = _chosen(model, select)
     sighted = inputs is not None and method != "polar"
-    watched = [module for _, module, _ in chosen if sighted or type(module) in _CONVS]
+    watched = [entry.module for entry in chosen if sighted or type(entry.module) in _CONVS]
     seen = {} if inputs is None else observed(model, watched, inputs)
-    problem = {"method": method, "rotation": rotation, **options}
-    plans: list[tuple[Any, str, Any]] = []
-    report = Report()
-    for name, module, own in chosen:
+    plans: list[tuple[_Entry, Tensor | nn.Module]] = []
+    report = Report(left_alone=left_alone)
+    for entry in chosen:
+        name, module, own, _ = entry
         _check_free(model, name, module, own)
-        data = seen.get(module)
-        if data is None and (sighted or type(module) in _CONVS):
+        data, is_conv = seen.get(module), type(module) in _CONVS
+        if data is None and (sighted or is_conv):
             why = "are not given" if inputs is None else "do not reach it in a way that can be seen"
             raise ValueError(f"{name}: what it is applied to is needed, and inputs {why}")
-        own_problem = {**problem, "inputs": data} if sighted else problem
-        old = getattr(module, own).detach()
-        if type(module) in _CONVS and data is not None:
-            new, converted = _of_conv(name, module, tuple(data.shape[2:]), own_problem, manifold(k))
-        else:
-            new = nearest_unitary(old, **own_problem).unitary
-            converted = Converted(name, _distance(new, old), torch.linalg.svdvals(old), torch.linalg.svdvals(new))
-        plans.append((module, own, new))
+        new: Tensor | nn.Module
+        try:
+            if is_conv and data is not None:
+                misfit = size_problem(module, tuple(data.shape[2:]))
+                if misfit and not entry.is_named:
+                    report.left_alone.append(LeftAlone(name, misfit))
+                    continue
+                own_problem = {**problem, "inputs": data} if sighted else problem
+                new, converted = _of_conv(name, module, tuple(data.shape[2:]), own_problem, manifold(k))
+            else:
+                new, converted = _of_matrix(name, getattr(module, own).detach(), data if sighted else None, problem)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        plans.append((entry, new))
         report.append(converted)
-    for module, own, new in plans:
-        _apply(model, module, own, new, k, manifold)
+    for entry, new in plans:
+        _apply(model, entry.module, entry.own, new, manifold(k))
     return report
 
 
 def fold(model: nn.Module) -> nn.Module:
     """Replace unitary weights by plain parameters, in place, and return the model: the way back from unitarize.
 
-    ``UnitaryLinear`` becomes ``torch.nn.Linear``, an ``OrthogonalConv`` or ``UnitaryConv`` a circular convolution of
-    torch with a kernel as large as the image, and weights of other modules that are on a ``UnitaryLowRank`` become
-    ordinary parameters.  The function that the model computes stays the same.
+    Layers of this package become those of torch: ``UnitaryLinear`` a ``torch.nn.Linear``, ``UnitaryRNN`` and
+    ``UnitaryRNNCell`` (relu or tanh) a ``torch.nn.RNN`` and ``RNNCell``, an ``OrthogonalConv`` or ``UnitaryConv`` a
+    circular convolution with a kernel as large as the image.  Weights of other modules that are on a
+    ``UnitaryLowRank`` become ordinary parameters.  The function that the model computes stays the same.
 
     Raises
     ------
     ValueError
-        A recurrent layer of this package, which has no equivalent in torch; a weight that is shared; a module with
-        hooks.
+        A recurrent layer with a nonlinearity that torch's has not; a weight that is shared; a module with hooks.  All
+        are named, and the model stays as it was.
     """
-    for name, module in model.named_modules():
-        if isinstance(module, UnitaryRNN | UnitaryRNNCell):
-            raise ValueError(f"{name or 'the model'} is a {type(module).__name__}, of which torch has none alike")
-    replaced = [module for module in model.modules() if isinstance(module, UnitaryLinear | FourierConv)]
-    for module in replaced:
-        _check_hooks(type(module).__name__, module)
+    problems: list[str] = []
+    plain: dict[nn.Module, nn.Module] = {}
+    for path, module in model.named_modules():
+        name = f"{path or 'the model'} ({type(module).__name__})"
+        if isinstance(module, UnitaryLinear | UnitaryRNN | UnitaryRNNCell | FourierConv):
+            try:
+                _check_hooks(name, module)
+                plain[module] = module.to_plain()
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    inside = {part for module in plain for part in module.modules()}
     freed = [
-        (module, own, p)
-        for module in model.modules()
-        if module not in replaced
+        (f"{path}.{own}".lstrip("."), module, own, p)
+        for path, module in model.named_modules()
+        if module not in inside
         for own, p in module.named_parameters(recurse=False)
         if unitary_of(p) is not None
     ]
-    for _, own, p in freed:
-        _check_alone(model, own, p)
-    for module in replaced:
-        model = _replace(model, module, module.to_plain())
-    for module, own, _ in freed:
+    for name, _, _, p in freed:
+        try:
+            _check_alone(model, name, p)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+    for module, new in plain.items():
+        model = _replace(model, module, new)
+    for _, module, own, _ in freed:
         plain_(module, own)
     return model
 
@@ -183,42 +228,62 @@ def fold(model: nn.Module) -> nn.Module:
 # -- which weights ----------------------------------------------------------------------------------------
 
 
-def _chosen(model: nn.Module, select: Select | None) -> list[tuple[str, nn.Module, str]]:
-    """Return name, module and name within the module of the selected weights."""
-    found = [
+class _Entry(NamedTuple):
+    """A parameter of a model."""
+
+    name: str
+    module: nn.Module
+    own: str  # its name within the module
+    is_named: bool  # in full, by the user
+
+
+def _chosen(model: nn.Module, select: Select | None) -> tuple[list[_Entry], list[LeftAlone]]:
+    """Return the selected weights that can become unitary, and what is left alone."""
+    patterns = [] if select is None or callable(select) else [select] if isinstance(select, str) else list(select)
+    matches = select if callable(select) else lambda name: any(fnmatchcase(name, pattern) for pattern in patterns)
+    parameters = (
         (f"{path}.{own}" if path else own, module, own)
         for path, module in model.named_modules()
-        for own in _weights_of(module)
-    ]
-    if select is None:
-        return found
-    if callable(select):
-        return [entry for entry in found if select(entry[0])]
-    patterns = [select] if isinstance(select, str) else list(select)
-    names = [name for name, _, _ in found]
+        for own, _ in module.named_parameters(recurse=False)
+    )
+    entries = [_Entry(name, module, own, name in patterns) for name, module, own in parameters]
+    chosen, left_alone = [], []
+    for entry in entries:
+        p, name = entry.module.get_parameter(entry.own), entry.name
+        reason = _reason(entry) if select is None or matches(name) else "not selected"
+        if reason and entry.is_named:
+            raise ValueError(f"{name!r} cannot become unitary: {reason}")
+        if reason is None:
+            check_precision(p.dtype, name)
+            chosen.append(entry)
+        elif nn.parameter.is_lazy(p) or p.dim() > 1:
+            left_alone.append(LeftAlone(name, reason))
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{pattern!r} selects no weight that can become unitary; there are {', '.join(names)}")
-    return [entry for entry in found if any(fnmatchcase(entry[0], pattern) for pattern in patterns)]
+        if not any(fnmatchcase(entry.name, pattern) for entry in chosen):
+            there = ", ".join(entry.name for entry in entries if _reason(entry) is None) or "none"
+            raise ValueError(f"{pattern!r} selects no weight that can become unitary; there are {there}")
+    return chosen, left_alone
 
 
-def _weights_of(module: nn.Module) -> list[str]:
-    """Return the names of a module's weights that can become unitary."""
-    kind = type(module)
-    names = ["weight"] if kind is nn.Linear or kind in _CONVS else []
-    if kind is nn.RNN or kind is nn.RNNCell:
-        names = [name for name, _ in module.named_parameters(recurse=False) if name.startswith("weight_hh")]
-    return [name for name in names if _is_free(module._parameters.get(name))]
-
-
-def _is_free(weight: Tensor | None) -> bool:
-    """Tell whether a weight is a parameter that could be on a manifold, and is on none."""
-    return weight is not None and not isinstance(weight, ManifoldTensor) and dtype_problem(weight.dtype, "") is None
+def _reason(entry: _Entry) -> str | None:
+    """Return why a selected parameter is left alone, or None."""
+    name, module, own, is_named = entry
+    kind, weight = type(module), module.get_parameter(own)
+    if kind in _CONVS and own == "weight":
+        return parameter_problem(weight, name) or conv_problem(module)
+    problem = weight_problem(module, own)
+    if (kind is nn.Linear and own == "weight") or (kind in (nn.RNN, nn.RNNCell) and own.startswith("weight_hh")):
+        return problem
+    if problem is None and not is_named:
+        if isinstance(module, ParametrizationList) or own.endswith(("_orig", "_g", "_v")):
+            return "a parametrisation or pruning computes another weight from it"
+        return f"{kind.__name__}.{own} is taken only by its full name"
+    return problem or shape_problem(weight.shape, name)
 
 
 def _check_free(model: nn.Module, name: str, module: nn.Module, own: str) -> None:
     """Raise if a weight has other owners, or hooks, or if its module would be replaced and cannot be."""
-    weight = getattr(module, own)
+    weight = module.get_parameter(own)
     _check_alone(model, name, weight)
     if weight._backward_hooks:
         raise ValueError(f"{name} has hooks, which would be lost")
@@ -243,6 +308,16 @@ def _check_hooks(name: str, module: Any) -> None:
 # -- conversion -------------------------------------------------------------------------------------------
 
 
+def _of_matrix(name: str, old: Tensor, inputs: Tensor | None, problem: dict[str, Any]) -> tuple[Tensor, Converted]:
+    """Return what takes the place of a matrix, or of a stack of them."""
+    new = nearest_unitary(old, inputs=inputs, **problem).unitary
+    return new, Converted(name, _distance(new, old), *(_singular_values(w) for w in (old, new)))
+
+
+def _singular_values(w: Tensor) -> Tensor:
+    return torch.linalg.svdvals(w).flatten().sort(descending=True).values
+
+
 def _of_conv(
     name: str, conv: Any, size: tuple[int, ...], problem: dict[str, Any], manifold: UnitaryLowRank
 ) -> tuple[FourierConv, Converted]:
@@ -256,24 +331,22 @@ def _of_conv(
 
 
 def _distance(new: Tensor, old: Tensor) -> float:
-    return (torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(old)).item()
+    return math.nan if old.is_meta else (torch.linalg.vector_norm(new - old) / torch.linalg.vector_norm(old)).item()
 
 
-def _apply(model: nn.Module, module: Any, own: str, new: Any, k: int | None, manifold: type[UnitaryLowRank]) -> None:
+def _apply(model: nn.Module, module: Any, own: str, new: Any, manifold: UnitaryLowRank) -> None:
     """Put a new weight, or a new module, in the place of the old."""
     if isinstance(new, nn.Module):
         _replace(model, module, new)
         return
-    if new.shape[0] >= new.shape[1]:
-        with torch.no_grad():
-            getattr(module, own).copy_(new)
-        unitary_(module, own, manifold=manifold(k))
+    if new.shape[-2] >= new.shape[-1]:
+        attach(module, own, new, manifold)
         return
     wide = UnitaryLinear(
         module.in_features,
         module.out_features,
         module.bias is not None,
-        manifold=manifold(k),
+        manifold=manifold,
         device=new.device,
         dtype=new.dtype,
     ).train(module.training)
@@ -296,4 +369,6 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
 
 
 def _range(values: Tensor) -> str:
+    if values.is_meta:
+        return "not drawn yet"
     return f"{values[-1].item():.3g} to {values[0].item():.3g}"

@@ -127,8 +127,10 @@ def test_unitary_converts_a_weight_and_guards_it(draw):
     linear = unitary_(nn.Linear(5, 8))
     assert linear(torch.randn(2, 5)).shape == (2, 8)
     linear = linear.to("meta").to_empty(device="cpu")
-    with pytest.raises(RuntimeError, match="lost its manifold"):
-        linear(torch.randn(2, 5))
+    linear(torch.randn(2, 5)).sum().backward()
+    optimizer = optim.RiemannianSGD(linear.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lost its manifold: 'Linear.weight'"):
+        optimizer.step()
 
 
 def test_new_weights_after_to_empty_and_a_plain_copy_in_the_same_mode():

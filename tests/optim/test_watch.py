@@ -7,8 +7,9 @@ from collections import OrderedDict
 import geoopt
 import pytest
 import torch
+from helpers import bound, error
 
-from projunn_manifold import UnitaryLowRank, layers, optim
+from projunn_manifold import UnitaryLowRank, layers, manifolds_of, optim, reattach_manifolds
 
 KNOWING = {
     "geoopt": lambda params: geoopt.optim.RiemannianAdam(params, lr=0.1),
@@ -130,6 +131,110 @@ def test_a_point_that_starts_far_off_is_named_once(draw):
                 warnings.simplefilter("always")
                 manifold.step_(p, p.grad, 0.01)
             assert any("starts off the manifold" in str(warning.message) for warning in caught) is expected
+
+
+# -- weights that were made unitary, and have lost their manifold -------------------------------------------------
+
+
+def lost_by_assignment(module, optimizer):
+    """Lose the manifold before the optimiser is built."""
+    for name, p in list(module.named_parameters()):
+        if isinstance(p, geoopt.ManifoldParameter):
+            setattr(module, name, torch.nn.Parameter(p.detach().as_subclass(torch.Tensor).clone()))
+    return optimizer(module.parameters())
+
+
+def lost_by_swap(module, optimizer):
+    """Lose the manifold of the very object that the optimiser holds."""
+    held = optimizer(module.parameters())
+    torch.utils.swap_tensors(
+        module.weight, torch.nn.Parameter(module.weight.detach().as_subclass(torch.Tensor).clone())
+    )
+    return held
+
+
+OPTIMIZERS = {
+    "geoopt": lambda params: geoopt.optim.RiemannianSGD(params, lr=0.1),
+    "in place": lambda params: optim.RiemannianAdam(params, lr=0.1),
+    "torch": lambda params: torch.optim.SGD(params, lr=0.1),
+    "LBFGS": lambda params: torch.optim.LBFGS(params),
+}
+
+
+def constrained(params):
+    optimizer = torch.optim.SGD(params, lr=0.1)
+    optim.constrain(optimizer)
+    return optimizer
+
+
+@pytest.mark.parametrize("make", [lambda: layers.unitary_(torch.nn.Linear(8, 8)), lambda: layers.UnitaryLinear(8, 8)])
+@pytest.mark.parametrize("lose", [lost_by_assignment, lost_by_swap])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "constrained"])
+def test_a_step_that_would_move_a_lost_weight_is_refused_and_moves_nothing(make, lose, name):
+    module = make()
+    optimizer = lose(module, OPTIMIZERS.get(name, constrained))
+    before = [p.detach().clone() for p in module.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = module(torch.ones(2, 8)).square().sum()
+        loss.backward()
+        return loss
+
+    closure()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"manifold: '(Unitary)?Linear.weight' of shape .8, 8.; call reattach"):
+            optimizer.step(*([closure] if name == "LBFGS" else []))
+    assert all(map(torch.equal, module.parameters(), before))
+    if name in ("geoopt", "in place", "constrained"):
+        reattach_manifolds(module, manifolds_of(module), optimizer)
+        optimizer.step()
+        x = module.weight.detach().double()
+        assert not torch.equal(module.weight, before[0])
+        assert error(x.mT @ x, torch.eye(8)) <= bound(torch.float32)
+
+
+def test_a_weight_that_is_lost_after_many_steps_is_noticed(draw):
+    module = layers.unitary_(torch.nn.Linear(8, 8))
+    optimizer = torch.optim.SGD([module.weight], lr=0.1)
+    optim.constrain(optimizer)
+    for _ in range(2):
+        optimizer.step()  # without a gradient: no manifold has a weak reference to it yet, which a swap refuses
+    lost_by_swap(module, lambda params: optimizer)
+    module(draw.matrix(2, 8, dtype=torch.float32)).sum().backward()
+    with pytest.raises(ValueError, match="lost its manifold"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("held_back", ["frozen", "not held", "replaced by another's"])
+def test_a_lost_weight_that_does_not_move_is_left_in_peace(draw, held_back):
+    module = layers.unitary_(torch.nn.Linear(8, 8))
+    optimizer = lost_by_assignment(module, OPTIMIZERS["in place"])
+    if held_back == "frozen":
+        module.weight.requires_grad_(False)
+    else:
+        optimizer = OPTIMIZERS["in place"]([module.bias])
+    if held_back == "replaced by another's":
+        module.weight = torch.nn.Parameter(torch.eye(8))
+    module(draw.matrix(2, 8, dtype=torch.float32)).sum().backward()
+    before = module.bias.detach().clone()
+    optimizer.step()
+    assert not torch.equal(module.bias, before)
+
+
+def test_modules_are_walked_through_once_for_an_optimiser(draw, monkeypatch):
+    module = layers.unitary_(torch.nn.Linear(8, 8))
+    optimizer = OPTIMIZERS["in place"](module.parameters())
+    walks = []
+    walk = torch.nn.Module.named_parameters
+    monkeypatch.setattr(torch.nn.Module, "named_parameters", lambda *a, **k: walks.append(a) or walk(*a, **k))
+    counts = []
+    for _ in range(3):
+        module(draw.matrix(2, 8, dtype=torch.float32)).sum().backward()
+        optimizer.step()
+        counts.append(len(walks))
+    assert counts[0] > 0
+    assert counts[1:] == counts[:1] * 2
 
 
 # -- weight decay of geoopt's optimisers --------------------------------------------------------------------

@@ -229,8 +229,9 @@ def test_what_has_no_closest_unitary_is_refused():
         nearest_unitary(torch.full((3, 3), torch.nan))
     with pytest.raises(ValueError, match="real matrices"):
         nearest_unitary(of((3, 3), torch.complex128), rotation=True)
-    with pytest.raises(TypeError, match="float16"):
-        nearest_unitary(of((3, 3)).half())
+    for call in (nearest_unitary, lambda w: nearest_convolution(w[None], 4)):
+        with pytest.raises(ValueError, match="float16; keep the parameter in float32"):
+            call(of((3, 3)).half())
 
 
 def test_too_few_steps_are_told():

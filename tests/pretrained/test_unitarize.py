@@ -4,6 +4,7 @@ import copy
 
 import geoopt
 import pytest
+import scipy.linalg
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -18,7 +19,7 @@ from projunn_manifold import (
     optim,
     unitarize,
 )
-from projunn_manifold.layers import UnitaryLinear, UnitaryRNN, plain_, unitary_
+from projunn_manifold.layers import UnitaryLinear, UnitaryRNN, UnitaryRNNCell, plain_, unitary_
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +235,13 @@ def refused():
     hooked[4].register_forward_hook(lambda *_: None)
     deficient = mlp()
     nn.init.zeros_(deficient[2].weight)
+    singular = mlp()
+    singular[2].weight.data = torch.randn(16, 15) @ torch.randn(15, 16)
+    rows = of((50, 6))
     zeros = cnn(padding_mode="zeros")
+    uneven = nn.Sequential(nn.Conv2d(2, 2, 3, stride=2, padding=1, padding_mode="circular"))
+    mixed = mlp()
+    mixed[4].half()
     x = of((5, 2, 5, 5))
     inside = Recurrent(num_layers=2)
     inside.rnn.weight_hh_l1 = inside.rnn.weight_hh_l0
@@ -252,14 +259,23 @@ def refused():
         (deficient, {}, "rank deficient"),
         (nn.Linear(4, 2), {}, "the model itself"),
         (cnn(), {}, "inputs are not given"),
-        (zeros, {"inputs": x}, "expected circular padding"),
+        (zeros, {"inputs": x, "select": ["0.weight"]}, "'0.weight' cannot become unitary: expected circular padding"),
+        (uneven, {"inputs": x, "select": ["0.weight"]}, "a stride that divides the size"),
+        (mlp().bfloat16(), {}, "`0.weight` must be .* got torch.bfloat16; keep the parameter in float32"),
+        (mixed, {}, "`4.weight` must be .* got torch.float16; keep the parameter in float32"),
+        (nn.Sequential(nn.LSTM(3, 3)), {"select": "0.weight_hh_l0"}, "stack of gates"),
+        (nn.Sequential(nn.Linear(3, 3)), {"select": "0.bias"}, "at least 2 dimensions"),
+        (nn.Sequential(nn.Embedding(3, 5)), {"select": "0.weight"}, "square or tall"),
+        (singular, {}, r"2.weight: `weight` of shape \(16, 16\) is rank deficient in torch.float32"),
+        (singular, {"method": "lie"}, r"2.weight: `weight` of shape \(16, 16\) is rank deficient in torch.float32"),
+        (singular, {"method": "procrustes", "inputs": rows, "select": "2.*"}, "rank deficient in torch.float32"),
         (mlp(), {"method": "procrustes"}, "needs inputs"),
         (Recurrent(num_layers=2), {"method": "procrustes", "inputs": of((7, 5, 3))}, "in a way that can be seen"),
         (mlp(), {"method": "svd"}, "method must be"),
     ]
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(22))
 def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(case):
     model, options, message = refused()[case]
     before, modules = weights(model), [type(m) for m in model.modules()]
@@ -271,9 +287,185 @@ def test_what_cannot_be_is_refused_and_the_model_stays_as_it_was(case):
     assert all(m.training for m in model.modules())
 
 
-def test_our_own_recurrent_layers_are_not_folded():
-    with pytest.raises(ValueError, match="0 is a UnitaryRNN, of which torch has none alike"):
-        fold(nn.Sequential(UnitaryRNN(3, 8)))
+@pytest.mark.parametrize("nonlinearity", ["relu", "tanh"])
+def test_our_own_recurrent_layers_become_torchs(nonlinearity):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn = UnitaryRNN(3, 8, 2, nonlinearity=nonlinearity, batch_first=True)
+            self.cell = UnitaryRNNCell(8, 8, nonlinearity=nonlinearity, bias=False)
+
+        def forward(self, x):
+            return self.cell(self.rnn(x)[0][:, -1])
+
+    model, x = Both(), of((5, 7, 3))
+    expected, weights_hh = model(x), model.rnn.weight_hh_l1.detach().clone()
+    fold(model)
+    assert type(model.rnn) is nn.RNN
+    assert type(model.cell) is nn.RNNCell
+    assert torch.equal(model.rnn.weight_hh_l1, weights_hh)
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    assert type(fold(UnitaryRNN(3, 8, nonlinearity=nonlinearity))) is nn.RNN
+    assert [c.distance < 1e-5 for c in unitarize(model)] == [True] * 3
+
+
+def test_what_has_no_counterpart_in_torch_is_named_all_at_once():
+    model = nn.ModuleDict(
+        {"rnn": UnitaryRNN(3, 8), "cell": UnitaryRNNCell(3, 8, nonlinearity=torch.sin), "linear": UnitaryLinear(3, 8)}
+    )
+    parts = list(model.modules())
+    with pytest.raises(ValueError, match=r"rnn \(UnitaryRNN\): .*'modrelu'; cell \(UnitaryRNNCell\): .*nonlinearity"):
+        fold(model)
+    assert list(model.modules()) == parts
+
+
+# -- what is left alone ------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A weight of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        circular = {"padding": 1, "padding_mode": "circular"}
+        self.zero_padded = nn.Conv2d(3, 8, 3, padding=1)
+        self.unpadded = nn.Conv2d(3, 8, 3)
+        self.dilated = nn.Conv2d(3, 8, 3, dilation=2, **circular)
+        self.transposed = nn.ConvTranspose2d(3, 8, 3)
+        self.pointwise = nn.Conv1d(4, 4, 1)
+        self.strided = nn.Conv1d(4, 16, 4, stride=2, groups=2, **circular)
+        self.misfit = nn.Conv1d(4, 4, 5, stride=3, padding=2, padding_mode="circular")
+        self.lstm = nn.LSTM(4, 4)
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.embedding = nn.Embedding(9, 4)
+        self.rotation = nn.Parameter(torch.randn(3, 4, 4))
+        self.own = UnitaryLinear(4, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"deep": nn.Linear(4, 4)})])
+        self.pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+        self.lazy = nn.LazyLinear(4)
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return self.pointwise(x), self.strided(x), self.misfit(x)
+
+
+REASONS = {
+    "zero_padded.weight": "circular padding",
+    "unpadded.weight": "keeps the size",
+    "dilated.weight": "no dilation",
+    "transposed.weight": "kernel",
+    "misfit.weight": "divides the size",
+    "lstm.weight_ih_l0": "stack of gates",
+    "lstm.weight_hh_l0": "stack of gates",
+    "attention.in_proj_weight": "three weights",
+    "attention.out_proj.weight": "only by its full name",
+    "embedding.weight": "only by its full name",
+    "rotation": "only by its full name",
+    "own.weight": "on a manifold already",
+    "pruned.weight_orig": "pruning",
+    "normed.parametrizations.weight.original0": "parametrisation",
+    "normed.parametrizations.weight.original1": "parametrisation",
+    "lazy.weight": "no shape yet",
+    "lazy.bias": "no shape yet",
+}
+
+
+def test_what_is_left_alone_is_named_with_the_reason():
+    model = Mixed()
+    report = unitarize(model, inputs=of((2, 4, 8)))
+    assert {c.name for c in report} == {"pointwise.weight", "strided.weight", "blocks.0.deep.weight"}
+    assert dict(report.left_alone).keys() == REASONS.keys()
+    for name, reason in report.left_alone:
+        assert REASONS[name] in reason
+        assert f"{name} left alone: {reason}" in str(report)
+    assert all(c.after.sub(1).abs().max() < 1e-5 for c in report)
+    operator = model.strided(torch.eye(32).view(32, 4, 8)).flatten(1) - model.strided(torch.zeros(4, 8)).flatten()
+    torch.testing.assert_close(operator @ operator.mT, torch.eye(32), atol=1e-5, rtol=0)
+    assert model.strided.groups == model.strided.stride == 2
+
+
+def test_a_model_whose_convolutions_are_zero_padded_needs_no_inputs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(), nn.Linear(128, 128))
+    report = unitarize(model)
+    assert [c.name for c in report] == ["2.weight"]
+    assert [name for name, _ in report.left_alone] == ["0.weight"]
+
+
+def test_full_names_take_what_unitary_takes():
+    model = Mixed()
+    before = model.rotation.detach().clone()
+    names = ["rotation", "embedding.weight", "attention.out_proj.weight"]
+    report = unitarize(model, names, k=2)
+    assert {c.name for c in report} == set(names)
+    for u, w in zip(model.rotation.detach(), before, strict=True):
+        torch.testing.assert_close(u, torch.from_numpy(scipy.linalg.polar(w.numpy())[0]), atol=1e-5, rtol=0)
+    (stack,) = (c for c in report if c.name == "rotation")
+    expected = torch.linalg.svdvals(before).flatten().sort(descending=True).values
+    torch.testing.assert_close(stack.before, expected)
+    torch.testing.assert_close(stack.after, torch.ones(12))
+    assert stack.distance == pytest.approx((expected - 1).norm().item() / expected.norm().item(), rel=1e-5)
+    fold(model)
+    assert type(model.rotation) is nn.Parameter
+
+
+def test_unselected_weights_are_named_too():
+    report = unitarize(mlp(), ["2.*"])
+    assert report.left_alone == [("0.weight", "not selected"), ("4.weight", "not selected")]
+
+
+def test_half_precision_elsewhere_does_not_matter():
+    model = mlp()
+    model[0].half()
+    with pytest.raises(ValueError, match=r"'9.*' selects no weight .*; there are 0.weight, 2.weight"):
+        unitarize(model, "9.*")
+    assert [c.name for c in unitarize(model, ["2.weight", "4.weight"])] == ["2.weight", "4.weight"]
+
+
+def test_unknown_arguments_are_refused():
+    for call in (unitarize, lambda m, **o: nearest_unitary(m[2].weight, **o)):
+        with pytest.raises(TypeError, match="unexpected arguments tol: there are inputs, rotation"):
+            call(mlp(), tol=1)
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES[:3], ids=IDS[:3])
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")  # torch's own, of any torch.nn.RNN
+def test_a_unitarized_model_is_exported_and_copied_and_runs_with_other_weights(make, shape):
+    model, x = make().eval(), of(shape)
+    unitarize(model, inputs=x)
+    expected = model(x)
+    torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    plain = {name: p.detach().as_subclass(torch.Tensor).clone() for name, p in model.named_parameters()}
+    torch.testing.assert_close(torch.func.functional_call(model, plain, (x,)), expected)
+    other = {name: torch.zeros_like(p) for name, p in plain.items()}
+    torch.testing.assert_close(torch.func.functional_call(model, other, (x,)), torch.zeros_like(expected))
+
+
+# -- the meta device ---------------------------------------------------------------------------------------
+
+
+def test_on_the_meta_device_weights_are_drawn_when_they_are_materialised():
+    with torch.device("meta"):
+        model = cnn().append(nn.Linear(3, 3))
+    report = unitarize(model, inputs=torch.empty(5, 2, 5, 5, device="meta"))
+    assert [c.name for c in report] == ["0.weight", "2.weight", "4.weight", "5.weight"]
+    assert "not drawn yet" in str(report)
+    assert all(p.is_meta for p in model.parameters())
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    check_manifolds(model, manifolds_of(model))
+    assert len(manifolds_of(model)) == 6
+    for weight in map(model.get_parameter, manifolds_of(model)):
+        eye = torch.eye(weight.shape[-1], dtype=weight.dtype).expand(*weight.shape[:-2], -1, -1)
+        torch.testing.assert_close(weight.detach().mH @ weight.detach(), eye, atol=1e-5, rtol=0)
+    optimizer = optim.RiemannianSGD(model.parameters(), lr=0.1)
+    model(of((5, 2, 5, 5))).square().sum().backward()
+    optimizer.step()
+    with torch.device("meta"), pytest.raises(ValueError, match="needs values"):
+        unitarize(mlp(), method="lie")
 
 
 def test_plain_undoes_unitary():
@@ -303,7 +495,9 @@ def test_names_are_those_of_the_parameters():
 def test_parametrised_weights_are_left_alone(make):
     model = mlp()
     make(model[2])
-    assert [c.name for c in unitarize(model)] == ["0.weight", "4.weight"]
+    report = unitarize(model)
+    assert [c.name for c in report] == ["0.weight", "4.weight"]
+    assert all(name.startswith("2.parametrizations.weight") for name, _ in report.left_alone)
     with pytest.raises(ValueError, match="selects no weight"):
         unitarize(model, ["2.weight"])
 
@@ -311,7 +505,9 @@ def test_parametrised_weights_are_left_alone(make):
 def test_pruned_weights_are_left_alone():
     model = mlp()
     prune.l1_unstructured(model[2], "weight", 0.5)
-    assert [c.name for c in unitarize(model)] == ["0.weight", "4.weight"]
+    report = unitarize(model)
+    assert [c.name for c in report] == ["0.weight", "4.weight"]
+    assert [name for name, _ in report.left_alone] == ["2.weight_orig"]
 
 
 class OwnLoop(nn.Module):

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds
+from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds, unitarize
 from projunn_manifold.layers import UnitaryLinear, UnitaryRNN
 
 STEPS, BATCH = 6, 8
@@ -108,6 +108,44 @@ def all_cases(rank, world, port, folder, cases):
         check_manifolds(model, plan, optimizer)
         train(model, optimizer, dtype, 0, STEPS)
         found.append(whole(model))
+    torch.save(found, f"{folder}/{rank}.pt")
+    leave()
+
+
+def unitarized():
+    """A model of torch's own layers, made unitary."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 13), nn.Tanh(), nn.Linear(13, 2))
+    model = nn.Sequential(*layers).double()
+    unitarize(model, ["0.weight", "2.weight"])
+    return model
+
+
+def unitarized_alone(name):
+    """One process with whole weights."""
+    model = unitarized()
+    train(model, OPTIMIZERS[name](model.parameters()), torch.float64, 0, STEPS)
+    return whole(model)
+
+
+def existing(rank, world, port, folder, names):
+    """Shard a model that was made unitary; its manifolds are lost, are missed by the first step, and put back."""
+    join(rank, world, port)
+    mesh, found = init_device_mesh("cpu", (world,)), []
+    for name in names:
+        model = unitarized()
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        optimizer = OPTIMIZERS[name](model.parameters())
+        try:
+            train(model, optimizer, torch.float64, 0, 1)
+            told = "nothing"
+        except ValueError as error:
+            told = str(error)
+        reattach_manifolds(model, manifolds_of(model), optimizer)
+        check_manifolds(model, manifolds_of(model), optimizer)
+        train(model, optimizer, torch.float64, 0, STEPS)
+        found.append((told, whole(model)))
     torch.save(found, f"{folder}/{rank}.pt")
     leave()
 

@@ -103,6 +103,17 @@ def test_gradients_that_are_placed_otherwise_are_brought_there(tmp_path):
             torch.testing.assert_close(weight, expected, atol=1e-9, rtol=0)
 
 
+def test_a_model_that_was_made_unitary_is_sharded_as_any_other(tmp_path):
+    names = ("momentum", "Adam", "RMSprop")
+    found = start(shards.existing, 2, tmp_path, names)
+    for index, name in enumerate(names):
+        expected = shards.unitarized_alone(name)
+        for told, weights in (process[index] for process in found):
+            assert "lost its manifold: 'FSDPLinear.weight' of shape (9, 9), 'FSDPLinear.weight' of shape (13" in told
+            for w, v in zip(weights, expected, strict=True):
+                torch.testing.assert_close(w, v, atol=1e-9, rtol=0)
+
+
 def test_a_sharded_layer_that_is_converted_keeps_its_manifold(tmp_path):
     assert start(shards.conversions, 2, tmp_path) == ["torch.float64"] * 2
 
