@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ from projunn_manifold.sketching.samplers import Subspace, svd
 __all__: list[str] = []
 
 _WARNED = -1
-_counts: Any = WeakIdKeyDictionary()  # steps of every optimiser
+_counts: Any = WeakIdKeyDictionary()  # of every optimiser's steps
 _off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
 
@@ -92,7 +93,10 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
 
     Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before its first step others warn.
     """
-    count = _counts[optimizer] = _counts.get(optimizer, 0) + 1
+    counter = _counts.get(optimizer)
+    if counter is None:
+        counter = _counts[optimizer] = itertools.count(1)
+    count = next(counter)
     if count & (count - 1) or torch.compiler.is_compiling() or optimizer in _off:
         return
     owners = (getattr(hook, "__self__", None) for hook in context.step_post_hooks(optimizer))
