@@ -93,6 +93,8 @@ def check_tensor(x: object, name: str, missing: str = "") -> None:
 
 def check_number(value: object, name: str) -> float | Tensor:
     """Return a real number as Python's own, NumPy's scalars and 0-d arrays too; a real tensor is returned as it is."""
+    if type(value) is float or type(value) is int:
+        return value
     if isinstance(value, Tensor):
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"`{name}` must be real, got {value.dtype}")

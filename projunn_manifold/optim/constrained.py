@@ -64,6 +64,11 @@ class Constraint:
         for hook in self._hooks:
             hook.remove()
 
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether the last step has raised half-way, and left points that the next one puts back."""
+        return bool(self._points)
+
     @outside_graphs
     @torch.no_grad()
     def _remember(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

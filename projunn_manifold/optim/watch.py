@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from projunn_manifold.sketching.samplers import Subspace, svd
 __all__: list[str] = []
 
 _WARNED = -1
-_counts: Any = WeakIdKeyDictionary()  # steps of every optimiser; negative while one is made, and after one that raised
+_counts: Any = WeakIdKeyDictionary()  # of every optimiser's steps
 _off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
 _guarded: Any = WeakIdKeyDictionary()  # optimisers; how many parameters they have, and which of these have guards
@@ -119,11 +120,14 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
 
     Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before its first step others warn.
     """
-    last = _counts.get(optimizer, 0)
-    count = abs(last) + 1
-    _counts[optimizer] = -count
-    has_raised = last < 0  # half-way: a constraint will put points back
-    if count & (count - 1) or has_raised or torch.compiler.is_compiling() or optimizer in _off:
+    counter = _counts.get(optimizer)
+    if counter is None:
+        counter = _counts[optimizer] = itertools.count(1)
+    count = next(counter)
+    if count & (count - 1) or torch.compiler.is_compiling() or optimizer in _off:
+        return
+    owners = (getattr(hook, "__self__", None) for hook in context.step_post_hooks(optimizer))
+    if any(getattr(owner, "is_interrupted", False) for owner in owners):  # a constraint will put points back
         return
     for p in about_to_move(optimizer, args, kwargs):
         manifold = unitary_of(p)
@@ -140,10 +144,6 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
                 f"to it, a wrapper like Lookahead or an average; {PUT_BACK_WRAPPED}"
             )
         return
-
-
-def _note_end(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    _counts[optimizer] = abs(_counts.get(optimizer, 0))
 
 
 def _prepare_search(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -176,4 +176,4 @@ def _sketches_anew(part: object) -> bool:
 
 
 before_steps.extend((_refuse_lost, _warn, _tell_decay, _notice_writes, _prepare_search))
-after_steps.extend((_forget_decay, _note_end))
+after_steps.append(_forget_decay)
