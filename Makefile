@@ -7,7 +7,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench compare test test-all lint hooks docs dist clean
+.PHONY: help demo bench compare test test-all integration lint hooks docs dist clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ test: lint $(VENV)/.test $(VENV)/.examples ## the test suite (under 10 minutes o
 test-all: lint $(VENV)/.test $(VENV)/.examples ## the test suite with the slow proofs
 	$(PYTEST) -m "slow or not slow"
 
+integration: $(VENV)/.test $(VENV)/.integration ## tests with Lightning, accelerate, safetensors, ONNX and TensorBoard
+	$(PYTEST) -m integration tests/integration
+
 docs: $(VENV)/.docs ## build the documentation, warnings as errors, and follow its links
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
 	$(BIN)/python docs/check_links.py docs/_build/html
@@ -61,7 +64,7 @@ dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the
 	build/venv/bin/python $(INSTALL) "$$(ls dist/*.whl)[test]"
 	cd build/source && ../venv/bin/python -c "import projunn_manifold as p; assert 'site-packages' in p.__file__, p.__file__"
 	cd build/source && ../venv/bin/mypy --config-file= --strict -c "from projunn_manifold import UnitaryLowRank"
-	cd build/source && ../venv/bin/python -m pytest -m "not site and not slow" tests --pyargs projunn_manifold
+	cd build/source && ../venv/bin/python -m pytest -m "not site and not slow and not integration" tests --pyargs projunn_manifold
 
 clean: ## remove the environment and everything built
 	-$(BIN)/pre-commit uninstall

@@ -72,7 +72,9 @@ class UnitaryLinear(KeepsManifolds):
         return nn.functional.linear(cast(self, x, "input", self.weight.dtype), self._matrix(), self.bias)
 
     def _matrix(self) -> Tensor:  # (out_features, in_features)
-        return self.weight if self.out_features >= self.in_features else self.weight.mH
+        if self.out_features >= self.in_features:
+            return self.weight
+        return self.weight.t().conj()  # not all exporters to ONNX know mH
 
     def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Take the adjoint of a plain layer's wide weight."""
