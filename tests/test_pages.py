@@ -23,7 +23,9 @@ def test_pages_show_the_recorded_benchmark(tmp_path):
         assert Path(copy).read_text() == page.read_text()
 
 
-@pytest.mark.parametrize(("name", "least"), [("promises", 20), ("traps", 20), ("upstream", 20), ("comparison", 5)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("promises", 20), ("traps", 20), ("upstream", 20), ("comparison", 5), ("companions", 10)]
+)
 def test_tests_that_pages_name_exist(name, least):
     named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / f"{name}.md").read_text())
     assert len(named) >= least

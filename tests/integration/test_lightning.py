@@ -57,7 +57,7 @@ class UnitaryEMA(EMAWeightAveraging):
     def setup(self, trainer, pl_module, stage):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._average_model = averaging.AveragedModel(pl_module, **self._kwargs)
+            self._average_model = averaging.AveragedModel(pl_module, use_buffers=True, **self._kwargs)
 
 
 class Recorder(lightning.Callback):
@@ -136,6 +136,11 @@ def test_weights_stay_in_their_precision_and_unitary_under_mixed_precision():
     trainer(2, precision="bf16-mixed").fit(model, batches())
     assert model.network.linear.weight.dtype == torch.float32
     assert_unitary(model)
+
+
+def test_weights_in_half_precision_are_refused():
+    with pytest.raises(TypeError, match=r"torch\.bfloat16; keep the parameter in float32"):
+        trainer(1, precision="bf16-true").fit(regression(), batches())
 
 
 def test_a_wrapped_optimiser_of_torch_is_constrained():

@@ -21,8 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
-BATCH = {0: torch.export.Dim("batch")}
-
 
 def trained():
     torch.manual_seed(0)
@@ -53,6 +51,14 @@ MODELS = {
 }
 
 
+def export(model, x, file):
+    """Write a model to a file, for any batch, and return what was written."""
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.export.export(model, (x,), dynamic_shapes=(batch,))
+    torch.onnx.export(program, f=file, external_data=False)
+    return program
+
+
 def run(file, x):
     """Run an exported model."""
     session = onnxruntime.InferenceSession(file)
@@ -62,8 +68,7 @@ def run(file, x):
 @pytest.mark.parametrize(("make", "shape"), MODELS.values(), ids=MODELS)
 def test_onnxruntime_has_the_values_of_torch(make, shape, tmp_path):
     model, x = make().eval(), torch.randn(4, *shape)
-    program = torch.export.export(model, (x,), dynamic_shapes=(BATCH,))
-    torch.onnx.export(program, f=(file := tmp_path / "model.onnx"), external_data=False)
+    program = export(model, x, file := tmp_path / "model.onnx")
     for batch in (x, torch.randn(7, *shape)):
         compare(program.module()(batch), model(batch))
         compare(run(file, batch), model(batch))
