@@ -191,13 +191,13 @@ def unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
     return torch.linalg.matrix_norm(gram) / math.sqrt(x.shape[-1])
 
 
-def probed_unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
-    r"""Estimate :func:`unitarity_error` in :math:`O(nm)` from :math:`X^H X z - z` for four fixed Gaussian z.
+def probed_unitarity_error(x: Tensor, probes: int = 4) -> Tensor:  # (*batch, n, m) -> (*batch,), real
+    r"""Estimate :func:`unitarity_error` in :math:`O(nm)` from :math:`X^H X z - z` for a few fixed Gaussian z.
 
     Non-finite entries give inf.
     """
     generator = torch.Generator(x.device).manual_seed(0)
-    z = torch.randn(x.shape[-1], 4, dtype=x.dtype, device=x.device, generator=generator)
+    z = torch.randn(x.shape[-1], probes, dtype=x.dtype, device=x.device, generator=generator)
     residual = adjoint_times(x, x @ z) - z
     norms = torch.linalg.vector_norm(residual, dim=(-2, -1)) / torch.linalg.vector_norm(z)
     return torch.where(torch.isfinite(norms), norms, math.inf)

@@ -133,7 +133,7 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         manifold = unitary_of(p)
         if manifold is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
             continue
-        error = dense.probed_unitarity_error(p.detach())
+        error = dense.probed_unitarity_error(p.detach(), probes=1)
         if not ((error > torch.finfo(p.dtype).eps ** 0.5) & error.isfinite()).any():
             continue
         _off[optimizer] = True
