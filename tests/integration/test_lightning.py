@@ -7,6 +7,7 @@ from helpers import bound, double, error
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
 from network import Network, assert_same, assert_unitary, batches, seeded, unitarity_errors
 from torch import nn
+from torch.utils.data import DistributedSampler
 
 from projunn_manifold import averaging, check_manifolds, manifolds_of, optim
 
@@ -155,6 +156,24 @@ def test_a_wrapped_optimiser_of_torch_is_constrained():
         optimizer.step()
     assert_unitary(model)
     assert_same(model.network.state_dict(), plain.state_dict())
+
+
+def test_spawned_processes_hand_the_trained_model_back():
+    model, plain = regression(), seeded()
+    trainer(2, devices=2, strategy="ddp_spawn").fit(model, batches())
+    optimizer = optim.RiemannianAdam(plain.parameters(), lr=0.05)
+    samplers = [DistributedSampler(batches().dataset, num_replicas=2, rank=rank) for rank in range(2)]
+    for epoch in range(2):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        first, second = map(list, samplers)
+        for start in (0, 8):  # a step sees a batch of each process
+            x, y = batches().dataset[first[start : start + 8] + second[start : start + 8]]
+            optimizer.zero_grad()
+            nn.functional.mse_loss(plain(x), y).backward()
+            optimizer.step()
+    assert_unitary(model)
+    torch.testing.assert_close(model.network.state_dict(), plain.state_dict(), rtol=0, atol=bound(torch.float32))
 
 
 def test_averages_by_our_class_are_polar_factors_of_averages():
