@@ -457,6 +457,35 @@ def _divide(v: Any, norm: float) -> None:  # pragma: no cover
 
 
 @_compiled
+def sketched_tangent(g: Any, x: Any, test: Any, left: Any, right: Any, numbers: Any) -> Any:  # pragma: no cover
+    """Normalise y = G test, and write what :func:`rank_one_tangent` does for the gradient y (G^T y)^T.
+
+    Return the smallest and the largest norm of G test, and the smallest ‖a'‖²/‖a‖² of all matrices.
+    """
+    batch, n, m = x.shape
+    nothing = np.empty((batch, 0, n), x.dtype)
+    y, z = np.empty((batch, 1, n), x.dtype), np.zeros((batch, 1, m), x.dtype)
+    products(g, test, y, nothing, z, True, 0, batch, 0, n)
+    smallest, largest = normalise(y, z)
+    xb, back = np.empty((batch, 1, n), x.dtype), np.zeros((batch, 2, m), x.dtype)
+    products(x, z, xb, y, back, True, 0, batch, 0, n)
+    return smallest, largest, rank_one_tangent(y, xb, back, left, right, numbers)
+
+
+@_compiled
+def complex_sketched_tangent(g: Any, x: Any, test: Any, left: Any, right: Any, numbers: Any) -> Any:  # pragma: no cover
+    """Do the same for complex matrices, which come interleaved."""
+    batch, n, m = left.shape[0], left.shape[2], right.shape[2]
+    nothing = np.empty((batch, 0, n), left.dtype)
+    y, z = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 1, m), left.dtype)
+    complex_products(g, test, y, nothing, z, True, 0, batch, 0, n)
+    smallest, largest = normalise(y, z)
+    xb, back = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 2, m), left.dtype)
+    complex_products(x, z, xb, y, back, True, 0, batch, 0, n)
+    return smallest, largest, rank_one_tangent(y, xb, back, left, right, numbers)
+
+
+@_compiled
 def rank_one_tangent(a: Any, xb: Any, back: Any, left: Any, right: Any, numbers: Any) -> float:  # pragma: no cover
     """Write ``[X b, a']``, ``X^H [X b, a']`` and ‖a'‖², ‖X b‖², Im b^H X^H a.
 

@@ -241,10 +241,8 @@ class CompiledMatrix(_TensorMatrix):
         if not self._takes(q):
             return PlainMatrix(self.like).normalized_image(q)
         y, z = self._products(_rows(q), None, normal=True)
-        smallest, largest = compiled.normalise(y, z)
-        info = torch.finfo(self.like.dtype)
         image = self._columns(y)
-        if math.sqrt(info.tiny / info.eps) < smallest and largest < math.sqrt(info.max * info.eps):
+        if self._is_in_range(*compiled.normalise(y, z)):
             return image, self._columns(z)
         return image, self.adjoint_times(image)
 
@@ -252,16 +250,49 @@ class CompiledMatrix(_TensorMatrix):
         """Return W, S and three numbers in one read of X; see :meth:`Matrix.rank_one_tangent`."""
         if not self._takes(a, b):
             return PlainMatrix(self.like).rank_one_tangent(a, b)
-        x, a_rows, b_rows = self.like, _rows(a), _rows(b)
+        a_rows, b_rows = _rows(a), _rows(b)
         xb, back = self._products(b_rows, a_rows, normal=True)
-        left, right = (x.new_empty(len(t), 2, t.shape[-1]).numpy() for t in (a_rows, b_rows))  # aligned, for the update
-        table = np.empty((len(xb), 3))
-        kept = compiled.rank_one_tangent(a_rows, xb, back, left, right, table)
+        left, right, table = self._room_for_tangent()
+        return self._tangent(left, right, table, compiled.rank_one_tangent(a_rows, xb, back, left, right, table))
+
+    def sketched_tangent(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, list[Any]] | None:
+        """Return what ``rank_one_tangent`` does for y = G test at unit norm and G^H y, in one call of the loops.
+
+        ``test`` is ``(m, 1)``.  None: G does not suit the loops, its products leave the range of their precision, or
+        the work is worth more than one thread.
+        """
+        x = self.like
+        if not isinstance(g, CompiledMatrix) or g.shape != x.shape or g.like.dtype is not x.dtype:
+            return None
+        source = _array(x)
+        if len(threads.parts(*source.shape)) > 1:
+            return None
+        left, right, table = self._room_for_tangent()
+        loops = compiled.complex_sketched_tangent if x.is_complex() else compiled.sketched_tangent
+        tests = np.repeat(_rows(test), len(source), 0)
+        smallest, largest, kept = loops(_interleaved(_array(g.like)), _interleaved(source), tests, left, right, table)
+        return self._tangent(left, right, table, kept) if self._is_in_range(smallest, largest) else None
+
+    def _room_for_tangent(self) -> tuple[Any, Any, Any]:
+        """Return new arrays for W and S, by rows, and three numbers of each matrix."""
+        x = self.like
+        batch = x.shape[:-2].numel()
+        left, right = (x.new_empty(batch, 2, side).numpy() for side in x.shape[-2:])  # aligned, for the update
+        return left, right, np.empty((batch, 3))
+
+    def _tangent(self, left: Any, right: Any, table: Any, kept: float) -> tuple[Tensor, Tensor, list[Any]]:
+        """Return W, S and the numbers; ``kept`` is the smallest ‖a'‖²/‖a‖²."""
+        x = self.like
         if kept < _LITTLE:
             right[:, 1:] = self._products(None, left[:, 1:].copy())[1]
         single = x.dim() == 2
         numbers = table[0].tolist() if single else list(torch.from_numpy(table).view(*x.shape[:-2], 3).unbind(-1))
         return self._columns(left), self._columns(right), numbers
+
+    def _is_in_range(self, smallest: float, largest: float) -> bool:
+        """Return whether squares of these numbers keep their digits."""
+        info = torch.finfo(self.like.dtype)
+        return math.sqrt(info.tiny / info.eps) < smallest and largest < math.sqrt(info.max * info.eps)
 
     def add_product_(self, left: Tensor, right: Tensor) -> Tensor:
         """Add ``left right^H`` to X in place and return it."""

@@ -19,6 +19,7 @@ from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.frame import FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.projunn import tangent_of_gradient
+from projunn_manifold.moves.rank_one import RankOneTangent
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching import samplers
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
@@ -49,6 +50,7 @@ class Sketcher:
         self.k = validation.check_count(k, "k", "full rank")
         self.sampler = samplers.resolve_sampler(sampler)
         self.sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
+        self._takes_one_column = self.k == 1 and self.sampler == samplers.SAMPLERS["lsi"]
         self._state = state
 
     def is_dense(self, x: Tensor) -> bool:
@@ -59,6 +61,11 @@ class Sketcher:
         """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
         if self.is_dense(x.like):
             return _full_rank_gradient(x, as_plain(u))
+        if self._takes_one_column and not decay and x.shape[-2] == x.shape[-1] and not isinstance(u, FactoredTensor):
+            test = samplers.draw_columns(x.shape[-1], 1, x.like, self._generator(x.like.device))
+            found = RankOneTangent.of_sketch(x, matrix(u), test)
+            if found is not None:
+                return found
         return tangent_of_gradient(x, self.factors(x, u, decay))
 
     def factors(self, x: Matrix, u: Tensor, decay: float = 0.0, averaging: Averaging | None = None) -> LowRank:
@@ -86,7 +93,7 @@ class Sketcher:
         assert self.k is not None
         like, shape = gradient.like, gradient.shape
         try:
-            factors = self.sampler(gradient, self.k, self._state.generator(like.device, _GRADIENT, ahead))
+            factors = self.sampler(gradient, self.k, self._generator(like.device, ahead))
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             if (dense.squared_norm(gradient.dense()) <= torch.finfo(like.dtype).max).all():
                 raise RuntimeError(
@@ -95,6 +102,9 @@ class Sketcher:
             nothing = (like.new_full((*shape[:-2], side, 1), torch.nan) for side in shape[-2:])
             return LowRank(*nothing)  # to be refused like any gradient that is not finite
         return samplers.check_sample(factors, shape, like, self.k)
+
+    def _generator(self, device: torch.device, ahead: int = 0) -> torch.Generator:
+        return self._state.generator(device, _GRADIENT, ahead)
 
     def reduced(self, x: Matrix, u: Tensor) -> Tangent:
         """Return the tangent of rank at most 2k that u is reduced to (all of u where 2k >= m)."""

@@ -10,7 +10,8 @@ how many others there are.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class State:
 
     def __init__(self, seed: int) -> None:
         self.gradients = 0  # seen and accepted
-        self._sharers: Any = WeakIdKeyDictionary()  # the parameters that had them
+        self._forget_sharers()
         self._known_sharers = 1  # how many there were before this process
         self._start = _mixed(seed & _MASK)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -52,17 +53,22 @@ class State:
 
     def is_new(self, x: Tensor) -> bool:
         """Return whether x is a parameter that has had no gradient yet."""
-        return isinstance(x, ManifoldTensor) and x not in self._sharers
+        return isinstance(x, ManifoldTensor) and self._last() is not x and x not in self._sharers
 
     def count_gradient(self, x: Tensor) -> None:
         """Count a gradient at x."""
         self.gradients += 1
-        if isinstance(x, ManifoldTensor):
+        if isinstance(x, ManifoldTensor) and self._last() is not x:
             self.register(x)
+
+    def _forget_sharers(self) -> None:
+        self._sharers: Any = WeakIdKeyDictionary()  # the parameters that had gradients
+        self._last: Callable[[], object] = lambda: None  # one of them, found sooner than in a dictionary
 
     def register(self, x: Tensor) -> None:
         """Count x among the parameters that share this state."""
         self._sharers[x] = True
+        self._last = weakref.ref(x)
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -104,7 +110,7 @@ class State:
     def adopt(self, counts: Iterable[int]) -> None:
         """Take over what :meth:`counts` returned, here or elsewhere."""
         self.gradients, self._known_sharers, skipped, uncorrected = counts
-        self._sharers = WeakIdKeyDictionary()
+        self._forget_sharers()
         self.forget_faults()
         self.count_faults(torch.device("cpu"), skipped=skipped, uncorrected=uncorrected)
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import dense
-from projunn_manifold.linalg.products import Matrix
+from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
@@ -51,7 +51,17 @@ class RankOneTangent(Tangent):
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> RankOneTangent:
         """Return the tangent of the gradient ``a b^H`` at X: ``X b`` and ``X^H W``, in one read of X."""
-        left, right, (aa, bb, s) = x.rank_one_tangent(*factors)
+        return cls._of_parts(x, *x.rank_one_tangent(*factors))
+
+    @classmethod
+    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> RankOneTangent | None:
+        """Return the tangent of y (G^H y)^H, y = G test at unit norm, in one call, or None where that cannot be."""
+        found = x.sketched_tangent(g, test) if isinstance(x, CompiledMatrix) else None
+        return None if found is None else cls._of_parts(x, *found)
+
+    @classmethod
+    def _of_parts(cls, x: Matrix, left: Tensor, right: Tensor, numbers: list[Any]) -> RankOneTangent:
+        aa, bb, s = numbers
         return cls(Footpoint.of(x.like), left, right, aa, bb, s if left.is_complex() else None)
 
     def scaled(self, c: Scalar) -> RankOneTangent:

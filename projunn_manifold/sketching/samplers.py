@@ -40,6 +40,11 @@ def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     return y if y.shape[-1] == 1 else dense.thin_qr(y)[0]
 
 
+def draw_columns(m: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:  # (m, columns)
+    """Draw the Gaussian columns with which a range finder tests matrices ``(*batch, n, m)``."""
+    return torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
+
+
 def leading(basis: Tensor, gradient: LinearOperator, k: int) -> LowRank:
     """Project G on ``basis`` (orthonormal, at least k columns) and keep the best k directions inside it."""
     b = gradient.adjoint_times(basis)
@@ -80,11 +85,9 @@ class Subspace:
 
     def __call__(self, gradient: LinearOperator, k: int, generator: torch.Generator) -> LowRank:
         """Return the factors of the projection of G on its sketched range."""
-        n, m = gradient.shape[-2:]
-        like = gradient.like
-        columns = min(k + self.oversample, n, m)
-        test = torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
-        test = test.expand(*gradient.shape[:-2], m, columns)
+        columns = min(k + self.oversample, *gradient.shape[-2:])
+        test = draw_columns(gradient.shape[-1], columns, gradient.like, generator)
+        test = test.expand(*gradient.shape[:-2], *test.shape)
         for _ in range(self.power):
             test = orthonormal(gradient.normalized_image(test)[1])
         if columns > 1:
