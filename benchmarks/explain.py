@@ -196,7 +196,7 @@ class Traffic(TorchDispatchMode):
 
 
 class Loops:
-    """The compiled loops, each of whose calls reads its matrix once."""
+    """The compiled loops, each of whose calls reads its matrices once."""
 
     def __init__(self, loops: Any, traffic: Traffic) -> None:
         self._loops, self._traffic = loops, traffic
@@ -208,6 +208,12 @@ class Loops:
         """Read the matrix."""
         self._traffic.see(x.ctypes.data, x.size, "read")
         self._loops.products(x, *others)
+
+    def sketched_tangent(self, g: Any, x: Any, *others: Any) -> Any:
+        """Read both matrices."""
+        for matrix in (g, x):
+            self._traffic.see(matrix.ctypes.data, matrix.size, "read")
+        return self._loops.sketched_tangent(g, x, *others)
 
     def add_product(self, y: Any, x: Any, *others: Any) -> None:
         """Read one matrix, and write it or another."""

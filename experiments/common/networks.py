@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import cached
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
-from projunn_manifold.layers import UnitaryRNN
+from projunn_manifold.layers import UnitaryRNN, plain_
 from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import constrain
 
@@ -145,9 +145,8 @@ def plain(width: int, choices: Choices) -> nn.Module:
     """Return the same network, its transition unconstrained; with ``init="torch"`` that of torch.nn.RNN."""
     init = "identity" if choices.init == "torch" else choices.init
     network = UnitaryRNN(width, choices.hidden, nonlinearity=choices.nonlinearity, init=init)
-    network.weight_hh_l0 = nn.Parameter(network.weight_hh_l0.detach().clone())
+    plain_(network, "weight_hh_l0")
     del network.manifold_l0
-    network.remember_manifolds()
     if choices.init == "torch":
         bound = choices.hidden**-0.5
         nn.init.uniform_(network.weight_hh_l0, -bound, bound)

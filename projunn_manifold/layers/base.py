@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from projunn_manifold import init as initialise
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.parameters import manifold_of
-from projunn_manifold.optim.plan import Guard, Plan, manifolds_of, reattach_manifolds
+from projunn_manifold.optim.plan import Guard, Plan, guard_of, manifolds_of, reattach_manifolds
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 __all__ = ["INITS", "KeepsManifolds", "StaysComplex", "cast", "on_manifold"]
@@ -51,8 +51,9 @@ class KeepsManifolds(StaysComplex):
     """A module whose parameters return to their manifolds whenever PyTorch replaces them."""
 
     def remember_manifolds(self) -> None:
-        """Remember the manifolds of all parameters; call it once these have been created."""
-        Guard(self, manifolds_of(self))
+        """Remember the manifolds of all parameters; call it once these have been created, and when there are more."""
+        guard = guard_of(self) or Guard(self, Plan({}))
+        guard.plan = manifolds_of(self)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Load what has been prepared, and checked by the guard, so that an error leaves this module as it was."""

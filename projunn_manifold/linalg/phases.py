@@ -28,7 +28,7 @@ from torch import Tensor
 from projunn_manifold import context
 from projunn_manifold.linalg import dense
 
-__all__ = ["LONGEST", "exponential_increment", "polar_increment"]
+__all__ = ["LONGEST", "exponential_increment", "increment_of_phases", "polar_increment"]
 
 LONGEST = 64.0  # ‖Ω‖₂ that a fixed number of products is good for
 _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
@@ -49,7 +49,7 @@ def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch
         if degree + squarings > 4:  # a product for a sharper bound is worth it
             bound = _largest_row_sum(square @ square) ** 0.25
             if not bound <= _LONG_GEODESIC:
-                return _by_eigenvalues(omega, lambda theta: theta)
+                return increment_of_phases(omega, lambda theta: theta)
             degree, squarings = _series(bound, omega.dtype)
     else:
         omega = _shortened(omega, square)
@@ -80,9 +80,17 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
         bound = _largest_row_sum(fourth) ** 0.5
         if not bound <= _LONG_POLAR**2:
             longest = math.sqrt(1 + bound)
-            return _by_iteration(omega, _level(longest)) if longest <= LONGEST else _by_eigenvalues(omega, torch.atan)
+            return (
+                _by_iteration(omega, _level(longest)) if longest <= LONGEST else increment_of_phases(omega, torch.atan)
+            )
         shrink = _inverse_root_increment(square, fourth, bound)
     return dense.plus_product(omega + shrink, omega, shrink)
+
+
+def increment_of_phases(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision."""
+    wide = omega.to(dense.high_precision(omega.dtype))
+    return dense.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------
@@ -224,9 +232,3 @@ def _alternant(low: float, high: float) -> tuple[float, float, float, float]:
         turns = np.sqrt(np.sort(np.roots([5 * c, 3 * b, a]).real))
         points = np.array([low, *turns, high])
     return float(a), float(b), float(c), float(abs(error))
-
-
-def _by_eigenvalues(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return the increment of the phases α(θ), whatever θ is, in double precision."""
-    wide = omega.to(dense.high_precision(omega.dtype))
-    return dense.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)

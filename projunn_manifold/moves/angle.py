@@ -44,9 +44,9 @@ class Angle(ABC):
     def psi(self, theta: Tensor) -> Tensor:
         """Return ψ, complex."""
 
-    @abstractmethod
     def increment(self, omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
-        """Return f(Ω) - I for a skew-Hermitian Ω, f(Ω) with the eigenvalues e^{iα(θ)}, by matrix products."""
+        """Return f(Ω) - I for a skew-Hermitian Ω of any size, where f(Ω) has the eigenvalues e^{iα(θ)}."""
+        return phases.increment_of_phases(omega, self.alpha)
 
 
 @final
