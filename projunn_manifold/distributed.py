@@ -36,7 +36,6 @@ from projunn_manifold.optim.constrained import constraint_of, is_constrained
 from projunn_manifold.optim.in_place import InPlace
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.lowrank import LowRank
-from projunn_manifold.sketching.samplers import Subspace
 
 __all__ = ["Exchange", "MeanGradient", "data_parallel"]
 
@@ -129,7 +128,7 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
     if missing:
         raise ValueError(f"the optimiser does not have {', '.join(missing)}: build it after the parameters")
     for name, p in named.items():
-        if p.manifold.k is not None and not isinstance(p.manifold.sampler, Subspace):
+        if p.manifold.k is not None and not p.manifold.sketcher.is_linear:
             raise TypeError(
                 f"{name}: the sampler {p.manifold.sampler!r} needs the whole gradient; take 'lsi' or 'subspace', or "
                 "torch's DistributedDataParallel as it is"

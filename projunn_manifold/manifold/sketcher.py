@@ -53,6 +53,11 @@ class Sketcher:
         self._takes_one_column = self.k == 1 and self.sampler == samplers.SAMPLERS["lsi"]
         self._state = state
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether factors of a gradient follow from its products with a few columns, which processes can sum."""
+        return isinstance(self.sampler, samplers.Subspace)
+
     def is_dense(self, x: Tensor) -> bool:
         """Return whether moves of x use the whole gradient: k is None, or 2k >= m."""
         return self.k is None or 2 * self.k >= x.shape[-1]

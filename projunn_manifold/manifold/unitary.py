@@ -488,7 +488,7 @@ class UnitaryLowRank(Geometry):
                 raise NotImplementedError(
                     f"{name!r} has sharded rows, but {self} moves it by its whole gradient: take 2k < m"
                 )
-            if not isinstance(self.sampler, Subspace):
+            if not self.sketcher.is_linear:
                 raise NotImplementedError(
                     f"{name!r} has sharded rows, but the sampler {self.sampler!r} needs the whole gradient: take "
                     "'lsi' or 'subspace'"
