@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from geoopt import ManifoldParameter
+from geoopt import ManifoldParameter, ManifoldTensor
 from torch import Tensor, nn
 
 from projunn_manifold import init as initialise
@@ -70,7 +70,7 @@ class KeepsManifolds(StaysComplex):
                 p.grad = p.grad.clone()  # PyTorch would convert the wrapper, but not its factors
         plan = manifolds_of(self)
         kept = {name: plan[name] for name in plan if manifold_of(self.get_parameter(name)) is not None}
-        super()._apply(fn, recurse)
+        super()._apply(lambda t: fn(t.as_subclass(Tensor) if isinstance(t, ManifoldTensor) else t), recurse)
         reattach_manifolds(self, Plan(kept, plan.ties))
         return self
 
@@ -80,7 +80,10 @@ def cast(module: nn.Module, x: Tensor, what: str, dtype: torch.dtype) -> Tensor:
     if x.dtype == dtype:
         return x
     if not (x.is_floating_point() or x.is_complex()) or torch.promote_types(x.dtype, dtype) != dtype:
-        raise TypeError(f"{type(module).__name__}: {what} must be {dtype}, as the weights are, got {x.dtype}")
+        advice = ""
+        if x.is_complex() and not dtype.is_complex:
+            advice = ": take its parts as real numbers, torch.view_as_real(x).flatten(-2)"
+        raise TypeError(f"{type(module).__name__}: {what} must be {dtype}, as the weights are, got {x.dtype}{advice}")
     return x.to(dtype)
 
 

@@ -90,22 +90,27 @@ def attach(module: nn.Module, name: str, point: Tensor, manifold: UnitaryLowRank
 def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
     """Make a weight that is on a manifold an ordinary parameter again; return the module: undoes :func:`unitary_`.
 
-    A weight that has lost its manifold stays as it is, and is no longer expected to have one.
+    A weight that has lost its manifold stays as it is, and is no longer expected to have one.  One that is pruned or
+    parametrised stays so.
 
     Raises
     ------
     TypeError
         The module has no such parameter on a manifold.
     """
-    weight, guard = getattr(module, name), guard_of(module)
-    is_guarded = guard is not None and name in guard.plan
-    if not isinstance(weight, ManifoldTensor) and not is_guarded:
+    guard = guard_of(module)
+    found = None if guard is None else guard.find(name)
+    planned, now = found or (name, name)
+    weight = module.get_parameter(now) if found else getattr(module, name)
+    if not isinstance(weight, ManifoldTensor) and not found:
         raise TypeError(f"`{name}` must be on a manifold, got {type(weight).__name__}")
-    if guard is not None and is_guarded:
-        guard.forget(name)
-    module._modules.pop(f"{name}_manifold", None)
+    if guard is not None and found:
+        guard.forget(planned)
+    module._modules.pop(f"{planned}_manifold", None)
     if isinstance(weight, ManifoldTensor):
-        setattr(module, name, nn.Parameter(weight.detach().as_subclass(Tensor).clone(), weight.requires_grad))
+        path, _, leaf = now.rpartition(".")
+        free = nn.Parameter(weight.detach().as_subclass(Tensor).clone(), weight.requires_grad)
+        setattr(module.get_submodule(path), leaf, free)
     return module
 
 

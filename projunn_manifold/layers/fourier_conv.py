@@ -116,10 +116,10 @@ class FourierConv(KeepsManifolds):
 
     def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Refuse the blocks of another layer, and a plain kernel."""
-        key = f"{prefix}_extra_state"
+        key, given = f"{prefix}_extra_state", state_dict.get(f"{prefix}weight")
         if key in state_dict:
             self._check_origin(state_dict[key], key)
-        elif f"{prefix}weight" in state_dict:
+        elif given is not None and getattr(given, "shape", None) != getattr(self.weight, "shape", None):
             raise ValueError(
                 f"{key!r} is missing, so {prefix + 'weight'!r} is not that of {type(self).__name__}, which keeps a "
                 "unitary block for each frequency: make the layer from a torch convolution by from_plain, or "

@@ -80,7 +80,8 @@ def recurrence(
     """
     if context.operators_only():
         return step_by_step(x, h0, inward, weight, beta, bias, NONLINEARITIES[nonlinearity])
-    if not torch.is_grad_enabled():
+    given = (x, h0, inward, weight, beta, bias)
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in given):
         return _states_and_sizes(x, h0, inward, weight, beta, bias, nonlinearity)[0]
     states: Tensor = _Recurrence.apply(x, h0, inward, weight, beta, bias, nonlinearity, factored)  # type: ignore[no-untyped-call]
     return states

@@ -242,15 +242,15 @@ def _last(states: Tensor, lengths: Tensor | None) -> Tensor:  # (T, B, n), (B,) 
     """Return the state at the end of each sequence."""
     if lengths is None:
         return states[-1]
-    return states[lengths - 1, torch.arange(len(lengths), device=lengths.device)]
+    return states[lengths - 1, torch.arange(states.shape[1], device=lengths.device)]
 
 
 def _backwards(x: Tensor, lengths: Tensor | None) -> Tensor:  # (T, B, ·), (B,) -> (T, B, ·)
     """Return each sequence from its end to its beginning; what fills it up after the end stays there."""
     if lengths is None:
         return x.flip(0)
-    steps, batch = _steps(x), torch.arange(len(lengths), device=x.device)
-    order = torch.where(steps < lengths, lengths - 1 - steps, steps) * len(lengths) + batch
+    steps, batch = _steps(x), torch.arange(x.shape[1], device=x.device)
+    order = torch.where(steps < lengths, lengths - 1 - steps, steps) * x.shape[1] + batch
     return x.flatten(0, 1).index_select(0, order.flatten()).view_as(x)
 
 

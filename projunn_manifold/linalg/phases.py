@@ -6,8 +6,8 @@ are what the geodesic and the polar retraction add to the identity.  A factorisa
 80 products.  A polynomial takes 2 to 9, by the degree that the size of Ω asks for, and that is known from products
 which the polynomial needs anyway: :math:`\|\Omega\|_2^4 = \|\Omega^4\|_2 \le \|\Omega^4\|_\infty`.
 
-Where the host cannot look at values (on a GPU, while traced) the number of products is fixed and good up to
-``‖Ω‖₂ = LONGEST``; a longer Ω is shortened to that.
+Where the host cannot look at values (on a GPU, while traced) the number of products is fixed.  It is good up to
+``LONGEST``, and an Ω for which that bound, up to 1.6 times its norm, is larger is shortened to it.
 
 Sources: Paterson and Stockmeyer 1973 for the evaluation; for the iteration Amsel, Persson, Musco, Gower 2025 (*The
 Polar Express*), who compose minimax polynomials of degree 5.
@@ -107,8 +107,8 @@ def _largest_row_sum(x: Tensor) -> float:
 
 
 def _shortened(omega: Tensor, square: Tensor) -> Tensor:
-    """Return Ω, scaled so that its norm is at most LONGEST, without a look at it."""
-    return omega * (LONGEST / _row_sums(square).sqrt()).clamp_max(1.0)[..., None, None]
+    """Return Ω, scaled so that the bound of its norm is at most LONGEST, without a look at it."""
+    return omega * (LONGEST / _row_sums(square @ square) ** 0.25).clamp_max(1.0)[..., None, None]
 
 
 # -- polynomials ---------------------------------------------------------------------------------------------

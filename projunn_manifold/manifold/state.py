@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from geoopt import ManifoldTensor
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = ["Faults", "State", "counts_of", "digits_of", "numbers_of"]
 
+_MARK = "_projunn_manifold_sharer"
 _MASK = 2**64 - 1
 _PURPOSES = 4  # an upper bound; changing it changes every draw
 _BASE, _DIGITS = 256, 8  # bfloat16 holds integers up to 256 exactly
@@ -31,6 +31,10 @@ class Faults(NamedTuple):
 
     skipped: int  # matrices whose gradient or step was not finite
     uncorrected: int  # columns too far off the manifold for the drift correction
+
+
+class _Sharer:
+    """What a parameter carries whose gradients are counted; PyTorch swaps no tensor that has weak references itself."""
 
 
 class State:
@@ -53,22 +57,25 @@ class State:
 
     def is_new(self, x: Tensor) -> bool:
         """Return whether x is a parameter that has had no gradient yet."""
-        return isinstance(x, ManifoldTensor) and self._last() is not x and x not in self._sharers
+        return isinstance(x, ManifoldTensor) and not self._knows(x)
 
     def count_gradient(self, x: Tensor) -> None:
         """Count a gradient at x."""
         self.gradients += 1
-        if isinstance(x, ManifoldTensor) and self._last() is not x:
+        if self.is_new(x):
             self.register(x)
-
-    def _forget_sharers(self) -> None:
-        self._sharers: Any = WeakIdKeyDictionary()  # the parameters that had gradients
-        self._last: Callable[[], object] = lambda: None  # one of them, found sooner than in a dictionary
 
     def register(self, x: Tensor) -> None:
         """Count x among the parameters that share this state."""
-        self._sharers[x] = True
-        self._last = weakref.ref(x)
+        if not self._knows(x):
+            x.__dict__[_MARK] = sharer = _Sharer()
+            self._sharers.add(sharer)
+
+    def _knows(self, x: Tensor) -> bool:
+        return x.__dict__.get(_MARK) in self._sharers
+
+    def _forget_sharers(self) -> None:
+        self._sharers: weakref.WeakSet[_Sharer] = weakref.WeakSet()  # of the parameters that had gradients
 
     @property
     def stamp(self) -> tuple[int, int]:
@@ -149,16 +156,20 @@ def numbers_of(digits: object, count: int, name: str) -> list[float]:
 
 
 def counts_of(digits: object, name: str) -> list[int]:
-    """Return a state's counts from their digits; a fraction, as averages have, is rounded up.
+    """Return a state's counts from their digits.
+
+    A fraction, as averages have, is rounded up; a number below the least that a count can be, as differences of
+    state_dicts have, is that least.
 
     Raises
     ------
     ValueError
-        Digits of no numbers (:func:`numbers_of`), negative counts, no sharer, or counts beyond 63 bits.
+        Digits of no numbers (:func:`numbers_of`), or counts beyond 63 bits.
     """
-    counts = [math.ceil(number) for number in numbers_of(digits, len(Faults._fields) + 2, name)]
-    if min(counts) < 0 or counts[1] < 1 or max(counts) >= 2**63:
-        raise ValueError(f"{name!r} must hold counts of gradients, sharers (at least one) and faults, got {counts}")
+    numbers = numbers_of(digits, len(Faults._fields) + 2, name)
+    counts = [max(math.ceil(number), least) for number, least in zip(numbers, (0, 1, 0, 0), strict=True)]
+    if max(counts) >= 2**63:
+        raise ValueError(f"{name!r} must hold counts of gradients, sharers and faults, got {counts}")
     return counts
 
 

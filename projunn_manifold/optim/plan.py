@@ -76,22 +76,58 @@ class Guard:
         self.plan = state["plan"]
         self._watch(state["module"])
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, Manifold]]:
-        """Walk through the parameters of the plan, under the names that they have now, and their manifolds.
+    def present(self) -> Iterator[tuple[str, str, torch.nn.Parameter, Manifold]]:
+        """Iterate over the plan: each name, the name that the parameter has now, the parameter and its manifold.
 
         Pruning and parametrisations rename a parameter; one that they, or the user, have removed is left out.
         """
         module = self._module()
-        present = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
+        parameters = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
         for name, manifold in self.plan.items():
             path, dot, leaf = name.rpartition(".")
             for now in (name, f"{name}_orig", f"{path}{dot}parametrizations.{leaf}.original"):
-                if now in present:
-                    yield now, present[now], manifold
+                if now in parameters:
+                    yield name, now, parameters[now], manifold
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter, Manifold]]:
+        """Iterate over the parameters of the plan, under the names that they have now, and their manifolds."""
+        return ((now, p, manifold) for _, now, p, manifold in self.present())
+
+    def find(self, name: str) -> tuple[str, str] | None:
+        """Return the name in the plan and the name now of a parameter, given either, or None."""
+        return next(((planned, now) for planned, now, _, _ in self.present() if name in (planned, now)), None)
 
     def check_loaded(self, module: torch.nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Refuse what is no state of a manifold, and a plain weight that is off it."""
-        _check_loaded(module, self.plan, state_dict, prefix)
+        """Check what the module is about to load: the states of its manifolds, and its weights' distances from them.
+
+        Points on manifolds that come with a state were points once, and are an average, say, if they are none: a
+        warning says so.  Without a state they are the weights of a plain module.  What has another shape is left to
+        PyTorch.
+
+        Raises
+        ------
+        ValueError
+            Something that is no state of a manifold, or a plain weight that is off the manifold.
+        """
+        for name, p, manifold in self.named_parameters():
+            keys = [f"{prefix}{child}._extra_state" for child, found in module.named_children() if found is manifold]
+            states = [key for key in keys if key in state_dict]
+            for key in states:
+                counts_of(state_dict[key], key)
+            error = _distance(state_dict.get(f"{prefix}{name}"), p)
+            if error <= _NEAR:
+                continue
+            found = f"{prefix + name!r} is off the manifold, ‖X^H X - I‖_F/√m about {error:.2g}"
+            if not states:
+                raise ValueError(
+                    f"{found}, expected at most {_NEAR}: it counts as the weight of a plain module, for it comes "
+                    "without a manifold's state; put it on the manifold by init.nearest_unitary_ before it is loaded, "
+                    "or make the plain module unitary by `unitarize`, and load what `fold` makes of it"
+                )
+            warn(
+                f"{found}, and is loaded as it is; if it is an average, put it on the manifold afterwards: with "
+                "torch.no_grad(): parameter.proj_()"
+            )
 
     def reattach(self, module: torch.nn.Module, _: Any = None) -> None:
         """Put the parameters back on their manifolds."""
@@ -121,44 +157,12 @@ class Guard:
             del module.__dict__["reset_parameters"]
 
 
-def _check_loaded(module: torch.nn.Module, plan: Plan, state_dict: dict[str, Any], prefix: str) -> None:
-    """Check what a module is about to load: the states of its manifolds, and its weights' distances from them.
-
-    Points on manifolds that come with a state were points once, and are an average, say, if they are none: a warning
-    says so.  Without a state they are the weights of a plain module.  What has another shape is left to PyTorch.
-
-    Raises
-    ------
-    ValueError
-        Something that is no state of a manifold, or a plain weight that is off the manifold.
-    """
-    for name, manifold in plan.items():
-        keys = [f"{prefix}{child}._extra_state" for child, found in module.named_children() if found is manifold]
-        states = [key for key in keys if key in state_dict]
-        for key in states:
-            counts_of(state_dict[key], key)
-        error = _distance(state_dict.get(f"{prefix}{name}"), module, name)
-        if error <= _NEAR:
-            continue
-        found = f"{prefix + name!r} is off the manifold, ‖X^H X - I‖_F/√m about {error:.2g}"
-        if not states:
-            raise ValueError(
-                f"{found}, expected at most {_NEAR}: without a manifold's state it counts as the weight of a plain "
-                "module; `unitarize` and `fold` that module before its state_dict is taken, or put the weight on the "
-                "manifold by init.nearest_unitary_"
-            )
-        warn(
-            f"{found}, and is loaded as it is; if it is an average, put it on the manifold afterwards: with "
-            "torch.no_grad(): parameter.proj_()"
-        )
-
-
 @torch.no_grad()
-def _distance(given: object, module: torch.nn.Module, name: str) -> float:
+def _distance(given: object, own: Tensor) -> float:
     """Return the unitarity error that a parameter will have once loaded, or 0 if that is not for us to say."""
     if not isinstance(given, Tensor) or given.is_meta or not given.numel():
         return 0.0
-    own, given = module.get_parameter(name), given.detach().resolve_conj()
+    given = given.detach().resolve_conj()
     if given.shape != own.shape or not is_plain(given):
         return 0.0
     return dense.probed_unitarity_error(given.to(own.dtype)).amax().item()
@@ -322,6 +326,8 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
         if p is not leader:
             mended[id(p)] = mended.get(id(leader), leader)
     olds = {id(parameters[name]): parameters[name] for name in plan if id(parameters[name]) in mended}
+    if torch.__future__.get_swap_module_params_on_conversion():
+        _swap_in(mended, [parameters[first.get(name, name)] for name in plan])
     for name, manifold in plan.items():
         leader = parameters[first.get(name, name)]
         if is_dtensor(leader) and isinstance(manifold, Geometry):
@@ -333,7 +339,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
             setattr(model.get_submodule(path), leaf, mended[id(parameters[name])])
     for old in olds.values():
         new = mended[id(old)]
-        if old.grad is not None:
+        if new is not old and old.grad is not None:
             new.grad = old.grad if new.grad is None else new.grad + old.grad
     for optimizer in map(inner_optimizer, optimizers):
         for group in optimizer.param_groups:
@@ -343,6 +349,17 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
             if old in optimizer.state:
                 state = optimizer.state.pop(old)
                 optimizer.state.setdefault(mended[id(old)], state)
+
+
+def _swap_in(mended: dict[int, Any], leaders: Iterable[Any]) -> None:
+    """Have parameters become what takes their place, as PyTorch's conversions do in this mode; optimisers keep them."""
+    for p in leaders:
+        new = mended.get(id(p))
+        if new is None or new is p:
+            continue
+        new.grad = p.grad
+        torch.utils.swap_tensors(p, new)
+        mended.update({key: p for key, value in mended.items() if value is new})
 
 
 def _reshard(model: torch.nn.Module) -> None:

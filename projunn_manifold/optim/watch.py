@@ -140,8 +140,9 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         if not manifold._state.is_new(p):
             validation.warn(
                 f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
-                f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else writes "
-                f"to it, a wrapper like Lookahead or an average; {PUT_BACK_WRAPPED}"
+                f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else has "
+                "written to it: a wrapper like Lookahead, an average, or a checkpoint in half precision; "
+                f"{PUT_BACK_WRAPPED}"
             )
         return
 

@@ -26,6 +26,7 @@ from projunn_manifold.layers.linear import UnitaryLinear
 from projunn_manifold.layers.plain_conv import centred_kernel, conv_problem, size_problem
 from projunn_manifold.layers.rnn import UnitaryRNN, UnitaryRNNCell
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.optim.plan import guard_of
 from projunn_manifold.pretrained.convolutions import nearest_layer
 from projunn_manifold.pretrained.nearest import as_problem, nearest_unitary
 from projunn_manifold.pretrained.observed import observed
@@ -199,19 +200,20 @@ def fold(model: nn.Module) -> nn.Module:
         name = f"{path or 'the model'} ({type(module).__name__})"
         if isinstance(module, UnitaryLinear | UnitaryRNN | UnitaryRNNCell | FourierConv):
             try:
-                _check_hooks(name, module)
                 plain[module] = module.to_plain()
+                _check_hooks(name, module)
             except ValueError as error:
-                problems.append(f"{name}: {error}")
+                problem = str(error)
+                problems.append(problem if problem.startswith(name) else f"{name}: {problem}")
     inside = {part for module in plain for part in module.modules()}
-    freed = [
-        (f"{path}.{own}".lstrip("."), module, own, p)
-        for path, module in model.named_modules()
-        if module not in inside
-        for own, p in module.named_parameters(recurse=False)
-        if unitary_of(p) is not None
-    ]
-    for name, _, _, p in freed:
+    freed: dict[Tensor, tuple[str, nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        guard = guard_of(module)
+        guarded = [] if guard is None else [(name, p) for name, _, p, _ in guard.present()]
+        for own, p in [*guarded, *module.named_parameters(recurse=False)]:
+            if module not in inside and unitary_of(p) is not None:
+                freed.setdefault(p, (f"{path}.{own}".lstrip("."), module, own))
+    for p, (name, _, _) in freed.items():
         try:
             _check_alone(model, name, p)
         except ValueError as error:
@@ -220,7 +222,7 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError("; ".join(problems))
     for module, new in plain.items():
         model = _replace(model, module, new)
-    for _, module, own, _ in freed:
+    for _, module, own in freed.values():
         plain_(module, own)
     return model
 
@@ -302,7 +304,7 @@ def _check_alone(model: nn.Module, name: str, weight: Tensor) -> None:
 def _check_hooks(name: str, module: Any) -> None:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     if any(getattr(module, kind) for kind in kinds):
-        raise ValueError(f"{name}: its module has hooks, which would be lost")
+        raise ValueError(f"{name}: its module has hooks (pruning has, too), which would be lost: remove them first")
 
 
 # -- conversion -------------------------------------------------------------------------------------------

@@ -17,8 +17,8 @@ from helpers import bound, error
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds, unitarize
-from projunn_manifold.layers import UnitaryLinear, plain_, unitary_
+from projunn_manifold import UnitaryLowRank, check_manifolds, fold, manifolds_of, optim, reattach_manifolds, unitarize
+from projunn_manifold.layers import UnitaryLinear, UnitaryRNN, plain_, unitary_
 
 linear = torch.nn.functional.linear
 
@@ -382,3 +382,72 @@ def test_a_model_from_the_meta_device_takes_a_checkpoint():
     model(torch.randn(2, 8)).sum().backward()
     optim.RiemannianSGD(model.parameters(), lr=0.1).step()
     assert error(model[0].weight.mT @ model[0].weight, torch.eye(8)) <= bound(torch.float32)
+
+
+@pytest.fixture
+def swapping():
+    """Conversions swap tensors, as torch can be told to."""
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.load_state_dict(m.state_dict()), lambda m: m.double()])
+@pytest.mark.parametrize("make", [lambda: UnitaryLinear(6, 6), lambda: UnitaryRNN(6, 6)], ids=["linear", "rnn"])
+def test_an_optimiser_keeps_a_weight_that_a_conversion_swaps(swapping, make, convert):
+    m = make()
+    optimizer = optim.RiemannianSGD(m.parameters(), lr=0.1)
+    [(name, manifold)] = manifolds_of(m).items()
+    for _ in range(3):  # also after steps, when manifolds know the weight
+        convert(m)
+        weight = m.get_parameter(name)
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        output = m(torch.ones(2, 3, 6, dtype=weight.dtype))
+        (output if isinstance(output, torch.Tensor) else output[0]).sum().backward()
+        optimizer.step()
+        assert weight is m.get_parameter(name)
+        assert weight.manifold is manifold
+        assert torch.linalg.matrix_norm(weight.detach() - before) > 1e-3
+
+
+def pruned(m):
+    prune.l1_unstructured(m, "weight", 0.3)
+
+
+def normed(m):
+    nn.utils.parametrizations.spectral_norm(m)
+
+
+@pytest.mark.parametrize("change", [pruned, normed])
+@pytest.mark.parametrize("undo", [plain_, lambda m: fold(nn.Sequential(m))[0]], ids=["plain_", "fold"])
+def test_a_pruned_or_parametrised_weight_becomes_free(change, undo):
+    m = unitary_(nn.Linear(6, 6))
+    change(m)
+    values = m(torch.eye(6)).detach()
+    m = undo(m)
+    assert not any(isinstance(p, geoopt.ManifoldTensor) for p in m.parameters())
+    assert not [key for key in m.state_dict() if "manifold" in key]
+    assert error(m(torch.eye(6)).detach(), values) <= bound(torch.float32)
+    optimizer = torch.optim.SGD(m.parameters(), 0.1)
+    m(torch.ones(2, 6)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("change", [pruned, normed])
+@pytest.mark.parametrize(
+    "make", [lambda: UnitaryLinear(6, 6), lambda: unitary_(nn.Linear(6, 6))], ids=["ours", "torch's"]
+)
+def test_a_pruned_or_parametrised_weight_is_loaded_as_torch_does(change, make):
+    m, states = make(), make().state_dict()
+    change(m)
+    missing, unexpected = m.load_state_dict(states, strict=False)
+    assert "weight" in unexpected
+    assert any("weight" in key for key in missing)
+    own = m.state_dict()
+    [key] = [key for key in own if key.endswith(("weight_orig", "weight.original"))]
+    m.load_state_dict(own)
+    plain = {name: value for name, value in own.items() if not name.endswith("_extra_state")} | {key: 2 * own[key]}
+    with pytest.raises(ValueError, match="is off the manifold"):
+        m.load_state_dict(plain, strict=False)

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
 from helpers import bound
+from torch import nn
 
 from projunn_manifold.layers import (
     ExpConv1d,
@@ -114,3 +116,25 @@ def test_what_was_exported_loads_without_this_package(draw, tmp_path):
     command = [sys.executable, "-c", ELSEWHERE, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_traced_packed_sequence_has_any_batch(bidirectional):
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = UnitaryRNN(3, 6, bidirectional=bidirectional)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+            states, last = self.network(packed)
+            return states.data, last
+
+    module = Packed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, (torch.randn(4, 1, 3), torch.tensor([4])))
+        for lengths in ([4], [4, 2, 3]):
+            x = torch.randn(4, len(lengths), 3)
+            for found, expected in zip(traced(x, torch.tensor(lengths)), module(x, torch.tensor(lengths)), strict=True):
+                assert torch.allclose(found, expected, atol=1e-6)
