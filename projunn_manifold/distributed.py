@@ -23,17 +23,17 @@ from torch.nn.parallel import DistributedDataParallel
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import sharded
 from projunn_manifold.linalg.products import LinearOperator, matrix, normalized_image
-from projunn_manifold.manifold.parameters import (
+from projunn_manifold.manifold.parameters import is_dtensor
+from projunn_manifold.manifold.unitary import unitary_of
+from projunn_manifold.optim.constrained import constraint_of, is_constrained
+from projunn_manifold.optim.in_place import InPlace
+from projunn_manifold.optim.optimizers import (
     has_closure_among,
     inner_optimizer,
-    is_dtensor,
     parameters_of,
     shares_groups,
     warn_of_interpolation,
 )
-from projunn_manifold.manifold.unitary import unitary_of
-from projunn_manifold.optim.constrained import constraint_of, is_constrained
-from projunn_manifold.optim.in_place import InPlace
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.lowrank import LowRank
 

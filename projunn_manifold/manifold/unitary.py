@@ -19,13 +19,9 @@ from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
 from projunn_manifold.manifold.geometry import Geometry
-from projunn_manifold.manifold.parameters import (
-    manifold_of,
-    note_whole_gradient,
-    take_added_decay,
-    watch_optimizers,
-    whole_gradient,
-)
+from projunn_manifold.manifold.hooks import watch_optimizers
+from projunn_manifold.manifold.notes import note_whole_gradient, take_added_decay, whole_gradient
+from projunn_manifold.manifold.parameters import manifold_of
 from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, State, counts_of, digits_of
 from projunn_manifold.moves import drift

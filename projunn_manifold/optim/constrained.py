@@ -22,18 +22,17 @@ from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.manifold.parameters import (
-    has_closure_among,
-    inner_optimizer,
-    is_dtensor,
-    keepers,
-    local_view,
-    parameters_of,
-    warn_of_interpolation,
-)
+from projunn_manifold.manifold.parameters import is_dtensor, local_view
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.move import Move
 from projunn_manifold.optim.in_place import check_attached
+from projunn_manifold.optim.optimizers import (
+    has_closure_among,
+    inner_optimizer,
+    keepers,
+    parameters_of,
+    warn_of_interpolation,
+)
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.gradients import Averaging
 from projunn_manifold.sketching.lowrank import LowRank

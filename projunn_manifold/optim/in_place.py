@@ -23,8 +23,9 @@ from torch import Tensor
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, keepers, local_view, parameters_of
+from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, local_view
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.optim.optimizers import keepers, parameters_of
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.validation import check_number, check_same_matrix
 

@@ -25,18 +25,17 @@ from projunn_manifold.context import is_plain
 from projunn_manifold.init import nearest_unitary_
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.geometry import Geometry
-from projunn_manifold.manifold.parameters import (
+from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
+from projunn_manifold.manifold.state import counts_of
+from projunn_manifold.optim.optimizers import (
     ADVICE,
     inner_optimizer,
-    is_dtensor,
     keeps,
-    manifold_of,
     parameters_of,
     shares_groups,
     warn_of_interpolation,
     watch_shards,
 )
-from projunn_manifold.manifold.state import counts_of
 from projunn_manifold.validation import warn
 
 __all__ = ["Guard", "Plan", "check_manifolds", "guard_of", "guarded_parameters", "manifolds_of", "reattach_manifolds"]

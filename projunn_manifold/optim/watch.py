@@ -13,22 +13,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from projunn_manifold import context, validation
 from projunn_manifold.linalg import dense
-from projunn_manifold.manifold.parameters import (
+from projunn_manifold.manifold.hooks import after_steps, before_steps
+from projunn_manifold.manifold.notes import note_added_decay, search_along_slopes
+from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.optim.in_place import InPlace
+from projunn_manifold.optim.optimizers import (
     ADVICE,
     PUT_BACK_WRAPPED,
     about_to_move,
-    after_steps,
-    before_steps,
     has_closure_among,
-    is_dtensor,
     keeps,
-    manifold_of,
-    note_added_decay,
     parameters_of,
-    search_along_slopes,
 )
-from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
-from projunn_manifold.optim.in_place import InPlace
 from projunn_manifold.optim.plan import guarded_parameters
 from projunn_manifold.sketching.samplers import Subspace, svd
 
