@@ -21,6 +21,7 @@ __all__ = [
     "check_finite",
     "check_full_rank",
     "check_image_size",
+    "check_in_place",
     "check_number",
     "check_point",
     "check_positive",
@@ -146,6 +147,15 @@ def _pythons_own(value: Any) -> Any:
     """Return the number in a scalar of NumPy's or a 0-d array or tensor, and anything else that has no dimensions."""
     dimensions = getattr(value, "ndim", None)
     return value if dimensions is None else value.item() if dimensions == 0 else None
+
+
+def check_in_place(x: Tensor, u: Tensor, name: str) -> None:
+    """Raise unless x is a point that can be written to, and u a matrix of exactly its shape."""
+    check_point(x)
+    check_same_matrix(x, u, name)
+    check_writable(x, "x")
+    if u.shape != x.shape:
+        raise ValueError(f"in place, `{name}` must have the point's shape {tuple(x.shape)}, got {tuple(u.shape)}")
 
 
 def check_writable(x: Tensor, name: str = "x") -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "DTYPES",
+    "Scalar",
     "add_product_",
     "adjoint_times",
     "columns_of_identity",
@@ -39,6 +40,8 @@ __all__ = [
 ]
 
 
+#: One number for all matrices of a stack, or one for each of them, ``(*batch,)``.
+Scalar = float | Tensor
 #: Dtypes of points.
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 

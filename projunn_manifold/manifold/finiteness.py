@@ -9,10 +9,10 @@ from torch import Tensor
 
 from projunn_manifold import context
 from projunn_manifold.linalg import dense, sharded
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
-from projunn_manifold.sketching.lowrank import Scalar
 
 __all__ = ["PUT_BACK", "Finiteness", "is_far_off"]
 

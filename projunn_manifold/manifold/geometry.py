@@ -229,12 +229,6 @@ class Geometry(Manifold):
         validation.check_point(x)
         validation.check_same_matrix(x, u, name)
 
-    def _accept_in_place(self, x: Tensor, u: Tensor, name: str) -> None:
-        self._accept(x, u, name)
-        validation.check_writable(x, "x")
-        if u.shape != x.shape:
-            raise ValueError(f"in place, `{name}` must have the point's shape {tuple(x.shape)}, got {tuple(u.shape)}")
-
     def _accept_size(self, size: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[int, ...]:
         shape: tuple[int, ...] = size2shape(*size)
         problem = validation.shape_problem(shape, "size")

@@ -197,7 +197,7 @@ class UnitaryLowRank(Geometry):
             A gradient of another shape or device; on CPU, a gradient with non-finite entries.
         """
         self._accept(x, u, "gradient")
-        self._warn_if_far_off(x)
+        self.warn_if_far_off(x)
         decay = take_added_decay(x)
         point, u = validation.broadcast(x, u)
         tangent = self.finiteness.checked_gradient(point, self.sketcher.tangent(matrix(point), u, decay), u)
@@ -268,9 +268,9 @@ class UnitaryLowRank(Geometry):
         >>> x, g = manifold.random(64, 64), torch.randn(64, 64)
         >>> x = manifold.step_(x, g, lr=0.1)
         """
-        self._accept_in_place(x, grad, "gradient")
+        validation.check_in_place(x, grad, "gradient")
         lr = validation.check_rate(lr, "lr", x)
-        self._warn_if_far_off(x)
+        self.warn_if_far_off(x)
         point = matrix(x)
         tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
         move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
@@ -302,10 +302,10 @@ class UnitaryLowRank(Geometry):
         ``scale`` is a real number, or a tensor ``(*batch,)`` with one for each matrix.  Raises what ``retr``
         raises; x and the vectors are then as they were.
         """
-        self._accept_in_place(x, u, "u")
+        validation.check_in_place(x, u, "u")
         scale = validation.check_rate(scale, "scale", x)
         for v in vectors:
-            self._accept_in_place(x, v, "v")
+            validation.check_in_place(x, v, "v")
             validation.check_writable(v, "v")
         tangent = self._reduced(x, u)
         move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
@@ -402,17 +402,6 @@ class UnitaryLowRank(Geometry):
                 f"far for the drift correction; {PUT_BACK}"
             )
 
-    def _warn_if_far_off(self, x: Tensor) -> None:
-        """Warn of a parameter that is new and far off the manifold; only CPU checks this."""
-        if not (self._state.is_new(x) and context.readable(x)):
-            return
-        error = dense.probed_unitarity_error(x.detach())
-        if is_far_off(error[error.isfinite()]):  # what is not finite will be refused
-            validation.warn(
-                f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
-                f"{error.max().item():.2g}, where its moves are wrong; {PUT_BACK}"
-            )
-
     # -- state --------------------------------------------------------------------------------------------
 
     def pop_faults(self) -> Faults:
@@ -456,7 +445,7 @@ class UnitaryLowRank(Geometry):
             state_dict[key] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    # -- gradients that are not formed, and shards ---------------------------------------------------------
+    # -- for optimisers: starts, gradients that are not formed, shards ---------------------------------------
 
     def keeps_factors(self, x: Tensor) -> bool:
         """Return whether to keep a gradient of x as factors: sketching them takes less time than forming it."""
@@ -464,6 +453,21 @@ class UnitaryLowRank(Geometry):
             return False  # the gradient is formed in any case, or a compiled graph could not return it
         passes = 2 * (2 + 2 * self.sampler.power) * (self.k + self.sampler.oversample)  # over factors, for columns
         return _THIN * passes <= x.shape[-1]
+
+    def warn_if_far_off(self, x: Tensor) -> None:
+        """Warn of a parameter that is new and far off the manifold; only CPU checks this."""
+        if not (self._state.is_new(x) and context.readable(x)):
+            return
+        error = dense.probed_unitarity_error(x.detach())
+        if is_far_off(error[error.isfinite()]):  # what is not finite will be refused
+            validation.warn(
+                f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
+                f"{error.max().item():.2g}, where its moves are wrong; {PUT_BACK}"
+            )
+
+    def has_seen(self, p: Tensor) -> bool:
+        """Return whether a parameter has had a gradient on this manifold."""
+        return not self._state.is_new(p)
 
     def draws(self) -> tuple[int, int]:
         """Return seed and count of gradients, from which all draws follow; equal in all processes of a parameter."""

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import phases
+from projunn_manifold.linalg.dense import Scalar
 
 __all__ = ["GEODESIC", "POLAR", "Angle"]
-
-Scalar = float | Tensor
 
 
 class Angle(ABC):

@@ -14,11 +14,11 @@ from typing import final
 from torch import Tensor
 
 from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import Move, expanded
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
-from projunn_manifold.sketching.lowrank import Scalar
 
 __all__ = ["FullRankTangent"]
 

@@ -32,11 +32,12 @@ from torch import Tensor
 
 from projunn_manifold import context
 from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
-from projunn_manifold.sketching.lowrank import LowRank, Scalar
+from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["RankKTangent"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import sharded
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
-from projunn_manifold.sketching.lowrank import Scalar
 
 __all__ = ["Footpoint", "Tangent", "where_kept"]
 

@@ -210,11 +210,11 @@ def raw_step_(
     ValueError
         On CPU, a move that is not finite, or, for projUNN-D, :math:`X + a b^H` singular; x is then as it was.
     """
-    manifold._accept_in_place(x, move, "move")
+    validation.check_in_place(x, move, "move")
     if residual is not None:
-        manifold._accept_in_place(x, residual, "residual")
+        validation.check_in_place(x, residual, "residual")
         validation.check_writable(residual, "residual")
-    manifold._warn_if_far_off(x)
+    manifold.warn_if_far_off(x)
     moving = _moving(x, move, averaging, residual is not None)
     if moving is False:
         return x

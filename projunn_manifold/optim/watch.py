@@ -134,7 +134,7 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         if not ((error > torch.finfo(p.dtype).eps ** 0.5) & error.isfinite()).any():
             continue
         _off[optimizer] = True
-        if not manifold._state.is_new(p):
+        if manifold.has_seen(p):
             validation.warn(
                 f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
                 f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else has "

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.context import disabled_torch_function, make_wrapper, outside_graphs, tree_map
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.sketching.lowrank import Scalar
 
 __all__ = ["FactoredTensor", "Factors", "as_plain"]
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import dense
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import normalized_image
 
-__all__ = ["LowRank", "Scalar"]
-
-Scalar = float | Tensor
+__all__ = ["LowRank"]
 
 
 class LowRank(NamedTuple):
