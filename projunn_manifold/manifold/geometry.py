@@ -19,8 +19,7 @@ from projunn_manifold import validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense
 from projunn_manifold.moves.move import LowRankMove
-from projunn_manifold.moves.tangent import Tangent
-from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
+from projunn_manifold.sketching.factored_tensor import as_plain, factors_at
 
 __all__ = ["Geometry"]
 
@@ -68,7 +67,7 @@ class Geometry(Manifold):
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         r"""Orthogonal projection on the tangent space at x: :math:`u - X\,\mathrm{sym}(X^H u)`; :math:`O(n m^2)`."""
         self._accept(x, u, "u")
-        if self._factors_at(x, u) is not None:
+        if factors_at(x, u) is not None:
             return u
         u = as_plain(u)
         return u - x @ dense.sym(dense.adjoint_times(x, u))
@@ -80,7 +79,7 @@ class Geometry(Manifold):
         Cost: :math:`O(k n)` for a factored u alone, one read of u and v on square X, :math:`O(n m^2)` on tall X.
         """
         self._accept(x, u, "u")
-        factors = self._factors_at(x, u) if v is None or v is u else None
+        factors = factors_at(x, u) if v is None or v is u else None
         if factors is not None:
             value = torch.as_tensor(factors.squared_norm(), dtype=x.real.dtype, device=x.device)
         else:
@@ -236,12 +235,6 @@ class Geometry(Manifold):
             raise ValueError(problem)
         validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         return shape
-
-    def _factors_at(self, x: Tensor, u: Tensor) -> Tangent | None:
-        """Return the factors that u carries, if they are a tangent at this point."""
-        if isinstance(u, FactoredTensor) and isinstance(u.factors, Tangent) and u.factors.footpoint.is_at(x):
-            return u.factors
-        return None
 
     def _quotient(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``X^H Y`` in double precision, after checking that a geodesic joins the points."""

@@ -29,7 +29,7 @@ from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.projunn import move_d, move_t
 from projunn_manifold.moves.tangent import Tangent
-from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
+from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
 from projunn_manifold.sketching.samplers import Sampler, Subspace
 
@@ -364,9 +364,9 @@ class UnitaryLowRank(Geometry):
     def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
         """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
         self._accept(x, u, "u")
-        factors = self._factors_at(x, u)
-        if factors is not None:
-            return factors
+        tangent: Tangent | None = factors_at(x, u)
+        if tangent is not None:
+            return tangent
         x, u = validation.broadcast(x, as_plain(u))
         return self.sketcher.reduced(matrix(x), u)
 

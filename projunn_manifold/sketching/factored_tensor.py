@@ -29,7 +29,7 @@ from projunn_manifold.context import disabled_torch_function, make_wrapper, outs
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import matrix
 
-__all__ = ["FactoredTensor", "Factors", "as_plain"]
+__all__ = ["FactoredTensor", "Factors", "as_plain", "factors_at"]
 
 
 class Factors(Protocol):
@@ -243,6 +243,13 @@ class FactoredTensor(Tensor):
 def as_plain(u: Tensor) -> Tensor:
     """Return u as an ordinary dense tensor."""
     return u.clone() if isinstance(u, FactoredTensor) else u
+
+
+def factors_at(x: Tensor, u: Tensor) -> Any:
+    """Return the factors that u carries if they are a tangent at this very point, or None."""
+    factors = u.factors if isinstance(u, FactoredTensor) else None
+    footpoint = getattr(factors, "footpoint", None)  # factors of a Euclidean gradient have none
+    return factors if footpoint is not None and footpoint.is_at(x) else None
 
 
 def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
 from projunn_manifold.linalg import dense
-from projunn_manifold.sketching.factored_tensor import FactoredTensor
+from projunn_manifold.sketching.factored_tensor import FactoredTensor, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
 from projunn_manifold.sketching.samplers import SAMPLERS
 
@@ -339,18 +339,18 @@ def test_a_tangent_is_not_used_at_another_point(draw):
     a, b = draw.factors((10, 10), 1, torch.float64)
     with torch.no_grad():
         u = manifold.egrad2rgrad(x, a @ b.mH)
-        assert manifold._factors_at(x, u) is not None
-        assert manifold._factors_at(x.detach(), u) is not None
-        assert manifold._factors_at(y, u) is None
+        assert factors_at(x, u) is not None
+        assert factors_at(x.detach(), u) is not None
+        assert factors_at(y, u) is None
         assert dense.unitarity_error(manifold.retr(y, u)).item() <= bound(torch.float64)
-        assert manifold._factors_at(x[:9, :9], u) is None
-        assert manifold._factors_at(x.mT, u) is None
+        assert factors_at(x[:9, :9], u) is None
+        assert factors_at(x.mT, u) is None
         z = draw.point(10, 10, dtype=torch.complex128)
         w = manifold.egrad2rgrad(z, draw.matrix(10, 10, dtype=z.dtype))
-        assert manifold._factors_at(z, w) is not None
-        assert manifold._factors_at(z.conj(), w) is None
+        assert factors_at(z, w) is not None
+        assert factors_at(z.conj(), w) is None
         x.copy_(y)
-        assert manifold._factors_at(x, u) is None
+        assert factors_at(x, u) is None
         assert dense.unitarity_error(manifold.expmap(x, u)).item() <= bound(torch.float64)
 
 
