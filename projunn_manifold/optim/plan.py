@@ -78,13 +78,14 @@ class Guard:
     def present(self) -> Iterator[tuple[str, str, torch.nn.Parameter, Manifold]]:
         """Iterate over the plan: each name, the name that the parameter has now, the parameter and its manifold.
 
-        Pruning and parametrisations rename a parameter; one that they, or the user, have removed is left out.
+        Pruning, weight normalisation and parametrisations rename a parameter; one that they, or the user, have removed
+        is left out.
         """
         module = self._module()
         parameters = {} if module is None else dict(module.named_parameters(remove_duplicate=False))
         for name, manifold in self.plan.items():
             path, dot, leaf = name.rpartition(".")
-            for now in (name, f"{name}_orig", f"{path}{dot}parametrizations.{leaf}.original"):
+            for now in (name, f"{name}_orig", f"{name}_v", f"{path}{dot}parametrizations.{leaf}.original"):
                 if now in parameters:
                     yield name, now, parameters[now], manifold
 

@@ -451,3 +451,16 @@ def test_a_pruned_or_parametrised_weight_is_loaded_as_torch_does(change, make):
     plain = {name: value for name, value in own.items() if not name.endswith("_extra_state")} | {key: 2 * own[key]}
     with pytest.raises(ValueError, match="is off the manifold"):
         m.load_state_dict(plain, strict=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [lambda: UnitaryLinear(6, 6), lambda: unitary_(nn.Linear(6, 6))])
+def test_a_weight_that_is_normalised_has_lost_its_manifold(make):
+    m = make()
+    nn.utils.weight_norm(m)
+    optimizer = optim.RiemannianSGD(m.parameters(), lr=0.1)
+    m(torch.ones(2, 6)).sum().backward()
+    before = {name: p.detach().clone() for name, p in m.named_parameters()}
+    with pytest.raises(ValueError, match=r"lost its manifold.*weight_v"):
+        optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in m.named_parameters())
