@@ -62,7 +62,7 @@ def tolerance(dtype: torch.dtype, n: int) -> float:
 
 def skew(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
     """Skew-Hermitian part ``(x - x^H) / 2``."""
-    return (x - x.mH) / 2
+    return torch.sub(x, x.mT.contiguous().conj()).mul_(0.5)  # two to three times faster than with a strided operand
 
 
 def sym(x: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
