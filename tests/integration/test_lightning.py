@@ -58,7 +58,8 @@ class UnitaryEMA(EMAWeightAveraging):
     def setup(self, trainer, pl_module, stage):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._average_model = averaging.AveragedModel(pl_module, use_buffers=True, **self._kwargs)
+            options = {"use_buffers": True, **self._kwargs}
+            self._average_model = averaging.AveragedModel(pl_module, **options)
 
 
 class Recorder(lightning.Callback):
