@@ -1,9 +1,15 @@
 r"""The manifold of unitary, orthogonal and orthonormal-column matrices with rank-k moves, for geoopt.
 
-This module walks through a step from top to bottom.  A gradient becomes rank-k factors and these a tangent
-(:mod:`~projunn_manifold.manifold.sketcher`), the tangent a move (:mod:`~projunn_manifold.moves`), and now and then a
-block of columns is corrected (:mod:`~projunn_manifold.moves.drift`).  Between ``egrad2rgrad`` and ``retr`` the tangent
-travels through geoopt's unmodified optimisers as a :class:`~projunn_manifold.sketching.FactoredTensor`.
+A step of geoopt's ``RiemannianSGD`` from top to bottom:
+
+1. ``egrad2rgrad``: the sketcher (:mod:`~projunn_manifold.manifold.sketcher`) makes a tangent of the gradient, at k = 1
+   in one call of the compiled loops where these can (:mod:`~projunn_manifold.linalg.products`), else from the sampler's
+   rank-k factors (:mod:`~projunn_manifold.sketching.samplers`);
+2. geoopt scales it, and travels with it as with any tensor (:mod:`~projunn_manifold.sketching.factored_tensor`);
+3. ``retr``: the tangent becomes a move (``Tangent.move``, :mod:`~projunn_manifold.moves.rank_one` at k = 1), which D
+   and T make with different angles (:mod:`~projunn_manifold.moves.angle`), and the move is applied
+   (:mod:`~projunn_manifold.moves.move`);
+4. now and then a block of columns is corrected (:mod:`~projunn_manifold.moves.drift`).
 """
 
 from __future__ import annotations
