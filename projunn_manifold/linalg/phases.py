@@ -40,7 +40,7 @@ _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for 
 def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
     r"""Return :math:`e^\Omega - I` by a part of its series, scaled and squared.
 
-    Cost in single precision: 2 or 3 products for :math:`\|\Omega\|_2 \le 0.1`, 5 up to 1, one more for each factor of
+    Cost in single precision: 2 or 3 products for :math:`\|\Omega\|_2 \le 0.1`, 6 up to 1, one more for each factor of
     two.
     """
     square = omega @ omega
@@ -52,11 +52,11 @@ def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch
                 return increment_of_phases(omega, lambda theta: theta)
             degree, squarings = _series(bound, omega.dtype)
     else:
-        omega = _shortened(omega, square)
+        scale = _shrinkage(square)
+        omega, square = omega * scale, square * (scale * scale)
         degree, squarings = _series(LONGEST, omega.dtype)
     if squarings:
-        omega = omega * 0.5**squarings
-        square = omega @ omega
+        omega, square = omega * 0.5**squarings, square * 0.25**squarings
     coefficients = [0.0, *(1 / math.factorial(j) for j in range(1, degree + 1))]
     increment = _polynomial(coefficients, omega, square)
     for _ in range(squarings):
@@ -71,7 +71,7 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
     """
     square = -(omega @ omega)  # eigenvalues θ²
     if not context.readable(omega):
-        return _by_iteration(_shortened(omega, square), math.sqrt(1 + LONGEST**2))
+        return _by_iteration(omega * _shrinkage(square), math.sqrt(1 + LONGEST**2))
     bound = _largest_row_sum(square)
     if bound < _LONG_POLAR and _degree(_level(bound), torch.finfo(omega.dtype).eps) == 1:
         shrink = _inverse_root_increment(square, None, bound)
@@ -106,9 +106,9 @@ def _largest_row_sum(x: Tensor) -> float:
     return _row_sums(x).max().item() if x.numel() else 0.0
 
 
-def _shortened(omega: Tensor, square: Tensor) -> Tensor:
-    """Return Ω, scaled so that the bound of its norm is at most LONGEST, without a look at it."""
-    return omega * (LONGEST / _row_sums(square @ square) ** 0.25).clamp_max(1.0)[..., None, None]
+def _shrinkage(square: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, 1, 1)
+    """Return the factors that bring the bounds of ‖Ω‖₂, given Ω², down to LONGEST, without a look at them."""
+    return (LONGEST / _row_sums(square @ square) ** 0.25).clamp_max(1.0)[..., None, None]
 
 
 # -- polynomials ---------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def _series(bound: float, dtype: torch.dtype) -> tuple[int, int]:
     """Return degree and number of squarings with which the exponential's series is exact to rounding."""
     return min(
         ((degree, max(0, math.ceil(math.log2(max(bound, _SHORT) / _reach(degree, dtype))))) for degree in _DEGREES),
-        key=lambda way: _DEGREES.index(way[0]) + way[1] + (way[1] > 0),
+        key=lambda way: _DEGREES.index(way[0]) + way[1],
     )
 
 

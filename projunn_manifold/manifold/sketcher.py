@@ -124,11 +124,11 @@ class Sketcher:
 
 
 def _full_rank_gradient(x: Matrix, g: Tensor) -> Tangent:
-    """Return ``½(G - X G^H X)``, all of it."""
-    if x.shape[-2] == x.shape[-1]:
-        return FullRankTangent.of_vector(x, g)
-    point = x.dense()
-    return FramedTangent.of_dense(x, (g - point @ dense.adjoint_times(g, point)) / 2, None)
+    """Return ``½(G - X G^H X)``, all of it; on square X it is the projection of G."""
+    if x.shape[-2] > x.shape[-1]:
+        point = x.dense()
+        g = (g - point @ dense.adjoint_times(g, point)) / 2
+    return _full_rank_tangent(x, g)
 
 
 def _full_rank_tangent(x: Matrix, u: Tensor) -> Tangent:
