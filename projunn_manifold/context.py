@@ -47,7 +47,7 @@ _Result = TypeVar("_Result")
 
 _DISPATCH = Tensor.__torch_dispatch__
 
-#: Tells whether torch.export runs; torch 2.6 does not tell it from torch.compile.
+#: Returns whether torch.export runs; torch 2.6 does not distinguish it from torch.compile.
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 #: The ``__torch_function__`` of a tensor subclass that acts through ``__torch_dispatch__`` alone.
@@ -61,42 +61,43 @@ make_wrapper: Any = Tensor._make_wrapper_subclass
 
 
 def traced() -> bool:
-    """Tell whether tensors are abstract now: compiled, or under a transform of torch.func."""
+    """Return whether tensors are abstract now: compiled, or under a transform of torch.func."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def readable(x: Tensor) -> bool:
-    """Tell whether the host may look at x's values: not on a GPU, where it would wait, nor while they are abstract."""
+    """Return whether the host may read x's values: not on a GPU, where it would wait, nor while they are abstract."""
     return not (x.is_cuda or traced())
 
 
 def transformed() -> bool:
-    """Tell whether a transform of torch.func or a forward-mode derivative is active."""
+    """Return whether a transform of torch.func or a forward-mode derivative is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def operators_only() -> bool:
-    """Tell whether an autograd function of ours cannot be called: transformed, or recorded to run without this package.
+    """Return whether autograd functions of this package cannot be called.
 
-    The recorders are torch.export, torch.jit.trace and the exporters to ONNX.
+    That is so under transforms, and while torch.export, torch.jit.trace or an exporter to ONNX records a graph that
+    must run without this package.
     """
     return transformed() or _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def batched(t: Tensor) -> bool:
-    """Tell whether t stands for many tensors, as gradients do in ``autograd.grad(..., is_grads_batched=True)``."""
+    """Return whether t stands for many tensors, as gradients do in ``autograd.grad(..., is_grads_batched=True)``."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
 
 
 def is_differentiated(t: Tensor) -> bool:
-    """Tell whether a derivative may depend on t, backward or forward."""
+    """Return whether a derivative may depend on t, backward or forward."""
     return (t.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def is_plain(t: Tensor) -> bool:
-    """Tell whether t's memory can be used directly: not differentiated, conjugated, fake, traced or distributed."""
+    """Return whether t's memory can be used directly: not differentiated, conjugated, fake, traced or distributed."""
     if is_differentiated(t) or t.is_conj() or t.is_neg():
         return False
     return type(t).__torch_dispatch__ is _DISPATCH
@@ -145,7 +146,7 @@ def keep_optimizers_outside_graphs() -> None:
 
 
 def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether functions can be called after each step of an optimiser: some classes leave out torch's set-up."""
+    """Return whether functions can be called after each step of an optimiser: some classes leave out torch's set-up."""
     return hasattr(optimizer, "_optimizer_step_post_hooks")
 
 

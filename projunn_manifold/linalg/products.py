@@ -312,7 +312,7 @@ class CompiledMatrix(_TensorMatrix):
         return y
 
     def _takes(self, *thin: Tensor) -> bool:
-        """Tell whether the loops can take these thin matrices."""
+        """Return whether the loops can take these thin matrices."""
         x = self.like
         for t in thin:
             if t.dtype is not x.dtype or t.shape[-1] >= _WIDEST or not context.is_plain(t):
@@ -356,7 +356,7 @@ class CompiledMatrix(_TensorMatrix):
 
 
 def _suits_loops(x: Tensor) -> bool:
-    """Tell whether the compiled loops can take x."""
+    """Return whether the compiled loops can take x."""
     if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in dense.DTYPES or not x.numel():
         return False
     return not context.traced() and context.is_plain(x)
@@ -381,7 +381,7 @@ def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _is_readable_number(t: Tensor) -> bool:
-    """Tell whether this one-element tensor can become a Python number without a wait or the loss of a derivative."""
+    """Return whether this one-element tensor can become a Python number without a wait or the loss of a derivative."""
     return t.numel() == 1 and t.is_cpu and context.readable(t) and not context.is_differentiated(t)
 
 

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Tell whether other processes hold other parts of x."""
+    """Return whether other processes hold other parts of x."""
     return any(placement.is_shard() for placement in getattr(x, "placements", ()))
 
 
@@ -102,7 +102,7 @@ def local_matrices(x: Any) -> Tensor:
 
 
 def all_agree(x: Tensor, ok: bool, *same: int) -> bool:
-    """Tell whether every process that holds a part of x says ``ok``; a collective call, on CPU.
+    """Return whether every process that holds a part of x says ``ok``; a collective call, on CPU.
 
     Raises
     ------
@@ -114,7 +114,7 @@ def all_agree(x: Tensor, ok: bool, *same: int) -> bool:
 
 
 def group_agrees(group: Any, device: torch.device, ok: bool, *same: int) -> bool:
-    """Tell whether all processes of a group say ``ok``; see :func:`all_agree`."""
+    """Return whether all processes of a group say ``ok``; see :func:`all_agree`."""
     own = [*same, *(-number for number in same)]
     least = torch.tensor([int(ok), *own], device=device)
     dist.all_reduce(least, dist.ReduceOp.MIN, group)

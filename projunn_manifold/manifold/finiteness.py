@@ -21,7 +21,7 @@ _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of 
 
 
 def is_far_off(error: Tensor) -> bool:
-    """Tell whether unitarity errors are those of points that have never been on the manifold."""
+    """Return whether unitarity errors are those of points that have never been on the manifold."""
     return not bool((error <= _FAR_OFF).all())
 
 

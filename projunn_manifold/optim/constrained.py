@@ -163,7 +163,7 @@ def _decoupled_decay(optimizer: torch.optim.Optimizer, group: dict[str, Any]) ->
 
 
 def _steps_like_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a class makes the steps of an optimiser of torch's own: it is one, or inherits its step."""
+    """Return whether a class makes the steps of an optimiser of torch's own: it is one, or inherits its step."""
     owner = next(kind for kind in type(optimizer).__mro__ if "step" in vars(kind))
     return owner.__module__.partition(".")[0] == "torch"
 
@@ -239,7 +239,7 @@ def raw_step_(
 
 
 def _moving(x: Tensor, move: Tensor, averaging: Averaging | None, of_batch: bool) -> Tensor | bool:
-    """Tell whether anything moves in any process, and ``of_batch``, which matrices of a batch do."""
+    """Return whether anything moves in any process, and ``of_batch``, which matrices of a batch do."""
     here = sharded.local_shard(move)
     if context.readable(x):
         moves = bool(here.any())
@@ -348,7 +348,7 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
 
 
 def is_constrained(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether this very optimiser, or what it wraps, has been constrained."""
+    """Return whether this very optimiser, or what it wraps, has been constrained."""
     return constraint_of(optimizer) is not None
 
 

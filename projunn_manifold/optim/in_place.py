@@ -46,7 +46,7 @@ def check_attached(parameters: Iterable[Tensor]) -> None:
 
 
 def _keeps(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
-    """Tell whether an optimiser on manifolds keeps p on its own; geoopt's classes do not see that of a shard."""
+    """Return whether an optimiser on manifolds keeps p on its own; geoopt's classes do not see that of a shard."""
     return isinstance(optimizer, InPlace if is_dtensor(p) else geoopt.optim.mixin.OptimMixin)
 
 
@@ -236,7 +236,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
 
 
 def _projects(kind: type[torch.optim.Optimizer]) -> bool:
-    """Tell whether a class of geoopt projects points before it moves them, as its main branch's Adam does."""
+    """Return whether a class of geoopt projects points before it moves them, as its main branch's Adam does."""
     return "projx" in inspect.unwrap(kind.step).__code__.co_names
 
 

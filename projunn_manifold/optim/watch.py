@@ -40,7 +40,7 @@ _guarded: Any = WeakIdKeyDictionary()  # optimisers; how many parameters they ha
 
 def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Raise before a step moves a weight that was made unitary, and has lost its manifold."""
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    count = _count(optimizer)
     known, places = _guarded.get(optimizer, (None, []))
     if known != count:
         guarded = guarded_parameters()
@@ -57,16 +57,20 @@ def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         if names:
             raise ValueError(
                 f"{type(optimizer).__name__} would move as Euclidean what was made unitary and has lost its manifold: "
-                f"{', '.join(names)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ if it "
-                "shall be free"
+                f"{', '.join(names)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ to "
+                "leave it unconstrained"
             )
+
+
+def _count(optimizer: torch.optim.Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Warn, once, before torch's own optimiser moves unitary parameters as Euclidean ones; others may know them."""
     if torch.compiler.is_compiling() or not type(optimizer).__module__.startswith("torch.optim"):
         return
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    count = _count(optimizer)
     if _settled.get(optimizer) in (count, _WARNED):
         return
     for p in about_to_move(optimizer, args, kwargs):
@@ -105,7 +109,7 @@ def _note_decay(optimizer: torch.optim.Optimizer, about_to_step: bool) -> None:
 
 
 def _adds_decay(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
-    """Tell whether decay is added to a gradient that this package's manifold sees, whole or as a part (product)."""
+    """Return whether decay is added to a gradient that this package's manifold sees, whole or as a part (product)."""
     manifold = manifold_of(p)
     if manifold is None or (isinstance(optimizer, InPlace) and isinstance(manifold, UnitaryLowRank)):
         return False
@@ -167,7 +171,7 @@ def _prepare_search(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
 
 
 def _sketches_anew(part: object) -> bool:
-    """Tell whether sketches of one gradient differ, and their slopes; power iterations bring them close."""
+    """Return whether sketches of one gradient differ, and their slopes; power iterations bring them close."""
     if not isinstance(part, UnitaryLowRank) or part.k is None:
         return False
     return not (part.sampler is svd or (isinstance(part.sampler, Subspace) and part.sampler.power > 0))

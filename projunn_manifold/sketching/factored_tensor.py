@@ -279,7 +279,7 @@ def _on_dense(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _is_view(func: Any) -> bool:
-    """Tell whether an operator of ATen returns views of its first argument, and writes to nothing."""
+    """Return whether an operator of ATen returns views of its first argument, and writes to nothing."""
     aliased = [s.alias_info for s in func._schema.arguments if s.alias_info is not None]
     return len(aliased) == 1 and func._schema.arguments[0].alias_info is not None and not aliased[0].is_write
 
