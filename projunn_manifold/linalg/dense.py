@@ -7,7 +7,6 @@ function covers the real case; leading dimensions are batch dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ __all__ = [
     "newton_schulz",
     "normalized",
     "per_matrix",
-    "phase_core",
     "plus_product",
     "polar",
     "probed_unitarity_error",
@@ -204,19 +202,6 @@ def probed_unitarity_error(x: Tensor, probes: int = 4) -> Tensor:  # (*batch, n,
     residual = adjoint_times(x, x @ z) - z
     norms = torch.linalg.vector_norm(residual, dim=(-2, -1)) / torch.linalg.vector_norm(z)
     return torch.where(torch.isfinite(norms), norms, math.inf)
-
-
-def phase_core(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
-    r"""Return :math:`f(\Omega) - I` of a skew-Hermitian Ω without losing small increments.
-
-    Ω has eigenvalues iθ, f(Ω) has :math:`e^{i\alpha(\theta)}`: the exponential for α = θ, the polar factor of I + Ω
-    for α = arctan θ.  The increment is evaluated as :math:`2i\sin(\alpha/2)e^{i\alpha/2}`.
-    """
-    theta, q = torch.linalg.eigh(-1j * omega)
-    angle = alpha(theta)
-    phases = 2j * torch.sin(angle / 2) * torch.exp(0.5j * angle)
-    core = (q * phases.unsqueeze(-2)) @ q.mH
-    return core if omega.is_complex() else core.real
 
 
 def rotation_angles(w: Tensor) -> Tensor:  # (*batch, n, n) unitary -> (*batch, n) in (-pi, pi]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numba
+import numba.extending
 import numpy as np
 
 _FLAGS = {"nsz", "arcp", "contract", "reassoc"}
@@ -415,6 +416,7 @@ def normalise(y: Any, z: Any) -> Any:  # pragma: no cover
         norm = _norm(y[t])
         for c in range(y.shape[1]):
             _divide(y[t, c], norm)
+        for c in range(z.shape[1]):
             _divide(z[t, c], norm)
         smallest = norm if norm < smallest or norm != norm else smallest
         largest = norm if norm > largest or norm != norm else largest
@@ -456,33 +458,170 @@ def _divide(v: Any, norm: float) -> None:  # pragma: no cover
         v[j] = v[j] / norm
 
 
+def _any_products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> None:
+    """Stand for :func:`products` or :func:`complex_products` of all matrices and rows, by the dtype of the factors."""
+    raise NotImplementedError("called by compiled code only")
+
+
+@numba.extending.overload(_any_products)
+def _chosen_products(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> Callable[..., None]:
+    loops = complex_products if isinstance(right.dtype, numba.types.Complex) else products
+
+    def call(x: Any, right: Any, y: Any, left: Any, z: Any, normal: bool) -> None:  # pragma: no cover
+        loops(x, right, y, left, z, normal, 0, x.shape[0], 0, x.shape[1])
+
+    return call
+
+
 @_compiled
 def sketched_tangent(g: Any, x: Any, test: Any, left: Any, right: Any, numbers: Any) -> Any:  # pragma: no cover
-    """Normalise y = G test, and write what :func:`rank_one_tangent` does for the gradient y (G^T y)^T.
+    """Normalise y = G test, one column, and write what :func:`rank_one_tangent` does for the gradient y (G^H y)^H.
 
     Return the smallest and the largest norm of G test, and the smallest ‖a'‖²/‖a‖² of all matrices.
     """
-    batch, n, m = x.shape
-    nothing = np.empty((batch, 0, n), x.dtype)
-    y, z = np.empty((batch, 1, n), x.dtype), np.zeros((batch, 1, m), x.dtype)
-    products(g, test, y, nothing, z, True, 0, batch, 0, n)
+    batch, _, m = right.shape
+    n = left.shape[2]
+    nothing = np.empty((batch, 0, n), left.dtype)
+    y, z = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 1, m), left.dtype)
+    _any_products(g, test, y, nothing, z, True)
     smallest, largest = normalise(y, z)
-    xb, back = np.empty((batch, 1, n), x.dtype), np.zeros((batch, 2, m), x.dtype)
-    products(x, z, xb, y, back, True, 0, batch, 0, n)
+    xb, back = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 2, m), left.dtype)
+    _any_products(x, z, xb, y, back, True)
     return smallest, largest, rank_one_tangent(y, xb, back, left, right, numbers)
 
 
 @_compiled
-def complex_sketched_tangent(g: Any, x: Any, test: Any, left: Any, right: Any, numbers: Any) -> Any:  # pragma: no cover
-    """Do the same for complex matrices, which come interleaved."""
-    batch, n, m = left.shape[0], left.shape[2], right.shape[2]
-    nothing = np.empty((batch, 0, n), left.dtype)
-    y, z = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 1, m), left.dtype)
-    complex_products(g, test, y, nothing, z, True, 0, batch, 0, n)
-    smallest, largest = normalise(y, z)
-    xb, back = np.empty((batch, 1, n), left.dtype), np.zeros((batch, 2, m), left.dtype)
-    complex_products(x, z, xb, y, back, True, 0, batch, 0, n)
-    return smallest, largest, rank_one_tangent(y, xb, back, left, right, numbers)
+def sketched_tangent_of_rank_k(
+    g: Any, x: Any, test: Any, left: Any, right: Any, inside: Any, triangle: Any
+) -> Any:  # pragma: no cover
+    """Do the same for k columns: a = orth(G test), b = G^H a, and X b' = X b - a c with c = a^H X b.
+
+    Write ``left`` = [a, X b'], ``right`` = X^H [a, X b'], ``inside`` = c and ``triangle``, the R of X b' = Q R.
+    Return the smallest and the largest norm of G test.
+    """
+    batch, k, n = left.shape[0], left.shape[1] // 2, left.shape[2]
+    m = right.shape[2]
+    nothing, no_image = np.empty((batch, 0, n), left.dtype), np.empty((batch, 0, m), left.dtype)
+    a, b = np.empty((batch, k, n), left.dtype), np.zeros((batch, k, m), left.dtype)
+    _any_products(g, test, a, nothing, b, False)
+    smallest, largest = normalise(a, no_image)
+    for t in range(batch):
+        _orthonormalise(a[t], triangle[t])
+    _any_products(g, no_image, nothing, a, b, False)
+    xb, back = np.empty((batch, k, n), left.dtype), np.zeros((batch, 2 * k, m), left.dtype)
+    _any_products(x, b, xb, a, back, True)
+    for t in range(batch):
+        left[t, :k], left[t, k:] = a[t], xb[t]
+        right[t, :k], right[t, k:] = back[t, k:], back[t, :k]
+        size = _squared_norms(xb[t])
+        _inner_products(a[t], xb[t], inside[t])
+        _subtract(left[t, k:], inside[t], a[t])
+        _subtract(right[t, k:], inside[t], right[t, :k])
+        if not _squared_norms(left[t, k:]) >= size / 64:  # the difference has lost digits
+            _inner_products(a[t], left[t, k:], triangle[t])
+            _subtract(left[t, k:], triangle[t], a[t])
+            right[t, k:] = 0
+            _any_products(
+                x[t : t + 1], no_image[:1], nothing[:1], left[t : t + 1, k:].copy(), right[t : t + 1, k:], False
+            )
+        xb[t] = left[t, k:]
+        _orthonormalise(xb[t], triangle[t])
+    return smallest, largest
+
+
+@_compiled
+def reduced_frame(u: Any, x: Any, basis: Any, power: int, p: Any, q: Any, inside: Any) -> Any:  # pragma: no cover
+    """Write q = orth((U^H U)^power basis), p = X q and ``inside`` = p^H U q.
+
+    Return the smallest and the largest norm of a product with U.
+    """
+    batch, k, n = p.shape
+    nothing, smallest, largest = np.empty((batch, 0, n), p.dtype), np.inf, 0.0
+    q[:] = basis
+    y = np.empty((batch, k, n), p.dtype)
+    for _ in range(power):
+        z = np.zeros(q.shape, p.dtype)
+        _any_products(u, q, y, nothing, z, True)
+        low, high = normalise(y, z)
+        smallest = low if low < smallest or low != low else smallest
+        largest = high if high > largest or high != high else largest
+        normalise(z, nothing)
+        q[:] = z
+        for t in range(batch):
+            _orthonormalise(q[t], inside[t])
+    _any_products(x, q, p, nothing, q[:, :0], False)
+    _any_products(u, q, y, nothing, q[:, :0], False)
+    for t in range(batch):
+        _inner_products(p[t], y[t], inside[t])
+    return smallest, largest
+
+
+@_compiled
+def _orthonormalise(y: Any, r: Any) -> None:  # pragma: no cover
+    """Replace the columns of Y by an orthonormal basis, and write R of Y = Q R; Householder's reflections I - τ v v^H.
+
+    A column that depends on those before it, or is zero, gets some unit vector.
+    """
+    k = y.shape[0]
+    scales = np.zeros(k)
+    for c in range(k):
+        norm = np.sqrt(_squared_norm(y[c, c:], 1.0))
+        first = 1.0 * y[c, c]
+        phase = first / abs(first) if first != 0 else 1.0 + 0.0 * first
+        for j in range(c + 1, k):
+            r[j, c] = 0
+        r[c, c] = -phase * norm
+        if norm > 0:
+            y[c, c] += phase * norm
+            scales[c] = 1 / (norm * (norm + abs(first)))
+        for d in range(c + 1, k):
+            _reflect(scales[c], y[c, c:], y[d, c:])
+            r[c, d] = y[d, c]
+    for c in range(k - 1, -1, -1):
+        v = y[c].copy()
+        y[c] = 0
+        y[c, c] = 1
+        for d in range(c, k):
+            _reflect(scales[c], v[c:], y[d, c:])
+
+
+@_compiled
+def _reflect(tau: float, v: Any, y: Any) -> None:  # pragma: no cover
+    """``y -= tau v v^H y``."""
+    s = 0.0 * v[0]
+    for j in range(v.shape[0]):
+        s += np.conj(1.0 * v[j]) * y[j]
+    s *= tau
+    for j in range(v.shape[0]):
+        y[j] -= s * v[j]
+
+
+@_compiled
+def _inner_products(a: Any, y: Any, c: Any) -> None:  # pragma: no cover
+    """``c = a^H y``."""
+    for i in range(a.shape[0]):
+        for j in range(y.shape[0]):
+            s = 0.0 * a[0, 0]
+            for l in range(a.shape[1]):
+                s += np.conj(1.0 * a[i, l]) * y[j, l]
+            c[i, j] = s
+
+
+@_compiled
+def _subtract(y: Any, c: Any, a: Any) -> None:  # pragma: no cover
+    """``y -= a c``."""
+    for j in range(y.shape[0]):
+        for i in range(a.shape[0]):
+            for l in range(a.shape[1]):
+                y[j, l] -= c[i, j] * a[i, l]
+
+
+@_compiled
+def _squared_norms(y: Any) -> float:  # pragma: no cover
+    total = 0.0
+    for c in range(y.shape[0]):
+        total += _squared_norm(y[c], 1.0)
+    return total
 
 
 @_compiled

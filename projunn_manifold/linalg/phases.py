@@ -26,7 +26,7 @@ from numpy.polynomial import chebyshev
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, small
 
 __all__ = ["LONGEST", "exponential_increment", "increment_of_phases", "polar_increment"]
 
@@ -90,7 +90,7 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
 def increment_of_phases(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
     """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision."""
     wide = omega.to(dense.high_precision(omega.dtype))
-    return dense.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)
+    return small.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------

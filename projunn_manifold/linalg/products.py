@@ -22,6 +22,7 @@ from torch import Tensor
 
 from projunn_manifold import context
 from projunn_manifold.linalg import dense, sharded, threads
+from projunn_manifold.linalg.small import Small
 
 __all__ = [
     "CompiledMatrix",
@@ -43,6 +44,7 @@ except ImportError as error:
         warnings.warn(f"numba is installed, but cannot be used, and steps will be slower: {error}", stacklevel=2)
 
 _LITTLE = 1 / 64  # of a squared norm
+_NARROW = 16  # columns up to which thin matrices are left to loops, too: two for each of k <= 8
 _WIDEST = 32  # columns from which a matrix product pays for its own blocking
 _MAPPED = 2**22  # bytes from which NumPy asks for large pages
 _LINE = 64  # bytes of a cache line
@@ -215,7 +217,11 @@ class RowShardedMatrix(_TensorMatrix):
 class CompiledMatrix(_TensorMatrix):
     """A matrix multiplied by compiled loops; thin matrices that do not suit these are left to PyTorch."""
 
-    __slots__ = ()
+    __slots__ = ("_memory",)
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__(x)
+        self._memory = _interleaved(_array(x))  # (batch, n, m), or (batch, n, 2m)
 
     def times(self, q: Tensor) -> Tensor:
         """Return ``X q``."""
@@ -252,7 +258,7 @@ class CompiledMatrix(_TensorMatrix):
             return PlainMatrix(self.like).rank_one_tangent(a, b)
         a_rows, b_rows = _rows(a), _rows(b)
         xb, back = self._products(b_rows, a_rows, normal=True)
-        left, right, table = self._room_for_tangent()
+        (left, right), table = self._room(2), np.empty((len(xb), 3))
         return self._tangent(left, right, table, compiled.rank_one_tangent(a_rows, xb, back, left, right, table))
 
     def sketched_tangent(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, list[Any]] | None:
@@ -261,24 +267,61 @@ class CompiledMatrix(_TensorMatrix):
         ``test`` is ``(m, 1)``.  None: G does not suit the loops, its products leave the range of their precision, or
         the work is worth more than one thread.
         """
+        given = self._one_call(g, test)
+        if given is None:
+            return None
+        (left, right), table = self._room(2), np.empty((self.like.shape[:-2].numel(), 3))
+        smallest, largest, kept = compiled.sketched_tangent(*given, left, right, table)
+        return self._tangent(left, right, table, kept) if self._is_in_range(smallest, largest) else None
+
+    def sketched_tangent_of_rank_k(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, Small, Small] | None:
+        """Return W = [a, X b'], S = X^H W, c and R for a = orth(G test) and b = G^H a, in one call of the loops.
+
+        ``test`` is ``(m, k)``; b', c and R are those of :mod:`projunn_manifold.moves.rank_k`.  None as above.
+        """
+        given = self._one_call(g, test)
+        if given is None:
+            return None
+        k = test.shape[-1]
+        left, right = self._room(2 * k)
+        inside, triangle = self._small_room(k), self._small_room(k)
+        if not self._is_in_range(*compiled.sketched_tangent_of_rank_k(*given, left, right, inside, triangle)):
+            return None
+        return self._columns(left), self._columns(right), self._small(inside), self._small(triangle)
+
+    def reduced_frame(self, u: Matrix, test: Tensor, power: int) -> tuple[Tensor, Tensor, Small] | None:
+        """Return X Q, Q = orth((U^H U)^power test) and (X Q)^H U Q in one call of the loops; None as above."""
+        given = self._one_call(u, test)
+        if given is None:
+            return None
+        (p, q), inside = self._room(test.shape[-1]), self._small_room(test.shape[-1])
+        if not self._is_in_range(*compiled.reduced_frame(*given, power, p, q, inside)):
+            return None
+        return self._columns(p), self._columns(q), self._small(inside)
+
+    def _one_call(self, g: Matrix, test: Tensor) -> tuple[Any, Any, Any] | None:
+        """Return G, X and test columns for each, as the loops see them; None: too wide, or too much for one thread."""
         x = self.like
         if not isinstance(g, CompiledMatrix) or g.shape != x.shape or g.like.dtype is not x.dtype:
             return None
-        source = _array(x)
-        if len(threads.parts(*source.shape)) > 1:
-            return None
-        left, right, table = self._room_for_tangent()
-        loops = compiled.complex_sketched_tangent if x.is_complex() else compiled.sketched_tangent
-        tests = np.repeat(_rows(test), len(source), 0)
-        smallest, largest, kept = loops(_interleaved(_array(g.like)), _interleaved(source), tests, left, right, table)
-        return self._tangent(left, right, table, kept) if self._is_in_range(smallest, largest) else None
-
-    def _room_for_tangent(self) -> tuple[Any, Any, Any]:
-        """Return new arrays for W and S, by rows, and three numbers of each matrix."""
-        x = self.like
         batch = x.shape[:-2].numel()
-        left, right = (x.new_empty(batch, 2, side).numpy() for side in x.shape[-2:])  # aligned, for the update
-        return left, right, np.empty((batch, 3))
+        if test.shape[-1] > _NARROW or len(threads.parts(batch, *x.shape[-2:])) > 1:
+            return None
+        return g._memory, self._memory, np.repeat(_rows(test), batch, 0)
+
+    def _room(self, rows: int) -> list[Any]:
+        """Return new arrays for thin matrices of both sides, by rows."""
+        x = self.like  # PyTorch's memory is aligned, for the update
+        return [x.new_empty(x.shape[:-2].numel(), rows, side).numpy() for side in x.shape[-2:]]
+
+    def _small_room(self, k: int) -> Any:
+        x = self.like
+        return np.empty((x.shape[:-2].numel(), k, k), np.complex128 if x.is_complex() else np.float64)
+
+    def _small(self, array: Any) -> Small:
+        """Return one small matrix for each of X."""
+        shape = self.like.shape[:-2]
+        return torch.from_numpy(array).view(*shape, *array.shape[1:]) if shape else array[0]
 
     def _tangent(self, left: Any, right: Any, table: Any, kept: float) -> tuple[Tensor, Tensor, list[Any]]:
         """Return W, S and the numbers; ``kept`` is the smallest ‖a'‖²/‖a‖²."""
@@ -326,13 +369,13 @@ class CompiledMatrix(_TensorMatrix):
 
         NumPy ``(batch, k, n)`` and ``(batch, k, m)``; without a factor, its product has no rows.
         """
-        array = _array(self.like)
-        batch, n, m = array.shape
-        right = np.empty((batch, 0, m), array.dtype) if right is None else right
-        left = np.empty((batch, 0, n), array.dtype) if left is None else left
-        y = np.empty((batch, right.shape[1], n), array.dtype)
+        array, given = self._memory, left if right is None else right
+        batch, n, m = len(array), array.shape[1], self.like.shape[-1]
+        right = np.empty((batch, 0, m), given.dtype) if right is None else right
+        left = np.empty((batch, 0, n), given.dtype) if left is None else left
+        y = np.empty((batch, right.shape[1], n), given.dtype)
         loops = compiled.complex_products if self.like.is_complex() else compiled.products
-        array, parts = _interleaved(array), threads.parts(batch, n, m)
+        parts = threads.parts(batch, n, m)
         shared = 1 if batch > 1 else len(parts)  # threads that share a matrix have sums of their own
         z = np.zeros((shared, batch, left.shape[1] + normal * right.shape[1], m), y.dtype)
         calls = [(array, right, y, left, z[c % shared], normal, *part) for c, part in enumerate(parts)]
@@ -342,9 +385,8 @@ class CompiledMatrix(_TensorMatrix):
     def _write_sum(self, y: Tensor, left: Tensor, right: Tensor) -> None:
         """Write ``X + left right^H`` to y, which may be X."""
         x = self.like
-        source, left_rows, right_rows = _array(x), _rows(left), _rows(right)
-        parts = threads.parts(*source.shape)
-        source = _interleaved(source)
+        source, left_rows, right_rows = self._memory, _rows(left), _rows(right)
+        parts = threads.parts(len(source), *x.shape[-2:])
         target = source if y is x else _interleaved(_array(y))
         loops = compiled.complex_add_product if x.is_complex() else compiled.add_product
         threads.in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])

@@ -6,6 +6,7 @@ every function here is the identity.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "first_row",
     "gather_rows",
     "group_agrees",
+    "is_dtensor",
     "is_sharded",
     "local_matrices",
     "local_rows",
@@ -27,9 +29,19 @@ __all__ = [
 ]
 
 
+@functools.cache
+def _distributes(kind: type) -> bool:
+    return hasattr(kind, "placements")
+
+
+def is_dtensor(x: object) -> bool:
+    """Return whether x is a ``DTensor``; asked of its class, for a tensor is slow to say what it has not got."""
+    return _distributes(type(x))  # type: ignore[arg-type]  # classes are hashable
+
+
 def is_sharded(x: Tensor) -> bool:
     """Return whether other processes hold other parts of x."""
-    return any(placement.is_shard() for placement in getattr(x, "placements", ()))
+    return is_dtensor(x) and any(placement.is_shard() for placement in x.placements)  # type: ignore[attr-defined]
 
 
 def local_shard(x: Tensor) -> Tensor:
@@ -109,7 +121,7 @@ def all_agree(x: Tensor, ok: bool, *same: int) -> bool:
     ValueError
         One of the numbers that must be the same everywhere is not.
     """
-    group = _layout(x)[0] if is_sharded(x) else getattr(x, "process_group", None)
+    group = _layout(x)[0] if is_sharded(x) else x.__dict__.get("process_group")
     return ok if group is None else group_agrees(group, torch.device("cpu"), ok, *same)
 
 

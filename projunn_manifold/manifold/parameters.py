@@ -19,13 +19,9 @@ from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
 from projunn_manifold.linalg import sharded
+from projunn_manifold.linalg.sharded import is_dtensor
 
 __all__ = ["gradient_of", "is_dtensor", "local_view", "manifold_of"]
-
-
-def is_dtensor(p: object) -> bool:
-    """Return whether p is a ``DTensor``."""
-    return hasattr(p, "placements")
 
 
 def manifold_of(p: Tensor) -> Manifold | None:

@@ -18,8 +18,7 @@ from projunn_manifold.linalg.products import LinearOperator, Matrix, matrix
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.frame import FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
-from projunn_manifold.moves.projunn import tangent_of_gradient
-from projunn_manifold.moves.rank_one import RankOneTangent
+from projunn_manifold.moves.projunn import sketched_tangent, tangent_of_gradient
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching import samplers
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
@@ -50,7 +49,7 @@ class Sketcher:
         self.k = validation.check_count(k, "k", "full rank")
         self.sampler = samplers.resolve_sampler(sampler)
         self.sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
-        self._takes_one_column = self.k == 1 and self.sampler == samplers.SAMPLERS["lsi"]
+        self._is_plain = self.sampler == samplers.SAMPLERS["lsi"]
         self._state = state
 
     @property
@@ -64,11 +63,11 @@ class Sketcher:
 
     def tangent(self, x: Matrix, u: Tensor, decay: float = 0.0) -> Tangent:
         """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
-        if self.is_dense(x.like):
+        if self.k is None or self.is_dense(x.like):
             return _full_rank_gradient(x, as_plain(u))
-        if self._takes_one_column and not decay and x.shape[-2] == x.shape[-1] and not isinstance(u, FactoredTensor):
-            test = samplers.draw_columns(x.shape[-1], 1, x.like, self._generator(x.like.device))
-            found = RankOneTangent.of_sketch(x, matrix(u), test)
+        if self._is_plain and not decay and x.shape[-2] == x.shape[-1] and not isinstance(u, FactoredTensor):
+            test = samplers.draw_columns(x.shape[-1], self.k, x.like, self._generator(x.like.device))
+            found = sketched_tangent(x, matrix(u), test)
             if found is not None:
                 return found
         return tangent_of_gradient(x, self.factors(x, u, decay))
@@ -117,7 +116,12 @@ class Sketcher:
             return _full_rank_tangent(x, u)
         size, generator = (x.shape[-1], 2 * self.k), self._state.generator(u.device, _MOVE)
         test = torch.randn(size, dtype=u.dtype, device=u.device, generator=generator)
-        basis, known = test.expand(*x.shape[:-2], *size), matrix(u)
+        known = matrix(u)
+        if x.shape[-2] == x.shape[-1]:
+            found = FramedTangent.of_reduced(x, known, test, _POWER)
+            if found is not None:
+                return found
+        basis = test.expand(*x.shape[:-2], *size)
         for _ in range(_POWER):
             basis = samplers.orthonormal(known.normalized_image(basis)[1])
         return FramedTangent.of_dense(x, u, basis)

@@ -14,6 +14,7 @@ A step of geoopt's ``RiemannianSGD`` from top to bottom:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -274,16 +275,7 @@ class UnitaryLowRank(Geometry):
         >>> x, g = manifold.random(64, 64), torch.randn(64, 64)
         >>> x = manifold.step_(x, g, lr=0.1)
         """
-        validation.check_in_place(x, grad, "gradient")
-        lr = validation.check_rate(lr, "lr", x)
-        self.warn_if_far_off(x)
-        point = matrix(x)
-        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
-        move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
-        self._state.count_gradient(x)
-        move.apply_(point)
-        self._correct_(x)
-        return x
+        return self.descend_(x, grad, lr)
 
     @outside_graphs
     @in_full_precision
@@ -308,21 +300,7 @@ class UnitaryLowRank(Geometry):
         ``scale`` is a real number, or a tensor ``(*batch,)`` with one for each matrix.  Raises what ``retr``
         raises; x and the vectors are then as they were.
         """
-        validation.check_in_place(x, u, "u")
-        scale = validation.check_rate(scale, "scale", x)
-        for v in vectors:
-            validation.check_in_place(x, v, "v")
-            validation.check_writable(v, "v")
-        tangent = self._reduced(x, u)
-        move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
-        move.apply_(matrix(x))
-        for v in vectors:
-            if v is u:
-                tangent.carry_(move, v)
-            else:
-                move.transport_(v)
-        self._correct_(x)
-        return x
+        return self.follow_(x, u, vectors, scale)
 
     @outside_graphs
     @in_full_precision
@@ -450,6 +428,47 @@ class UnitaryLowRank(Geometry):
         else:
             state_dict[key] = self.get_extra_state()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # -- for optimisers that have taken care of derivatives, autocast and graphs -------------------------------
+
+    def gradient_tangent(self, x: Tensor, grad: Tensor) -> Tangent:
+        """Return what ``egrad2rgrad`` does, as a tangent."""
+        validation.check_in_place(x, grad, "gradient")
+        self.warn_if_far_off(x)
+        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), grad), grad)
+        self._state.count_gradient(x)
+        return tangent
+
+    def descend_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
+        """Do what :meth:`step_` does."""
+        validation.check_in_place(x, grad, "gradient")
+        lr = validation.check_rate(lr, "lr", x)
+        self.warn_if_far_off(x)
+        point = matrix(x)
+        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
+        move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
+        self._state.count_gradient(x)
+        move.apply_(point)
+        self._correct_(x)
+        return x
+
+    def follow_(self, x: Tensor, u: Tensor, vectors: Iterable[Tensor], scale: float | Tensor) -> Tensor:
+        """Do what :meth:`retr_transp_` does."""
+        validation.check_in_place(x, u, "u")
+        scale = validation.check_rate(scale, "scale", x)
+        for v in vectors:
+            validation.check_in_place(x, v, "v")
+            validation.check_writable(v, "v")
+        tangent = self._reduced(x, u)
+        move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
+        move.apply_(matrix(x))
+        for v in vectors:
+            if v is u:
+                tangent.carry_(move, v)
+            else:
+                move.transport_(v)
+        self._correct_(x)
+        return x
 
     # -- for optimisers: starts, gradients that are not formed, shards ---------------------------------------
 

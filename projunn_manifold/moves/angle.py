@@ -13,34 +13,37 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import final
+from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import phases
-from projunn_manifold.linalg.dense import Scalar
+from projunn_manifold.linalg.small import namespace
 
 __all__ = ["GEODESIC", "POLAR", "Angle"]
 
 
 class Angle(ABC):
-    """The angle α that a rotation by θ of the tangent becomes, and the functions φ and ψ made from it."""
+    """The angle α that a rotation by θ of the tangent becomes, and the functions φ and ψ made from it.
+
+    θ is a tensor or a NumPy array.
+    """
 
     @abstractmethod
-    def alpha(self, theta: Tensor) -> Tensor:
+    def alpha(self, theta: Any) -> Any:
         """Return α."""
 
     @abstractmethod
-    def phi(self, theta: Scalar) -> tuple[Scalar, Scalar]:
-        """Return real and imaginary part of φ, of a tensor or of a number."""
+    def phi(self, theta: Any) -> tuple[Any, Any]:
+        """Return real and imaginary part of φ; θ may also be a number."""
 
-    def complex_phi(self, theta: Tensor) -> Tensor:
+    def complex_phi(self, theta: Any) -> Any:
         """Return φ, complex."""
-        return torch.complex(*map(torch.as_tensor, self.phi(theta)))
+        real, imaginary = self.phi(theta)
+        return real + 1j * imaginary
 
     @abstractmethod
-    def psi(self, theta: Tensor) -> Tensor:
+    def psi(self, theta: Any) -> Any:
         """Return ψ, complex."""
 
     def increment(self, omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n)
@@ -50,15 +53,15 @@ class Angle(ABC):
 
 @final
 class _Geodesic(Angle):
-    def alpha(self, theta: Tensor) -> Tensor:
+    def alpha(self, theta: Any) -> Any:
         return theta
 
-    def phi(self, theta: Scalar) -> tuple[Scalar, Scalar]:
+    def phi(self, theta: Any) -> tuple[Any, Any]:
         return _sinc(theta), theta / 2 * _sinc(theta / 2) ** 2
 
-    def psi(self, theta: Tensor) -> Tensor:
-        rest = (1 - torch.sinc(theta / math.pi)) / torch.where(theta == 0, 1.0, theta)
-        return torch.complex(torch.sinc(theta / (2 * math.pi)).square() / 2, rest)
+    def psi(self, theta: Any) -> Any:
+        imaginary = (1 - _sinc(theta)) / namespace(theta).where(theta == 0, 1.0, theta)
+        return _sinc(theta / 2) ** 2 / 2 + 1j * imaginary
 
     def increment(self, omega: Tensor) -> Tensor:
         return phases.exponential_increment(omega)
@@ -66,16 +69,16 @@ class _Geodesic(Angle):
 
 @final
 class _Polar(Angle):
-    def alpha(self, theta: Tensor) -> Tensor:
-        return torch.atan(theta)
+    def alpha(self, theta: Any) -> Any:
+        return namespace(theta).arctan(theta)
 
-    def phi(self, theta: Scalar) -> tuple[Scalar, Scalar]:
+    def phi(self, theta: Any) -> tuple[Any, Any]:
         secant = (1 + theta * theta) ** 0.5
         return 1 / secant, theta / (secant * (1 + secant))
 
-    def psi(self, theta: Tensor) -> Tensor:
-        secant = (1 + theta * theta).sqrt()
-        return torch.complex(torch.ones_like(theta), theta) / (secant * (1 + secant))
+    def psi(self, theta: Any) -> Any:
+        secant = (1 + theta * theta) ** 0.5
+        return (1 + 1j * theta) / (secant * (1 + secant))
 
     def increment(self, omega: Tensor) -> Tensor:
         return phases.polar_increment(omega)
@@ -85,6 +88,8 @@ GEODESIC: Angle = _Geodesic()
 POLAR: Angle = _Polar()
 
 
-def _sinc(x: Scalar) -> Scalar:
+def _sinc(x: Any) -> Any:
     """Return sin(x) / x, and 1 at 0."""
-    return torch.sinc(x / math.pi) if isinstance(x, Tensor) else math.sin(x) / x if x else 1.0
+    if isinstance(x, float):
+        return math.sin(x) / x if x else 1.0
+    return namespace(x).sinc(x / math.pi)

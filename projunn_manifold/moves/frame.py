@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, small
 from projunn_manifold.linalg.dense import Scalar
-from projunn_manifold.linalg.products import Matrix, matrix
+from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
+from projunn_manifold.linalg.small import Small
 from projunn_manifold.moves.angle import POLAR, Angle
-from projunn_manifold.moves.move import LowRankMove
+from projunn_manifold.moves.move import LowRankMove, thin
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import LowRank
 
@@ -80,7 +81,7 @@ class FramedStep:
     def tangent(self) -> FramedTangent:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
         c = None if self.c is None else self.c / 2
-        return FramedTangent(self.footpoint, self.p, self.q, self.b, dense.skew(self.h), c)
+        return FramedTangent(self.footpoint, self.p, self.q, self.b, small.skew(self.h), c)
 
 
 @final
@@ -89,7 +90,7 @@ class FramedTangent(Tangent):
     """A tangent ``(P Ω + B C) Q^H`` at X; see the module's text.  ``left`` is P = X Q, ``right`` is Q."""
 
     b: Tensor | None  # (*batch, n, j)
-    omega: Tensor  # (*batch, r, r) double, skew-Hermitian
+    omega: Small  # (*batch, r, r), skew-Hermitian
     c: Tensor | None  # (*batch, j, r) double
 
     @classmethod
@@ -112,17 +113,26 @@ class FramedTangent(Tangent):
         else:
             p, uq = x.times(q), matrix(u).times(q)
         inside = dense.adjoint_times(p, uq)
-        omega = dense.skew(inside.to(wide))
+        omega = small.skew(inside.to(wide))
         if x.shape[-2] == x.shape[-1]:
             return cls(footpoint, p, q, None, omega, None)
         along = inside if p is x.like else x.adjoint_times(uq)
         b, c = _basis_outside(x, uq - x.times(along))
         return cls(footpoint, p, q, b, omega, c.to(wide))
 
+    @classmethod
+    def of_reduced(cls, x: Matrix, u: Matrix, test: Tensor, power: int) -> FramedTangent | None:
+        """Return what :meth:`of_dense` does for q = orth((u^H u)^power test), in one call, or None if impossible."""
+        found = x.reduced_frame(u, test, power) if isinstance(x, CompiledMatrix) else None
+        if found is None:
+            return None
+        p, q, inside = found
+        return cls(Footpoint.of(x.like), p, q, None, small.skew(inside), None)
+
     def scaled(self, c: Scalar) -> FramedTangent:
         """Return ``c`` times the tangent."""
-        c = dense.per_matrix(c)
-        return replace(self, omega=self.omega * c, c=None if self.c is None else self.c * c)
+        scaled_c = None if self.c is None else small.multiple(c, self.c)
+        return replace(self, omega=small.multiple(c, self.omega), c=scaled_c)
 
     def masked(self, kept: Tensor) -> FramedTangent:
         """Return the tangent with zero for the matrices that are not kept."""
@@ -131,16 +141,16 @@ class FramedTangent(Tangent):
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``P Ω + B C`` and ``Q``."""
-        left = self.left @ self.omega.to(self.left.dtype)
+        left = thin(self.left, small.to(self.omega, self.left))
         if self.b is not None and self.c is not None:
             left = left + self.b @ self.c.to(left.dtype)
         return left, self.right
 
-    def squared_norm(self) -> Tensor:  # (*batch,), double
+    def squared_norm(self) -> Scalar:  # (*batch,), double
         """Return the squared norm of the lift, ``‖Ω‖² + 2‖C‖²``."""
-        squares = torch.linalg.matrix_norm(self.omega).square()
+        squares = small.squared_norm(self.omega)
         if self.c is not None:
-            squares = squares + 2 * torch.linalg.matrix_norm(self.c).square()
+            squares = squares + 2 * small.squared_norm(self.c)
         return squares
 
     def move(self, angle: Angle) -> LowRankMove:
@@ -149,17 +159,16 @@ class FramedTangent(Tangent):
         if angle is POLAR and self.c is not None:
             core, _, _ = _polar_increment(self.omega, self.c)
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
-        group = dense.phase_core(self._lift(), angle.alpha).to(dtype)
-        return LowRankMove(_basis(p, self.b), group[..., :r].contiguous(), self.right, group)
+        group = small.to(small.phase_core(self._lift(), angle.alpha), p)
+        core = group if self.c is None else group[..., :r].contiguous()
+        return LowRankMove(_basis(p, self.b), core, self.right, group)
 
-    def _lift(self) -> Tensor:
+    def _lift(self) -> Small:
         """Return E, the lift in the basis [P, B]."""
         if self.c is None:
             return self.omega
         j = self.c.shape[-2]
-        top = torch.cat((self.omega, -self.c.mH), -1)
-        bottom = torch.cat((self.c, self.c.new_zeros((*self.c.shape[:-1], j))), -1)
-        return torch.cat((top, bottom), -2)
+        return small.block(self.omega, -self.c.mH, self.c, self.c.new_zeros((*self.c.shape[:-1], j)))
 
 
 def _basis_outside(x: Matrix, rest: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ isometry.  Both cost :math:`O(r n^2)` for r columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, final
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import Matrix, matrix
 
-__all__ = ["LowRankMove", "Move", "expanded"]
+__all__ = ["LowRankMove", "Move", "expanded", "thin"]
 
 
 class Move(Protocol):
@@ -58,13 +59,18 @@ class LowRankMove:
 
     def apply_(self, x: Matrix) -> Tensor:
         """Move X in place and return its tensor."""
-        return x.add_product_(_thin(self.left, self.core), self.right)
+        return x.add_product_(self._moved, self.right)
 
     def apply(self, x: Matrix) -> Tensor:
         """Return the moved point in fresh memory of X's layout."""
         whole = expanded(x.like, self.left)
         x = x if whole is x.like else matrix(whole)
-        return x.plus_product(_thin(self.left, self.core), self.right)
+        return x.plus_product(self._moved, self.right)
+
+    @cached_property
+    def _moved(self) -> Tensor:
+        """Return W F."""
+        return thin(self.left, self.core)
 
     def transport(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X carried to Y."""
@@ -78,8 +84,10 @@ class LowRankMove:
 
     def _rotation_of(self, v: Matrix) -> tuple[Tensor, Tensor]:
         """Return thin factors of ``g v - v = W Γ (v^H W)^H``."""
+        if self.group is self.core:
+            return self._moved, v.adjoint_times(self.left)
         group = complete_to_unitary(self.core) if self.group is None else self.group
-        return _thin(self.left, group), v.adjoint_times(self.left)
+        return thin(self.left, group), v.adjoint_times(self.left)
 
 
 def expanded(x: Tensor, left: Tensor) -> Tensor:
@@ -95,7 +103,8 @@ def expanded(x: Tensor, left: Tensor) -> Tensor:
         ) from None
 
 
-def _thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r) -> (*batch, n, r), stored by columns
+def thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r) -> (*batch, n, r)
+    """Return ``left core``, stored by columns."""
     return (core.mT @ left.mT).mT
 
 

@@ -20,7 +20,16 @@ from projunn_manifold.moves.rank_one import RankOneTangent
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.lowrank import LowRank
 
-__all__ = ["move_d", "move_t", "projunn_d", "projunn_d_", "projunn_t", "projunn_t_", "tangent_of_gradient"]
+__all__ = [
+    "move_d",
+    "move_t",
+    "projunn_d",
+    "projunn_d_",
+    "projunn_t",
+    "projunn_t_",
+    "sketched_tangent",
+    "tangent_of_gradient",
+]
 
 
 def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
@@ -28,6 +37,11 @@ def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
     if x.shape[-2] != x.shape[-1]:
         return FramedTangent.of_gradient(x, factors)
     return (RankOneTangent if factors.rank == 1 else RankKTangent).of_gradient(x, factors)
+
+
+def sketched_tangent(x: Matrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
+    """Return the tangent of a (G^H a)^H, a = orth(G test), at square X, in one call, or None where that cannot be."""
+    return (RankOneTangent if test.shape[-1] == 1 else RankKTangent).of_sketch(x, g, test)
 
 
 def move_d(x: Matrix, factors: LowRank) -> Move:

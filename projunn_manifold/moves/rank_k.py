@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, small
 from projunn_manifold.linalg.dense import Scalar
-from projunn_manifold.linalg.products import Matrix
+from projunn_manifold.linalg.products import CompiledMatrix, Matrix
+from projunn_manifold.linalg.small import Small
 from projunn_manifold.moves.angle import Angle
-from projunn_manifold.moves.move import LowRankMove
+from projunn_manifold.moves.move import LowRankMove, thin
 from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
 from projunn_manifold.sketching.lowrank import LowRank
 
@@ -50,8 +51,8 @@ class RankKTangent(Tangent):
     ``left`` is W = [a, X b'], ``right`` is S = X^H W.
     """
 
-    omega: Tensor  # Ω  (*batch, k, k) double
-    r: Tensor  # R  (*batch, k, k) double
+    omega: Small  # Ω  (*batch, k, k)
+    r: Small  # R  (*batch, k, k)
     scale: Scalar = 1.0  # τ
 
     @classmethod
@@ -72,9 +73,18 @@ class RankKTangent(Tangent):
             Footpoint.of(x.like),
             torch.cat((a.mT, rest.mT), -2).mT,
             torch.cat((xha.mT, back.mT), -2).mT,
-            -dense.skew(inside.to(wide)),
+            -small.skew(inside.to(wide)),
             r.to(wide),
         )
+
+    @classmethod
+    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> RankKTangent | None:
+        """Return the tangent of a (G^H a)^H, a = orth(G test), in one call, or None where that cannot be."""
+        found = x.sketched_tangent_of_rank_k(g, test) if isinstance(x, CompiledMatrix) else None
+        if found is None:
+            return None
+        left, right, inside, r = found
+        return cls(Footpoint.of(x.like), left, right, -small.skew(inside), r)
 
     def scaled(self, c: Scalar) -> RankKTangent:
         """Return ``c`` times the tangent."""
@@ -87,26 +97,22 @@ class RankKTangent(Tangent):
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
-        a, xb = self.left.tensor_split(2, -1)
-        omega = self.omega.to(a.dtype)
-        left = torch.cat((a @ omega - xb / 2, a / 2), -1) * dense.per_matrix(self.scale)
-        return left.to(a.dtype), self.right
+        half = small.identity_like(self.r) / 2
+        k = small.multiple(self.scale, small.block(self.omega, half, -half, 0 * half))
+        return thin(self.left, small.to(k, self.left)), self.right
 
-    def squared_norm(self) -> Tensor:  # (*batch,), double
+    def squared_norm(self) -> Scalar:  # (*batch,), double
         """Return the squared norm of the lift, ``τ² (‖Ω‖² + ½‖R‖²)``."""
-        squares = torch.linalg.matrix_norm(self.omega).square() + torch.linalg.matrix_norm(self.r).square() / 2
-        return squares * self.scale**2
+        return (small.squared_norm(self.omega) + small.squared_norm(self.r) / 2) * self.scale**2
 
     def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""
-        k, scale = self.r.shape[-1], dense.per_matrix(self.scale)
-        top = torch.cat((self.omega, self.r.mH / 2), -1)
-        bottom = torch.cat((-self.r / 2, torch.zeros_like(self.r)), -1)
-        theta, basis = torch.linalg.eigh(-1j * scale * torch.cat((top, bottom), -2))
+        k = self.r.shape[-1]
+        omega, half = small.multiple(self.scale, self.omega), small.multiple(self.scale / 2, self.r)
+        lift = small.block(omega, small.adjoint(half), -half, 0 * half)
+        theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
         phi, psi = angle.complex_phi(theta), angle.psi(theta)
-        basis = basis[..., :k, :]
-        f11, phi11, psi11 = ((basis * values.unsqueeze(-2)) @ basis.mH for values in (1j * theta * phi, phi, psi))
-        phi11, psi11 = phi11 * (scale / 2), psi11 * (-scale * scale / 4)
-        core = torch.cat((torch.cat((f11, phi11), -1), torch.cat((-phi11, psi11), -1)), -2)
-        core = (core if self.left.is_complex() else core.real).to(self.left.dtype)
+        f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
+        phi11, psi11 = small.multiple(self.scale / 2, phi11), small.multiple(self.scale**2 / -4, psi11)
+        core = small.to(small.block(f11, phi11, -phi11, psi11), self.left)
         return LowRankMove(self.left, core, self.right, core)

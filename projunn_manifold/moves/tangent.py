@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -114,6 +115,6 @@ def where_kept(kept: Tensor, value: Any) -> Any:
     """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for matrices that are not kept."""
     if isinstance(value, Tensor):
         return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
-    if isinstance(value, float) and kept.is_cpu and not kept.dim():  # a single matrix, Python's own numbers
-        return value if kept else 0.0
+    if isinstance(value, float | np.ndarray) and kept.is_cpu and not kept.dim():  # of a single matrix
+        return value if kept else np.zeros_like(value)[()]
     return value

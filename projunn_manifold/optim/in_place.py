@@ -20,13 +20,14 @@ import geoopt
 import torch
 from torch import Tensor
 
+from projunn_manifold import context
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, local_view
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.optim.optimizers import keepers, parameters_of
-from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.validation import check_number, check_same_matrix
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
@@ -66,6 +67,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         return loss
 
     @outside_graphs
+    @in_full_precision
     def _move_all_(self) -> None:
         moved = []
         for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
@@ -123,17 +125,17 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         momentum, x, grad = group["momentum"], local_view(point), gradient_of(point)
         state = self.state[point]  # there, if empty: geoopt makes one for every parameter
         if momentum == 0:
-            manifold.step_(x, grad, group["lr"])
+            manifold.descend_(x, grad, group["lr"])
             return
-        gradient = manifold.egrad2rgrad(x, grad)
+        gradient = manifold.gradient_tangent(x, grad)
         if not state:
             sizes = sharded.sum_over_shards(x, dense.squared_norm(sharded.local_shard(grad)))[..., None, None]
             finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
             state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
             sharded.local_shard(state["momentum_buffer"]).masked_fill_(~finite, 0)
-        buffer = _add_(_moment(state, "momentum_buffer", x).mul_(momentum), gradient, 1 - group["dampening"])
+        buffer = _add_(_moment(state, "momentum_buffer", x).mul_(momentum), gradient.scaled(1 - group["dampening"]))
         direction = _add_(buffer * momentum, gradient) if group["nesterov"] else buffer
-        manifold.retr_transp_(x, direction, buffer, scale=-group["lr"])
+        manifold.follow_(x, direction, (buffer,), -group["lr"])
 
 
 class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
@@ -183,29 +185,28 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         super().__init__(params, amsgrad=amsgrad, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
-        x, (beta1, beta2) = local_view(point), group["betas"]
+        x, lr, beta1, beta2 = local_view(point), *map(_wide, (group["lr"], *group["betas"]))
         if not self.state[point] and not is_dtensor(point) and _projects(self._geoopt):
             point.copy_(manifold.projx(point))
-        gradient = manifold.egrad2rgrad(x, gradient_of(point))
-        square = manifold.inner(x, gradient, keepdim=True)
-        state = self.state[point]
+        gradient = manifold.gradient_tangent(x, gradient_of(point))
+        state, one = self.state[point], (*x.shape[:-2], 1, 1)
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(point)
-            state["exp_avg_sq"] = torch.zeros_like(square)
+            state["exp_avg_sq"] = x.new_zeros(one).real
             if group["amsgrad"]:
-                state["max_exp_avg_sq"] = torch.zeros_like(square)
+                state["max_exp_avg_sq"] = x.new_zeros(one).real
         for name in self._second_moments:
-            if name in state and state[name].shape != square.shape:
+            if name in state and state[name].shape != one:
                 state[name] = _one_for_each(state[name])
-        direction = _add_(_moment(state, "exp_avg", x).mul_(beta1), gradient, 1 - beta1)
+        direction = _add_(_moment(state, "exp_avg", x).mul_(beta1), gradient.scaled(1 - beta1))
         state["step"] += 1
-        second = state["exp_avg_sq"].mul_(beta2).add_(square, alpha=1 - beta2)
+        second = state["exp_avg_sq"].mul_(beta2).add_(dense.per_matrix((1 - beta2) * gradient.squared_norm()))
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
-        length = second.div(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
-        scale = -group["lr"] / (length * (1 - beta1 ** state["step"]))
-        manifold.retr_transp_(x, direction, direction, scale=scale[..., 0, 0])
+        second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
+        length = (second / (1 - beta2 ** state["step"])) ** 0.5 + _wide(group["eps"])
+        manifold.follow_(x, direction, (direction,), -lr / (length * (1 - beta1 ** state["step"])))
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
             point.copy_(manifold.projx(point))
             direction.copy_(manifold.proju(point, direction))
@@ -250,6 +251,11 @@ def _numbers(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return numbers
 
 
+def _wide(number: float | Tensor) -> float | Tensor:
+    """Return a number, or a tensor of it in double precision."""
+    return number.double() if isinstance(number, Tensor) else number
+
+
 def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
     """Return a moment as the manifold sees it; raise if x was converted after it was made."""
     moment: Tensor = local_view(state[name])
@@ -270,12 +276,9 @@ def _one_for_each(moments: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, 1, 1
     return torch.where(constant, corner, flat.sum((-2, -1), keepdim=True))
 
 
-@in_full_precision
-def _add_(t: Tensor, u: Tensor, alpha: float = 1.0) -> Tensor:
-    """Add ``alpha`` times u to t, in place; factors of a u that is not formed go to t's rows wherever these are."""
-    if isinstance(u, FactoredTensor) and u.factors is not None:
-        return matrix(t).add_product_(*u.factors.scaled(alpha).outer())
-    return t.add_(u, alpha=alpha)
+def _add_(t: Tensor, u: Tangent) -> Tensor:
+    """Add u to t, in place."""
+    return matrix(t).add_product_(*u.outer())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, SHAPES, SQUARE, bound, double, error
 
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, small
 
 
 def eye(x):
@@ -43,13 +43,13 @@ def test_the_polar_factor_is_unitary_and_leaves_a_positive_factor(draw, shape, d
 def test_phase_cores_keep_small_increments(draw, dtype, size):
     a = draw.matrix(3, 6, 6, dtype=dtype) * size
     omega = (a - a.mH) / 2
-    exponential = dense.phase_core(omega, lambda theta: theta)
+    exponential = small.phase_core(omega, lambda theta: theta)
     term, series = torch.eye(6, dtype=dtype), 0
     for j in range(1, 40):
         term = omega @ term / j
         series = series + term
     assert error(exponential / size, series / size) <= bound(dtype)
-    cayley = dense.phase_core(omega, lambda theta: 2 * torch.atan(theta / 2))
+    cayley = small.phase_core(omega, lambda theta: 2 * torch.atan(theta / 2))
     exact = torch.linalg.solve(torch.eye(6, dtype=dtype) - omega / 2, omega)
     assert error(cayley / size, exact / size) <= bound(dtype)
     assert exponential.is_complex() == dtype.is_complex

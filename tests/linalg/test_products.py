@@ -85,6 +85,68 @@ def test_rank_one_tangents(draw, path, shape, dtype):
         assert ((number - exact).abs() <= bound(left.dtype) * scale).all()
 
 
+def gradients(draw, shape, dtype):
+    """Gradients of full rank, of rank one, zero, and at the ends of the range of single precision."""
+    *batch, n, m = shape
+    g = draw.matrix(*shape, dtype=dtype)
+    one = draw.matrix(*batch, n, 1, dtype=dtype) @ draw.matrix(*batch, m, 1, dtype=dtype).mH
+    return {"full": g, "rank one": one, "zero": torch.zeros_like(g), "small": g * 1e-15, "large": g * 1e10}
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
+@pytest.mark.parametrize("shape", [(9, 9), (70, 70), (5, 16, 16), (2, 3, 8, 8)], ids=str)
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sketched_tangents_in_one_call(draw, shape, k, dtype):
+    x, test = draw.point(*shape, dtype=dtype), draw.matrix(shape[-1], k, dtype=dtype)
+    for name, g in gradients(draw, shape, dtype).items():
+        known = products.matrix(x).sketched_tangent_of_rank_k(products.matrix(g), test)
+        assert known is not None, name
+        left, right, inside, triangle = (double(torch.as_tensor(t)) for t in known)
+        a, rest = left[..., :k], left[..., k:]
+        assert error(a.mH @ a, torch.eye(k)) <= bound(dtype), name
+        image = double(g) @ double(test)
+        size = torch.linalg.matrix_norm(image).max().item()
+        assert error(a @ (a.mH @ image), image) <= bound(dtype) * size, name
+        b = double(x) @ (double(g).mH @ a)
+        size = torch.linalg.matrix_norm(b).max().item()
+        assert error(inside, a.mH @ b) <= bound(dtype) * size, name
+        assert error(rest, b - a @ (a.mH @ b)) <= bound(dtype) * size, name
+        assert error(right, double(x).mH @ left) <= bound(dtype, max(1.0, size)), name
+        assert error(triangle.mH @ triangle, rest.mH @ rest) <= bound(dtype) * size**2, name
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
+@pytest.mark.parametrize("shape", [(9, 9), (70, 70), (5, 16, 16), (2, 3, 8, 8)], ids=str)
+@pytest.mark.parametrize("columns", [2, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reduced_frames_in_one_call(draw, shape, columns, dtype):
+    x, test = draw.point(*shape, dtype=dtype), draw.matrix(shape[-1], columns, dtype=dtype)
+    for name, u in gradients(draw, shape, dtype).items():
+        found = products.matrix(x).reduced_frame(products.matrix(u), test, 2)
+        assert found is not None, name
+        p, q, inside = (double(torch.as_tensor(t)) for t in found)
+        assert error(q.mH @ q, torch.eye(columns)) <= bound(dtype), name
+        assert error(p, double(x) @ q) <= bound(dtype), name
+        size = torch.linalg.matrix_norm(double(u)).max().item()
+        assert error(inside, p.mH @ double(u) @ q) <= bound(dtype) * size, name
+        if name == "rank one":
+            assert error(double(u) @ q @ q.mH, double(u)) <= bound(dtype) * size
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
+def test_what_one_call_does_not_take(draw, monkeypatch):
+    x, g, test = (draw.matrix(20, n, dtype=torch.float32) for n in (20, 20, 4))
+    wide = draw.matrix(20, products._NARROW + 1, dtype=torch.float32)
+    for other, columns in ((g.mT, test), (g.double(), test), (g[:, :10].contiguous(), test), (g, wide)):
+        assert products.matrix(x).reduced_frame(products.matrix(other), columns, 1) is None
+    for scale in (torch.nan, torch.inf, 1e-25, 1e25):
+        assert products.matrix(x).reduced_frame(products.matrix(g * scale), test, 1) is None
+        assert products.matrix(x).sketched_tangent_of_rank_k(products.matrix(g * scale), test) is None
+    monkeypatch.setattr(threads, "parts", lambda *_: [(), ()])
+    assert products.matrix(x).reduced_frame(products.matrix(g), test, 1) is None
+
+
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_normalized_images_at_the_ends_of_float32(draw, path, scale):
     x, q = draw.matrix(20, 20, dtype=torch.float32) * scale, draw.matrix(20, 1, dtype=torch.float32)
