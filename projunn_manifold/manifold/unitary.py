@@ -23,6 +23,7 @@ from torch import Tensor
 from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
+from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
 from projunn_manifold.manifold.geometry import Geometry
@@ -33,6 +34,7 @@ from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, State, counts_of, digits_of
 from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
+from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.projunn import move_d, move_t
 from projunn_manifold.moves.tangent import Tangent
@@ -459,7 +461,23 @@ class UnitaryLowRank(Geometry):
         for v in vectors:
             validation.check_in_place(x, v, "v")
             validation.check_writable(v, "v")
-        tangent = self._reduced(x, u)
+        return self._follow_(x, self._reduced(x, u), u, vectors, scale)
+
+    def follow_sum_(self, x: Tensor, u: Tensor, c: Scalar, tangent: Tangent, scale: float | Tensor) -> Tensor:
+        """Move x along ``scale (c u + tangent)``, and make of u that sum, carried along."""
+        scale = validation.check_rate(scale, "scale", x)
+        validation.check_writable(u, "u")
+        if isinstance(tangent, FullRankTangent):
+            total: Tangent = tangent.plus(c, u)
+        else:
+            matrix(u.mul_(c)).add_product_(*tangent.outer())
+            total = self._reduced(x, u)
+        return self._follow_(x, total, u, (u,), scale)
+
+    def _follow_(
+        self, x: Tensor, tangent: Tangent, u: Tensor, vectors: Iterable[Tensor], scale: float | Tensor
+    ) -> Tensor:
+        """Follow the tangent that u was reduced to."""
         move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
         move.apply_(matrix(x))
         for v in vectors:

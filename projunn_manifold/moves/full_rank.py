@@ -37,6 +37,11 @@ class FullRankTangent(Tangent):
         source = g.mH @ point
         return cls(Footpoint.of(x.like), point.clone(), dense.skew(source), source)
 
+    def plus(self, c: Scalar, v: Tensor) -> FullRankTangent:
+        """Return the projection of ``c v`` plus the tangent; one product, and neither matrix is formed."""
+        source = (v.mH @ self.left).mul_(c).add_(self.right)
+        return replace(self, right=dense.skew(source), source=source)
+
     def scaled(self, c: Scalar) -> FullRankTangent:
         """Return ``c`` times the tangent."""
         factor = c.to(self.right.real.dtype)[..., None, None] if isinstance(c, Tensor) else c

@@ -114,8 +114,8 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     ------
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
-        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, are
-        already updated.
+        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
+        updated.
     """
 
     _geoopt = geoopt.optim.RiemannianSGD
@@ -133,9 +133,12 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
             finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
             state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
             sharded.local_shard(state["momentum_buffer"]).masked_fill_(~finite, 0)
-        buffer = _add_(_moment(state, "momentum_buffer", x).mul_(momentum), gradient.scaled(1 - group["dampening"]))
-        direction = _add_(buffer * momentum, gradient) if group["nesterov"] else buffer
-        manifold.follow_(x, direction, (buffer,), -group["lr"])
+        buffer, weighted = _moment(state, "momentum_buffer", x), gradient.scaled(1 - group["dampening"])
+        if not group["nesterov"]:
+            manifold.follow_sum_(x, buffer, momentum, weighted, -group["lr"])
+            return
+        _add_(buffer.mul_(momentum), weighted)
+        manifold.follow_(x, _add_(buffer * momentum, gradient), (buffer,), -group["lr"])
 
 
 class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
@@ -162,8 +165,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     ------
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
-        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, are
-        already updated.
+        direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
+        updated.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
@@ -199,14 +202,15 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         for name in self._second_moments:
             if name in state and state[name].shape != one:
                 state[name] = _one_for_each(state[name])
-        direction = _add_(_moment(state, "exp_avg", x).mul_(beta1), gradient.scaled(1 - beta1))
+        direction = _moment(state, "exp_avg", x)
         state["step"] += 1
         second = state["exp_avg_sq"].mul_(beta2).add_(dense.per_matrix((1 - beta2) * gradient.squared_norm()))
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
         second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
         length = (second / (1 - beta2 ** state["step"])) ** 0.5 + _wide(group["eps"])
-        manifold.follow_(x, direction, (direction,), -lr / (length * (1 - beta1 ** state["step"])))
+        scale = -lr / (length * (1 - beta1 ** state["step"]))
+        manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale)
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
             point.copy_(manifold.projx(point))
             direction.copy_(manifold.proju(point, direction))
