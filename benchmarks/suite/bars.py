@@ -11,17 +11,21 @@ from .records import Cell, exponent, matrices_per_step, median_ratio, series, ti
 
 VARIANTS = ("D", "T")
 LARGE: dict[str, Any] = {"shape": [2048, 2048]}
-IN_PLACE = {128: 9.0, 512: 4.5, 1024: 3.2, 2048: 2.5, 4096: 2.4}
+IN_PLACE = {128: 5.0, 512: 4.0, 1024: 3.6, 2048: 2.5, 4096: 2.4}
 RSGD = {128: 18.0, 512: 9.0, 1024: 6.5, 2048: 6.0, 4096: 6.0}
 RADAM = {512: 5.0, 1024: 5.0, 2048: 2.6, 4096: 2.6}
 IN_PLACE_RADAM = {1024: 2.0, 2048: 2.0, 4096: 2.0}
-RANK_4 = {"in place": 5.0, "RiemannianSGD": 9.0}
+RANK_4 = {"in place": 8.0, "RiemannianSGD": 9.0}
 COMPLEX_SHAPES = ((544, 64, 64), (144, 128, 128), (40, 256, 256))
 BLOCKS = {"in place": 8.0, "RiemannianSGD": 14.0}
 FASTER_THAN_EXPONENTIAL = 10.0
 EXPONENT_IN_N = 2.1
 EXPONENT_IN_K = 1.1
 SLOWER_RIVALS = 50.0
+OVER_EUCLIDEAN = {96: 1.0, 128: 0.7, 256: 0.3}  # small rank, by side
+FULL_RANK_SIZES = (128, 256, 512, 1024)
+FULL_RANK = {0.05: (1.1, 0.7), 1.0: (2.0, 1.2)}  # over EuclideanStiefel and CanonicalStiefel, by length of the step
+COMPLEX_SIZES = (128, 256, 512)
 MEMORY_IN_PLACE = 0.05
 MEMORY_BEYOND_GEOOPT = 1.05  # a temporary and the factors
 
@@ -47,7 +51,15 @@ class Bar:
 def bars(record: dict[str, Any]) -> list[Bar]:
     """Return every bar with what a run measured."""
     cells = record["cells"]
-    return [*_speed(cells), *_rank(cells), *_blocks(cells), *_exponents(cells), *_rivals(cells), *_memory(cells)]
+    return [
+        *_speed(cells),
+        *_rank(cells),
+        *_stiefel(cells),
+        *_blocks(cells),
+        *_exponents(cells),
+        *_rivals(cells),
+        *_memory(cells),
+    ]
 
 
 def _worst(
@@ -91,6 +103,31 @@ def _rank(cells: list[Cell]) -> list[Bar]:
         Bar(f"{form}, n = 2048, k = 4, relative to torch's SGD", limit, _worst(cells, "rank", form, LARGE | {"k": 4}))
         for form, limit in RANK_4.items()
     ]
+
+
+def _stiefel(cells: list[Cell]) -> list[Bar]:
+    """Return the bars for steps beside geoopt's with the same optimiser, and beside POGO's."""
+    over_rival = partial(median_ratio, yardstick="rival")
+    found = []
+    for kind in ("RiemannianSGD", "RiemannianAdam"):
+        form = f"in-place {kind}"
+        for k in (1, 4):
+            for n, limit in OVER_EUCLIDEAN.items():
+                ours = _worst(cells, "stiefel", form, {"shape": [n, n], "k": k}, over_rival)
+                found.append(Bar(f"{form}, n = {n}, k = {k}, relative to EuclideanStiefel's", limit, ours))
+        for length, (euclidean, canonical) in FULL_RANK.items():
+            for n in FULL_RANK_SIZES:
+                where: dict[str, Any] = {"shape": [n, n], "k": None, "length": length}
+                ours = _worst(cells, "stiefel", form, where, over_rival)
+                rival = series(cells, "stiefel", f"CanonicalStiefel, {kind}", **where)
+                over = ours / over_rival(rival[0]) if ours is not None and rival else None
+                what = f"{form}, n = {n}, k = None, ‖u‖₂ = {length:g}, relative to"
+                found.append(Bar(f"{what} EuclideanStiefel's", euclidean, ours))
+                found.append(Bar(f"{what} CanonicalStiefel's", canonical, over))
+    for n in COMPLEX_SIZES:
+        ours = _worst(cells, "complex", "in-place RiemannianSGD", {"shape": [n, n]}, over_rival)
+        found.append(Bar(f"complex in-place RiemannianSGD, n = {n}, k = None, relative to POGO's", 1.0, ours))
+    return found
 
 
 def _blocks(cells: list[Cell]) -> list[Bar]:

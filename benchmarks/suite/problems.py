@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ class Problem:
     x: Tensor  # (*batch, n, n)
     a: Tensor  # (*batch, n, r)
     b: Tensor  # (*batch, n, r)
-    k: int
+    k: int | None
     rate: float
 
     @property
@@ -36,12 +36,25 @@ class Problem:
         """Return the same point with a gradient of rank k and a long step: what checks compare with a reference."""
         return Problem(self.x, self.a[..., : self.k], self.b[..., : self.k], self.k, CHECK_RATE)
 
+    def of_length(self, length: float, normalised: bool) -> Problem:
+        """Return the same problem with the rate at which a step has this spectral norm.
 
-def random_problem(shape: tuple[int, ...], dtype: torch.dtype, k: int) -> Problem:
-    """Draw a problem of the given shape ``(*batch, n, n)``; equal arguments draw equal problems."""
+        ``normalised`` is for Adam, which divides by the gradient's Frobenius norm.
+        """
+        g, x = self.gradient(), self.x
+        u = (g - x @ g.mH @ x) / 2
+        size = torch.linalg.matrix_norm(u, 2) / (torch.linalg.matrix_norm(u) if normalised else 1)
+        return replace(self, rate=length / size.item())
+
+
+def random_problem(shape: tuple[int, ...], dtype: torch.dtype, k: int | None) -> Problem:
+    """Draw a problem of the given shape ``(*batch, n, n)``; equal arguments draw equal problems.
+
+    The gradient has the rank ``GRADIENT_RANK``, at least k, and full rank where k is None.
+    """
     generator = torch.Generator().manual_seed(0)
     n = shape[-1]
-    rank = min(max(GRADIENT_RANK, k), n)
+    rank = n if k is None else min(max(GRADIENT_RANK, k), n)
     x = torch.linalg.qr(torch.randn(shape, dtype=dtype, generator=generator)).Q.contiguous()
     a, b = (torch.randn(*shape[:-1], rank, dtype=dtype, generator=generator) / math.sqrt(n) for _ in range(2))
     return Problem(x, a, b, k, RATE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,9 @@ from .counting import allocated, operators
 from .problems import Problem, random_problem
 from .subjects import (
     ADAM,
+    CANONICAL,
     DENSE_EXPONENTIAL,
+    EUCLIDEAN,
     EVERYTHING,
     IN_PLACE,
     IN_PLACE_RADAM,
@@ -30,7 +32,9 @@ from .subjects import (
 )
 from .timing import Effort, Timed, compare, one_step, yardstick
 
-SECTIONS = ("speed", "rank", "batch", "rivals", "memory", "ops")
+SECTIONS = ("speed", "rank", "batch", "rivals", "stiefel", "complex", "memory", "ops")
+RANKS = (1, 4, 16, 64, None)  # of the moves that are timed beside geoopt's Stiefel
+LENGTHS = (0.05, 1.0)  # spectral norms of the full-rank steps timed there
 COUNTED_RIVALS = 512  # largest side at which the rivals' memory is counted
 
 
@@ -45,6 +49,7 @@ class Plan:
     stacks: tuple[tuple[int, int, int], ...]  # real, small
     memory_sizes: tuple[int, ...]
     ops_size: int
+    small_sizes: tuple[int, ...]  # where dense steps are timed, too
 
 
 FULL = Plan(
@@ -55,6 +60,7 @@ FULL = Plan(
     stacks=tuple((batch, 32, 32) for batch in (1, 4, 16, 64, 256, 1024, 4096)),
     memory_sizes=(128, 512, 2048),
     ops_size=512,
+    small_sizes=(96, 128, 256, 512, 1024),
 )
 QUICK = Plan(
     sizes=(64, 128),
@@ -64,6 +70,7 @@ QUICK = Plan(
     stacks=((1, 16, 16), (32, 16, 16)),
     memory_sizes=(32, 64),
     ops_size=64,
+    small_sizes=(32, 64),
 )
 
 
@@ -74,8 +81,10 @@ class Group:
     section: str
     shape: tuple[int, ...]
     subjects: list[Subject]
-    k: int = 1
+    k: int | None = 1
     dtype: torch.dtype = torch.float32
+    length: float | None = None  # spectral norm of a step; None: of the usual rate
+    yardstick: Subject | None = None  # None: torch's optimisers
 
 
 def groups(section: str, plan: Plan) -> list[Group]:
@@ -91,13 +100,27 @@ def groups(section: str, plan: Plan) -> list[Group]:
             *(Group(section, shape, [*stacks, *rivals]) for shape in plan.stacks),
         ],
         "rivals": [Group(section, (n, n), RIVALS) for n in plan.sizes],
+        "stiefel": [
+            Group(section, (n, n), [rival, *subjects], k, length=length, yardstick=yardstick)
+            for n in plan.small_sizes
+            for subjects, rival, yardstick in (
+                (IN_PLACE_RSGD, CANONICAL[0], EUCLIDEAN[0]),
+                (IN_PLACE_RADAM, CANONICAL[1], EUCLIDEAN[1]),
+            )
+            for k in RANKS
+            for length in (LENGTHS if k is None else LENGTHS[:1])
+        ],
+        "complex": [
+            Group(section, (n, n), IN_PLACE_RSGD, None, torch.complex64, LENGTHS[0], STACKED_POGO)
+            for n in plan.small_sizes[1:4]
+        ],
         "memory": [
             Group(section, (n, n), [s for s in EVERYTHING if s.family != "rival" or n <= COUNTED_RIVALS])
             for n in plan.memory_sizes
         ],
         "ops": [Group(section, (plan.ops_size,) * 2, EVERYTHING)],
     }[section]
-    return [Group(g.section, g.shape, [s for s in g.subjects if g.shape[-1] <= s.largest], g.k, g.dtype) for g in found]
+    return [replace(g, subjects=[s for s in g.subjects if g.shape[-1] <= s.largest]) for g in found]
 
 
 class Runner:
@@ -111,7 +134,12 @@ class Runner:
         """Check and measure one subject of a group after the other."""
         problem = random_problem(group.shape, group.dtype, group.k)
         measure = partial(self._count, group.section)
-        if group.section not in ("memory", "ops"):
+        if group.length is not None:
+            problem = problem.of_length(group.length, any(s.adam for s in group.subjects))
+        if group.yardstick is not None:
+            yards = {"rival": yardstick(group.yardstick.build(problem), self.effort)}
+            measure = partial(self._time, yards)
+        elif group.section not in ("memory", "ops"):
             needed = {"sgd": SGD} | ({"adam": ADAM} if any(s.adam for s in group.subjects) else {})
             yards = {name: yardstick(subject.build(problem), self.effort) for name, subject in needed.items()}
             measure = partial(self._time, yards)
@@ -125,6 +153,7 @@ class Runner:
                 "shape": list(group.shape),
                 "dtype": str(group.dtype).removeprefix("torch."),
                 "k": group.k,
+                "length": group.length,
             } | measure(subject, problem)
 
     def _count(self, section: str, subject: Subject, problem: Problem) -> dict[str, Any]:
@@ -144,7 +173,7 @@ class Runner:
         self._last[subject.name] = problem.n, seconds
         if rival and 3 * seconds > cap:
             return {"not_run": f"not run: a step takes {seconds:.2g} s"}
-        beside = yards if subject.adam else {"sgd": yards["sgd"]}
+        beside = {name: yard for name, yard in yards.items() if subject.adam or name != "adam"}
         return compare(trial, subject.steps, beside, self.effort, seconds, cap if rival else float("inf"))
 
     def _expected(self, subject: Subject, problem: Problem) -> float:

@@ -69,8 +69,8 @@ def _plain(name: str, build: Build, expected: Callable[[Problem], torch.Tensor],
     return Subject(name, "geoopt alone" if source == "geoopt" else source, source, "O(n²)", build, arrives_at(expected))
 
 
-def _rival(name: str, source: str, build: Build) -> Subject:
-    return Subject(name, "rival", source, "O(n³)", build, stays_orthogonal, largest=2048)
+def _rival(name: str, source: str, build: Build, *, adam: bool = False) -> Subject:
+    return Subject(name, "rival", source, "O(n³)", build, stays_orthogonal, adam=adam, largest=2048)
 
 
 IN_PLACE = _ours("in place", in_place)
@@ -107,11 +107,21 @@ PLAIN = [SGD, RMSPROP, ADAM, COPY, CLONE, NULL_RSGD, NULL_RADAM]
 
 DENSE_EXPONENTIAL = _rival("dense exponential", "torch", dense_exponential)
 STACKED_POGO = _rival("POGO", "pogo-torch", stacked(lambda params, lr: POGO(params, base.SGD(), lr)))
+CANONICAL, EUCLIDEAN = (
+    [
+        _rival(
+            f"{stiefel.__name__}, {kind.__name__}",
+            "geoopt",
+            optimised(kind, lambda k, cls=stiefel: cls()),
+            adam=kind is RiemannianAdam,
+        )
+        for kind in (RiemannianSGD, RiemannianAdam)
+    ]
+    for stiefel in (geoopt.CanonicalStiefel, geoopt.EuclideanStiefel)
+)
 RIVALS = [
-    *(
-        _rival(f"{stiefel.__name__}, RiemannianSGD", "geoopt", optimised(RiemannianSGD, lambda k, cls=stiefel: cls()))
-        for stiefel in (geoopt.CanonicalStiefel, geoopt.EuclideanStiefel)
-    ),
+    CANONICAL[0],
+    EUCLIDEAN[0],
     STACKED_POGO,
     *(
         _rival(f"parametrizations.orthogonal, {name}", "torch", parametrised(partial(orthogonal, orthogonal_map=name)))

@@ -20,6 +20,8 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
         "Complex batches: step against torch.optim.SGD's": _batches(record, "complex64"),
         "Stacks of small real blocks: step against torch.optim.SGD's": _batches(record, "float32"),
         "Rivals: step against torch.optim.SGD's": _rivals(record),
+        "Step against EuclideanStiefel's with geoopt's optimiser of the same name": _beside_rival(record, "stiefel"),
+        "Complex full-rank step against POGO's": _beside_rival(record, "complex"),
         "Memory allocated by a step, in matrices (peak at one time)": _by_column(
             record, "memory", _side_column, _memory
         ),
@@ -69,6 +71,17 @@ def _rivals(record: dict[str, Any]) -> Rows:
         for original in record["original"]
     ]
     return [[*rows[0], "cost", "source"], *([*row, *about[row[0]]] for row in rows[1:]), *known]
+
+
+def _beside_rival(record: dict[str, Any], section: str) -> Rows:
+    """Return a row for every subject, rank and length of the step."""
+    cells = [cell | {"subject": _step_name(cell)} for cell in record["cells"] if cell["section"] == section]
+    return _grid(cells, _side_column, lambda cell: _ratio(cell, "rival"))
+
+
+def _step_name(cell: Cell) -> str:
+    rank = f", k = {cell['k']}" if cell["family"] == "ours" else ""
+    return f"{cell['subject']}{rank}, ‖u‖₂ = {cell['length']:g}"
 
 
 def _operators(record: dict[str, Any]) -> Rows:

@@ -66,7 +66,7 @@ class Unconstrained(geoopt.Euclidean):
         return torch.linalg.matrix_norm(u, keepdim=True).square()
 
 
-def in_place(manifold: Callable[[int], Any]) -> Build:
+def in_place(manifold: Callable[[int | None], Any]) -> Build:
     """Step by the manifold's own ``step_``, without an optimiser."""
 
     def build(problem: Problem) -> Trial:
@@ -76,7 +76,7 @@ def in_place(manifold: Callable[[int], Any]) -> Build:
     return build
 
 
-def optimised(optimizer: Optimizer, manifold: Callable[[int], Manifold] | None = None) -> Build:
+def optimised(optimizer: Optimizer, manifold: Callable[[int | None], Manifold] | None = None) -> Build:
     """Step by an optimiser, on a manifold made for rank k or on a plain parameter."""
 
     def build(problem: Problem) -> Trial:
