@@ -15,10 +15,11 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from projunn_manifold.linalg import phases
-from projunn_manifold.linalg.small import namespace
+from projunn_manifold.linalg.small import Small, namespace
 
 __all__ = ["GEODESIC", "POLAR", "Angle"]
 
@@ -26,8 +27,15 @@ __all__ = ["GEODESIC", "POLAR", "Angle"]
 class Angle(ABC):
     """The angle α that a rotation by θ of the tangent becomes, and the functions φ and ψ made from it.
 
-    θ is a tensor or a NumPy array.
+    θ is a tensor, or a NumPy array for a class that says so.
     """
+
+    #: Whether θ may be a NumPy array; arrays are faster for a single matrix on CPU.
+    takes_arrays = False
+
+    def suited(self, x: Small) -> Small:
+        """Return a small matrix in a form whose eigenvalues this class takes."""
+        return x if self.takes_arrays or isinstance(x, Tensor) else torch.from_numpy(x)
 
     @abstractmethod
     def alpha(self, theta: Any) -> Any:
@@ -53,6 +61,8 @@ class Angle(ABC):
 
 @final
 class _Geodesic(Angle):
+    takes_arrays = True
+
     def alpha(self, theta: Any) -> Any:
         return theta
 
@@ -69,6 +79,8 @@ class _Geodesic(Angle):
 
 @final
 class _Polar(Angle):
+    takes_arrays = True
+
     def alpha(self, theta: Any) -> Any:
         return namespace(theta).arctan(theta)
 

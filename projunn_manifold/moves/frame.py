@@ -159,7 +159,7 @@ class FramedTangent(Tangent):
         if angle is POLAR and self.c is not None:
             core, _, _ = _polar_increment(self.omega, self.c)
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
-        group = small.to(small.phase_core(self._lift(), angle.alpha), p)
+        group = small.to(small.phase_core(angle.suited(self._lift()), angle.alpha), p)
         core = group if self.c is None else group[..., :r].contiguous()
         return LowRankMove(_basis(p, self.b), core, self.right, group)
 

@@ -108,7 +108,8 @@ class RankKTangent(Tangent):
     def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""
         k = self.r.shape[-1]
-        omega, half = small.multiple(self.scale, self.omega), small.multiple(self.scale / 2, self.r)
+        omega, r = angle.suited(self.omega), angle.suited(self.r)
+        omega, half = small.multiple(self.scale, omega), small.multiple(self.scale / 2, r)
         lift = small.block(omega, small.adjoint(half), -half, 0 * half)
         theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
         phi, psi = angle.complex_phi(theta), angle.psi(theta)
