@@ -26,7 +26,7 @@ demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, d
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
 	$(BIN)/python benchmarks/run.py
 
-compare: $(VENV)/.bench ## every system of the field on the same four tasks, with tables and plots (under 20 minutes)
+compare: $(VENV)/.bench ## every system of the field on the same six tasks, with tables and plots (under 60 minutes)
 	$(BIN)/python benchmarks/systems.py
 
 lint: $(VENV)/.test ## ruff and mypy

@@ -1,34 +1,39 @@
-"""Every system of the field on the same four tasks: at equal steps and at equal seconds.
+"""Every system of the field on the same six tasks, each at the best of its rates: who reaches the goal first.
 
 Copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of rank 16) and
-orthogonal Procrustes (real, gradients of full rank).  Run ``make compare`` or ``python benchmarks/systems.py`` (under
-20 minutes): 20 seconds for a cell, two cells at a time; ``--full`` without a limit of time.  Every system's rate is the
-best of four on the recurrent tasks, each tried for a fifth of that time from another seed, and of five on the matrices,
-tried at n = 128, as these rates are in units of the curvature.  It leaves ``compare.json`` and ``compare.png``;
-``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
+orthogonal Procrustes (real, gradients of full rank), 20 seconds for a training; and two tasks where a matrix product is
+long, a random rotation of n = 2048 and a recurrent network of n = 1024, 120 seconds.  Run ``make compare`` or ``python
+benchmarks/systems.py`` (under 60 minutes): two trainings at a time, a thread each.  It leaves ``compare.json`` and
+``compare.png``; ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
+
+The learning rates are those of ``docs/results/compare_rates.json``, which ``--search`` finds: the best of four on the
+recurrent tasks and of five on the matrices, there in units of the curvature, each tried for a few seconds from another
+seed, on matrices of a smaller n.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common import descents, networks
-from common.matrices import Procrustes, RandomUnitary
+from common.matrices import Procrustes, RandomRotation, RandomUnitary
 from common.networks import Choices
 from common.report import add_record_options, environment, machine_of, markdown, recorded, tell, thinned
 from common.tasks import Copying, Pixels
@@ -36,37 +41,92 @@ from common.training import NonFiniteError, Run, train
 from suite.counting import Allocations
 
 FOREVER = 100_000
+RATES_FILE = Path(__file__).parents[1] / "docs" / "results" / "compare_rates.json"
+
+
+class Digits(Pixels):
+    """Digits with a goal, so that systems can be compared by the time it takes them."""
+
+    goal: ClassVar[float] = 0.1
 
 
 @dataclass(frozen=True)
 class Setting:
     """A task, and what is asked of it."""
 
+    about: str
     make: Callable[[int, int, int], Any]  # of n, steps and seed
     hidden: int  # n
     recurrent: bool
-    steps: int  # where systems are compared at equal steps
-    full: int  # steps at most, without a limit of time
+    seconds: float  # of a training
+    trial: float  # seconds in which a rate is tried
+    tuned_at: int  # n, where rates are tried
 
 
 SETTINGS: dict[str, Setting] = {
-    "copying": Setting(lambda n, steps, seed: Copying(200, 32, steps, seed), 96, True, 100, 3000),
-    "permuted digits": Setting(lambda n, steps, seed: Pixels(128, math.ceil(steps / 12), seed), 96, True, 100, 3000),
-    "random unitary": Setting(lambda n, steps, seed: RandomUnitary(n, 16, steps, seed), 256, False, 100, 3000),
-    "Procrustes": Setting(lambda n, steps, seed: Procrustes(n, steps, seed), 1024, False, 30, 2000),
+    "copying": Setting(
+        "A recurrent network reads ten symbols and repeats them after 200 steps.",
+        lambda n, steps, seed: Copying(200, 32, steps, seed),
+        hidden=96,
+        recurrent=True,
+        seconds=20,
+        trial=4,
+        tuned_at=96,
+    ),
+    "permuted digits": Setting(
+        "A recurrent network reads images of 8 × 8 pixels, one pixel a step, in a fixed random order.",
+        lambda n, steps, seed: Digits(128, math.ceil(steps / 12), seed),
+        hidden=96,
+        recurrent=True,
+        seconds=20,
+        trial=4,
+        tuned_at=96,
+    ),
+    "random unitary": Setting(
+        "A complex unitary matrix is learnt from 16 samples a step, so that its gradient has rank 16.",
+        lambda n, steps, seed: RandomUnitary(n, 16, steps, seed),
+        hidden=256,
+        recurrent=False,
+        seconds=20,
+        trial=2,
+        tuned_at=128,
+    ),
+    "Procrustes": Setting(
+        "A rotation is learnt from all samples at once, so that its gradient has full rank.",
+        lambda n, steps, seed: Procrustes(n, steps, seed),
+        hidden=1024,
+        recurrent=False,
+        seconds=20,
+        trial=2,
+        tuned_at=128,
+    ),
+    "large rotation": Setting(
+        "A rotation is learnt from 16 samples a step, the first experiment of the paper.",
+        lambda n, steps, seed: RandomRotation(n, 16, steps, seed),
+        hidden=2048,
+        recurrent=False,
+        seconds=120,
+        trial=5,
+        tuned_at=512,
+    ),
+    "large network": Setting(
+        "Permuted digits again, 32 images a step, with a transition ten times as wide.",
+        lambda n, steps, seed: Digits(32, math.ceil(steps / 45), seed),
+        hidden=1024,
+        recurrent=True,
+        seconds=120,
+        trial=8,
+        tuned_at=1024,
+    ),
 }
-SMALL: dict[str, Setting] = {
-    "copying": Setting(lambda n, steps, seed: Copying(10, 4, steps, seed), 12, True, 5, 12),
-    "permuted digits": Setting(lambda n, steps, seed: Pixels(512, math.ceil(steps / 3), seed), 8, True, 2, 3),
-    "random unitary": Setting(lambda n, steps, seed: RandomUnitary(n, 4, steps, seed), 16, False, 5, 12),
-    "Procrustes": Setting(lambda n, steps, seed: Procrustes(n, steps, seed), 16, False, 5, 12),
-}
-TUNED_AT = 128  # n, where rates for matrices are tried
+SMALL = 16  # n, to see that all works
 RATES = {  # tried: of the transition, or of everything where that is not apart; for matrices of the inverse curvature
     "ambient": (1e-4, 3e-4, 1e-3, 3e-3),
     "unit length": (0.003, 0.01, 0.03, 0.1),  # Adam of the whole matrix
+    "gradient": (1e-4, 1e-3, 1e-2, 0.1),  # plain gradients
     "matrix": (0.25, 0.5, 1.0, 2.0, 4.0),
 }
+GREY, LIGHT_GREY = "0.6", "0.8"
 
 
 @dataclass(frozen=True)
@@ -77,10 +137,12 @@ class System:
     package: str
     recurrent: str | None
     matrix: str | None
-    colour: str
+    group: str = "others"  # or "ours", or "references": what learns no orthogonal matrix
     k: int = 0
+    colour: str = GREY
     kind: str = "ambient"  # of rates on the recurrent tasks
     apart: bool = True  # whether the transition has a rate of its own
+    largest: float = math.inf  # n
     why_not: str = ""
 
     def method(self, setting: Setting) -> Any:
@@ -95,73 +157,117 @@ class System:
             return self.why_not
         if not setting.recurrent and setting.make(1, 1, 0).dtype.is_complex and method.real_only:
             return "no complex matrices"
+        if setting.hidden > self.largest:
+            return f"too slow above n = {self.largest}"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return None
 
+    def rates(self, setting: Setting) -> tuple[float, ...]:
+        """Return the rates to be tried."""
+        return RATES[self.kind if setting.recurrent else "matrix"]
 
-SYSTEMS = [
-    *(
-        System(f"projUNN-{v}, k = {k}", "", f"projUNN-{v}", f"projUNN-{v}", colour, k)
-        for v, colour in (("D", "tab:blue"), ("T", "tab:orange"))
-        for k in (1, 4, 16)
-    ),
-    *(
+    def choices(self, n: int, rate: float, seed: int) -> Choices:
+        """Return what its training at a rate is asked for."""
+        lr = 1e-3 if self.apart else rate
+        return Choices(n, k=self.k, seed=seed, lr=lr, unitary_lr=rate, nonlinearity="modrelu", init="henaff")
+
+
+SYSTEMS = {
+    system.name: system
+    for system in (
+        *(
+            System(f"projUNN-{v}, k = {k or None}", "", f"projUNN-{v}", f"projUNN-{v}", "ours", k, colour)
+            for v, colour in (("D", "tab:blue"), ("T", "tab:orange"))
+            for k in (1, 4, 16, 0)
+        ),
+        *(
+            System(f"Stiefel, {form} (geoopt)", "", f"Stiefel-{form}, RAdam", f"Stiefel-{form}", kind="unit length")
+            for form in ("canonical", "euclidean")
+        ),
+        System("POGO (pogo-torch)", "pogo", "POGO", "POGO", kind="unit length"),
+        System("RSDM (Han et al.)", "", "RSDM", "RSDM", kind="gradient"),
+        System("StiefelAdam, -SGD (Kong et al.)", "", "StiefelAdam", "StiefelSGD"),
+        System("expRNN (torch, matrix_exp)", "", "expRNN", "parametrised, matrix_exp", largest=1024),
+        System("DTRIV (geotorch)", "geotorch", "DTRIV", "DTRIV", largest=1024),
+        System("scoRNN (torch, cayley)", "", "scoRNN", "parametrised, cayley"),
         System(
-            f"Stiefel, {kind} (geoopt)", "geoopt", f"Stiefel-{kind}, RAdam", f"Stiefel-{kind}", colour, 0, "unit length"
-        )
-        for kind, colour in (("canonical", "tab:red"), ("euclidean", "tab:green"))
-    ),
-    System("POGO (pogo-torch)", "pogo", "POGO", "POGO", "gold", 0, "unit length"),
-    System("expRNN (torch, matrix_exp)", "", "expRNN", "parametrised, matrix_exp", "tab:purple"),
-    System("DTRIV (geotorch)", "geotorch", "DTRIV", "DTRIV", "teal"),
-    System("scoRNN (torch, cayley)", "", "scoRNN", "parametrised, cayley", "tab:brown"),
-    System(
-        "EUNN (torch_eunn)",
-        "torch_eunn",
-        "EUNN",
-        None,
-        "tab:pink",
-        apart=False,
-        why_not="a cell of rotations, no matrix weight",
-    ),
-    System("unconstrained", "", "RNN, unitary start", "unconstrained", "tab:gray", apart=False),
-    System("LSTM", "", "LSTM", None, "tab:olive", apart=False, why_not="no transition matrix"),
-]
+            "EUNN (torch_eunn)",
+            "torch_eunn",
+            "EUNN",
+            None,
+            apart=False,
+            why_not="a cell of rotations, no matrix weight",
+        ),
+        System("unconstrained", "", "RNN, unitary start", "unconstrained", "references", 0, LIGHT_GREY, apart=False),
+        System("frozen", "", "frozen", None, "references", 0, LIGHT_GREY, apart=False, why_not="nothing else to train"),
+        System("LSTM", "", "LSTM", None, "references", 0, LIGHT_GREY, apart=False, why_not="no transition matrix"),
+    )
+}
 
 
-def cell(task_name: str, system_name: str, seconds: float | None, small: bool) -> dict[str, Any]:
-    """Train one system on one task, at the best of its rates."""
+# -- trainings --------------------------------------------------------------------------------------------
+
+
+def _setting(task: str, small: bool) -> Setting:
+    setting = SETTINGS[task]
+    return replace(setting, hidden=SMALL, tuned_at=SMALL) if small else setting
+
+
+def _train(setting: Setting, system: System, n: int, rate: float, seed: int, seconds: float) -> Run | None:
+    """Train; None if it diverges."""
     torch.set_num_threads(1)
-    setting = (SMALL if small else SETTINGS)[task_name]
-    (system,) = [s for s in SYSTEMS if s.name == system_name]
-    found: dict[str, Any] = {"task": task_name, "system": system_name}
+    task, choices = setting.make(n, FOREVER, seed), system.choices(n, rate, seed)
+    try:
+        return train(task, system.method(setting), choices, stop_when_solved=True, seconds=seconds, quiet=True)
+    except NonFiniteError:
+        return None
+
+
+def tried(task: str, name: str, small: bool, seconds: float | None) -> dict[str, Any] | None:
+    """Try the rates of one system on one task; None where it does not do that."""
+    setting, system = _setting(task, small), SYSTEMS[name]
+    if system.refusal(setting) is not None:
+        return None
+    found: dict[float, dict[str, Any]] = {}
+    for rate in system.rates(setting):
+        run = _train(setting, system, setting.tuned_at, rate, 1, seconds or setting.trial)
+        end = math.nan if run is None else fmean(run.losses[-3:])
+        solved = run is not None and run.solved_at is not None
+        found[rate] = {
+            "final_loss": end if math.isfinite(end) else None,
+            "solved_after": run.seconds[-1] if solved else None,
+        }
+    return {"rate": min(found, key=lambda rate: _place(found[rate])), "n": setting.tuned_at, "tried": found}
+
+
+def _place(result: dict[str, Any]) -> tuple[int, float]:
+    """Order results: those that reach the goal by their time, the others by their last losses, None being the last."""
+    if result["solved_after"] is not None:
+        return 0, result["solved_after"]
+    return (2, 0.0) if result["final_loss"] is None else (1, result["final_loss"])
+
+
+def cell(task: str, name: str, small: bool, seconds: float | None, rate: float | None) -> dict[str, Any]:
+    """Train one system on one task, and measure."""
+    setting, system = _setting(task, small), SYSTEMS[name]
+    found: dict[str, Any] = {"task": task, "system": name}
     refusal = system.refusal(setting)
-    if refusal is not None:
-        return {**found, "not_run": refusal}
+    if refusal is not None or rate is None:
+        return {**found, "not_run": refusal or "no rate was searched"}
     peak = _peak(setting, system)
-    rates = RATES[system.kind if setting.recurrent else "matrix"]
-    trials = {rate: _try(setting, system, rate, 20 if seconds is None else seconds) for rate in rates}
-    rate = min(trials, key=lambda r: _rank(trials[r]))
-    run = _train(setting, system, setting.hidden, rate, 0, seconds)
+    run = _train(setting, system, setting.hidden, rate, 0, seconds or setting.seconds)
     if run is None:
         return {**found, "not_run": "diverged"}
     kept = thinned(len(run.losses))
-    solved = run.solved_at
     return {
         **found,
-        "colour": system.colour,
-        "k": system.k,
         "rate": rate,
-        "rates": list(rates),
         "steps": len(run.losses),
         "seconds": round(run.seconds[-1], 2),
-        "at_equal_steps": float(run.running_mean[setting.steps - 1]) if len(run.losses) >= setting.steps else None,
         "final_loss": run.final_loss,
         "score": run.score,
-        "measure": run.measure,
-        "solved_at": solved,
-        "solved_after": None if solved is None else round(run.seconds[solved - 1], 2),
+        "solved_after": None if run.solved_at is None else round(run.seconds[run.solved_at - 1], 2),
         "unitarity_error": run.unitarity[-1],
         "peak_mib": round(peak / 2**20, 2),
         "curves": {
@@ -172,38 +278,11 @@ def cell(task_name: str, system_name: str, seconds: float | None, small: bool) -
     }
 
 
-def _choices(system: System, n: int, rate: float, seed: int) -> Choices:
-    lr = 1e-3 if system.apart else rate
-    return Choices(n, k=system.k, seed=seed, lr=lr, unitary_lr=rate, nonlinearity="modrelu", init="henaff")
-
-
-def _try(setting: Setting, system: System, rate: float, seconds: float) -> Run | None:
-    """Train for a while, from another seed, to see what a rate is good for."""
-    n = setting.hidden if setting.recurrent else min(TUNED_AT, setting.hidden)
-    return _train(setting, system, n, rate, 1, seconds / (5 if setting.recurrent else 10))
-
-
-def _train(setting: Setting, system: System, n: int, rate: float, seed: int, seconds: float | None) -> Run | None:
-    """Train; None if it diverges."""
-    task = setting.make(n, setting.full if seconds is None else FOREVER, seed)
-    choices = _choices(system, n, rate, seed)
-    try:
-        return train(task, system.method(setting), choices, stop_when_solved=True, seconds=seconds, quiet=True)
-    except NonFiniteError:
-        return None
-
-
-def _rank(run: Run | None) -> tuple[int, float]:
-    """Order trainings: those that reach the goal by their time, the others by their last losses."""
-    if run is None or not math.isfinite(run.losses[-1]):
-        return 2, 0.0
-    return (0, run.seconds[-1]) if run.solved_at is not None else (1, fmean(run.losses[-3:]))
-
-
 def _peak(setting: Setting, system: System) -> int:
     """Return the most bytes that a training step has in use beyond weights and state; it compiles what is to be."""
+    torch.set_num_threads(1)
     task = setting.make(setting.hidden, 2, 0)
-    network, optimizers = system.method(setting).build(task, _choices(system, setting.hidden, 1e-6, 0))
+    network, optimizers = system.method(setting).build(task, system.choices(setting.hidden, 1e-6, 0))
     inputs, targets = next(iter(task.batches()))
 
     def step() -> None:
@@ -220,110 +299,177 @@ def _peak(setting: Setting, system: System) -> int:
 
 # -- reports ----------------------------------------------------------------------------------------------
 
-HEADER = ["system", "learning rate", "steps", "time (s)", "loss at equal steps", "loss", "score", "goal at step"]
-HEADER += ["goal after (s)", "error", "MiB"]
+HEADER = ["system", "learning rate", "steps", "goal after (s)", "loss", "score"]
 
 
-def table(record: dict[str, Any], task: str) -> str:
+def _cells(record: dict[str, Any], task: str) -> list[dict[str, Any]]:
+    return [c for c in record["cells"] if c["task"] == task]
+
+
+def table(cells: list[dict[str, Any]]) -> str:
     """Return a row for each system."""
     rows = [HEADER]
-    for c in (c for c in record["cells"] if c["task"] == task):
+    for c in cells:
         if "not_run" in c:
             rows.append([c["system"], c["not_run"], *[""] * (len(HEADER) - 2)])
             continue
-        reached = c["solved_at"] is not None
-        error = c["unitarity_error"]
+        after = "not reached" if c["solved_after"] is None else f"{c['solved_after']:.3g}"
         rows.append(
-            [
-                c["system"],
-                f"{c['rate']:.2g}",
-                str(c["steps"]),
-                f"{c['seconds']:.3g}",
-                "not reached" if c["at_equal_steps"] is None else f"{c['at_equal_steps']:.3g}",
-                f"{c['final_loss']:.3g}",
-                f"{c['score']:.3g}",
-                str(c["solved_at"]) if reached else "not reached",
-                f"{c['solved_after']:.3g}" if reached else "",
-                "–" if error is None else f"{error:.1e}",
-                f"{c['peak_mib']:.3g}",
-            ]
+            [c["system"], f"{c['rate']:.2g}", str(c["steps"]), after, f"{c['final_loss']:.3g}", f"{c['score']:.3g}"]
         )
     return markdown(rows)
 
 
+def _groups(cells: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Return what ran, by group, the best first."""
+    order = sorted((c for c in cells if "not_run" not in c), key=_place)
+    return {g: [c for c in order if SYSTEMS[c["system"]].group == g] for g in ("ours", "others", "references")}
+
+
+def verdict(cells: list[dict[str, Any]]) -> str:
+    """Say whether one of ours is first among those that learn an orthogonal matrix, or by how much it is behind."""
+    ours, others, references = _groups(cells).values()
+    if not ours or not others:
+        return "There is nothing to compare."
+    first, second = sorted((ours[0], others[0]), key=_place)
+    heading, rest = ("One of ours is first", "the others") if first is ours[0] else ("None of ours is first", "ours")
+    before = [_result(c) for c in references if _place(c) < _place(first)]
+    besides = f"  Before it, without learning an orthogonal matrix: {', '.join(before)}." if before else ""
+    return (
+        f"**{heading}**: {_result(first)}.  The best of {rest}, {_result(second)}, {_behind(first, second)}.{besides}"
+    )
+
+
+def _result(c: dict[str, Any]) -> str:
+    result = f"loss {c['final_loss']:.3g}" if c["solved_after"] is None else f"{c['solved_after']:.3g} s"
+    return f"{c['system']} ({result})"
+
+
+def _behind(first: dict[str, Any], second: dict[str, Any]) -> str:
+    if first["solved_after"] is None:
+        return f"ends with a loss {100 * (second['final_loss'] / first['final_loss'] - 1):.0f} % larger"
+    if second["solved_after"] is None:
+        return "does not reach the goal"
+    return f"takes {100 * (second['solved_after'] / first['solved_after'] - 1):.0f} % longer"
+
+
 def text(record: dict[str, Any]) -> str:
-    """Return all tables, and what is in them."""
+    """Return for each task what it is, who is first, and a table; and what is in the tables."""
     parts = []
-    for name, about in record["tasks"].items():
-        about = about.replace(", where a training ends", "")  # of older records
-        parts.append(f"### {name[0].upper()}{name[1:]}\n\n{table(record, name)}\n\n{about}")
-    limit = "no time limit" if record["seconds"] is None else f"{record['seconds']:g} seconds"
+    for name, words in record["tasks"].items():
+        cells = _cells(record, name)
+        parts.append(f"### {name[0].upper()}{name[1:]}\n\n{words}\n\n{verdict(cells)}\n\n{table(cells)}")
     parts.append(
-        f"Each training has one thread and {limit}; {record['jobs']} run at a time.  A training ends when it reaches "
-        "the goal.  Learning rate: the best of those tried.  Loss: mean of the last 10 steps.  Error: "
-        "‖WᵀW - I‖_F / √n.  MiB: peak memory of a training step beyond weights and optimiser state.  Measured on "
-        f"{machine_of(record)}."
+        f"Each training has one thread; {record['jobs']} run at a time.  A training ends when it reaches the goal.  "
+        f"Loss: mean of the last 10 steps.  Measured on {machine_of(record)}."
     )
     return "\n\n".join(parts)
 
 
-def about(setting: Setting) -> str:
+def about(setting: Setting, seconds: float | None) -> str:
     """Return a task in words."""
     task = setting.make(setting.hidden, 1, 0)
-    goal = "no goal" if task.goal is None else f"goal: loss {task.goal:.3g}"
-    return f"n = {setting.hidden}; equal steps: {setting.steps}; score: {task.measure}; {goal}."
+    return (
+        f"{setting.about}  n = {setting.hidden}; goal: loss {task.goal:.3g}, within {seconds or setting.seconds:g} s; "
+        f"score: {task.measure}."
+    )
 
 
 def draw(path: Path, record: dict[str, Any]) -> None:
-    """Draw losses against steps and seconds, a row for each task."""
+    """Draw losses against seconds and the times to the goal, a row for each task."""
     tasks = list(record["tasks"])
-    figure = Figure(figsize=(14, 3.6 * len(tasks)), layout="constrained")
-    dashes = {0: "-", 1: "-", 4: "--", 16: ":"}
-    for row, task in zip(figure.subplots(len(tasks), 2, squeeze=False, sharey="row"), tasks, strict=True):
-        for c in (c for c in record["cells"] if c["task"] == task and "not_run" not in c):
-            for panel, axis in zip(row, ("step", "seconds"), strict=True):
-                label = c["system"] if task == tasks[0] and axis == "step" else None
-                style = {"color": c["colour"], "linestyle": dashes[c["k"]], "linewidth": 1.2}
-                panel.plot(c["curves"][axis], c["curves"]["loss"], label=label, **style)
-        row[0].set(xlabel="step", ylabel=f"{task}: loss", yscale="log", xscale="log")
-        row[1].set(xlabel="seconds of training", yscale="log")
-        for panel in row:
-            panel.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(13, 3.6 * len(tasks)), layout="constrained")
+    for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
+        groups = _groups(_cells(record, task))
+        _curves(left, groups)
+        _bars(right, [c for group in groups.values() for c in group])
+        left.set(title=task, ylabel="loss", yscale="log")
+        right.set(title="seconds to the goal")
+    figure.savefig(path, dpi=100)
+
+
+def _curves(panel: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
+    """Draw losses against seconds, ours in colour and in front."""
+    dashes = {1: "-", 4: "--", 16: ":", 0: "-."}
+    for c in [*groups["references"], *groups["others"], *groups["ours"]]:
+        system = SYSTEMS[c["system"]]
+        style = dashes[system.k] if system.group == "ours" else "-"
+        panel.plot(c["curves"]["seconds"], c["curves"]["loss"], style, color=system.colour, linewidth=1.2)
+    panel.set_xlabel("seconds of training")
+    panel.grid(alpha=0.3)
+
+
+def _bars(panel: Axes, cells: list[dict[str, Any]]) -> None:
+    """Draw how long everybody takes to the goal; a hollow bar does not reach it."""
+    for place, c in enumerate(cells):
+        system, reached = SYSTEMS[c["system"]], c["solved_after"] is not None
+        panel.barh(
+            place,
+            c["solved_after"] or c["seconds"],
+            color=system.colour if reached else "none",
+            edgecolor=system.colour,
+        )
+        label = f"{c['solved_after']:.3g}" if reached else f"loss {c['final_loss']:.2g}"
+        panel.annotate(label, (c["solved_after"] or 0, place), (3, 0), textcoords="offset points", va="center", size=7)
+    panel.set_yticks(range(len(cells)), [c["system"] for c in cells], fontsize=7)
+    panel.invert_yaxis()
+
+
+# -- the command ------------------------------------------------------------------------------------------
+
+
+def in_processes(function: Callable[..., Any], jobs: list[tuple[Any, ...]], count: int) -> list[Any]:
+    """Call a function with each tuple of arguments, so many at a time."""
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(function, *job) for job in jobs]
+        for _ in tqdm(as_completed(futures), "compare", len(futures), unit="cell", disable=None):
+            pass
+        return [future.result() for future in futures]
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run all cells, several at a time."""
-    settings = SMALL if options.small else SETTINGS
-    seconds = None if options.full else options.seconds
-    jobs = [(task, system.name) for task in settings for system in SYSTEMS if system.name in options.systems]
-    cells = {}
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(cell, *job, seconds, options.small): job for job in jobs}
-        for future in tqdm(as_completed(futures), "compare", len(futures), unit="cell", disable=None):
-            cells[futures[future]] = future.result()
+    """Train everybody on everything, each at its recorded rate."""
+    rates = json.loads(options.rates.read_text(encoding="utf-8"))["rates"]
+    jobs = [
+        (task, name, options.small, options.seconds, rates.get(task, {}).get(name, {}).get("rate"))
+        for task in options.tasks
+        for name in options.systems
+    ]
+    cells = in_processes(cell, jobs, options.jobs)
     torch.set_num_threads(1)
-    return {
-        "seconds": seconds,
-        "jobs": options.jobs,
-        "tasks": {name: about(setting) for name, setting in settings.items()},
-        "cells": [cells[job] for job in jobs],
-        **environment(),
-    }
+    tasks = {name: about(_setting(name, options.small), options.seconds) for name in options.tasks}
+    return {"jobs": options.jobs, "tasks": tasks, "cells": cells, **environment()}
+
+
+def search(options: argparse.Namespace) -> None:
+    """Try the rates of everybody on everything, and write the best into the file, beside what it has of others."""
+    jobs = [(task, name, options.small, options.seconds) for task in options.tasks for name in options.systems]
+    found = in_processes(tried, jobs, options.jobs)
+    torch.set_num_threads(1)
+    rates = json.loads(options.rates.read_text(encoding="utf-8"))["rates"] if options.rates.exists() else {}
+    for (task, name, *_), best in zip(jobs, found, strict=True):
+        if best is not None:
+            rates.setdefault(task, {})[name] = best
+    options.rates.write_text(json.dumps({"rates": rates, **environment()}, indent=1) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Compare, report, and return the exit status."""
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    command.add_argument("--seconds", type=float, default=20, help="for a cell (default: %(default)s)")
-    command.add_argument("--full", action="store_true", help="without a limit of time: hours")
+    command.add_argument("--seconds", type=float, help="for a training, instead of the task's")
     command.add_argument("--small", action="store_true", help="tiny sizes, to see that all works")
-    names = [system.name for system in SYSTEMS]
-    command.add_argument("--systems", nargs="+", choices=names, default=names, metavar="SYSTEM", help="these alone")
-    command.add_argument("--jobs", type=int, default=2, help="cells at a time (default: %(default)s)")
+    command.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TASK", help="these")
+    command.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="SYSTEM", help="these alone"
+    )
+    command.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
+    command.add_argument("--rates", type=Path, default=RATES_FILE, metavar="JSON", help="file of the learning rates")
+    command.add_argument("--search", action="store_true", help="search learning rates, into that file")
     add_record_options(command, "results/compare")
     options = command.parse_args(arguments)
+    if options.search:
+        search(options)
+        return 0
     record = recorded(options, "compare", lambda: measure(options))
     options.out.mkdir(parents=True, exist_ok=True)
     draw(options.out / "compare.png", record)

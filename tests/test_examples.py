@@ -94,20 +94,76 @@ def test_a_unitary_network_carries_a_pattern_that_a_plain_one_loses(tmp_path):
 
 
 def test_the_comparison_runs_a_system_or_says_why_not(tmp_path):
-    systems = ["projUNN-D, k = 1", "projUNN-T, k = 16", "Stiefel, canonical (geoopt)", "unconstrained", "LSTM"]
+    ours = ["projUNN-D, k = 1", "projUNN-T, k = None"]
+    systems = [*ours, "Stiefel, canonical (geoopt)", "frozen", "unconstrained", "LSTM"]
     result = run_script(
         "benchmarks/systems.py", "--small", "--seconds", "0.05", "--systems", *systems, "--out", tmp_path
     )
     assert result.returncode == 0, result.stderr
     record = recorded(tmp_path / "compare.json")
-    assert len(record["cells"]) == 4 * 5
+    assert len(record["cells"]) == 6 * 6
     ran = [cell for cell in record["cells"] if "not_run" not in cell]
     assert {cell["system"] for cell in ran} == set(systems)
-    ours = [cell["unitarity_error"] for cell in ran if "projUNN" in cell["system"]]
-    assert len(ours) == 8
-    assert max(ours) < 1e-5
+    rates = recorded(ROOT / "docs" / "results" / "compare_rates.json")["rates"]
+    assert [cell["rate"] for cell in ran] == [rates[cell["task"]][cell["system"]]["rate"] for cell in ran]
+    errors = [cell["unitarity_error"] for cell in ran if cell["system"] in ours]
+    assert len(errors) == 2 * 6
+    assert max(errors) < 1e-5
     assert all(cell["not_run"] for cell in record["cells"] if cell not in ran)
+    assert result.stdout.count("first**: ") == 5  # nobody else here has complex numbers
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_search_of_rates_keeps_those_of_others(tmp_path):
+    file = tmp_path / "rates.json"
+    for system in ("projUNN-D, k = 1", "unconstrained", "LSTM"):
+        few = ["--small", "--seconds", "0.05", "--tasks", "random unitary", "--systems", system, "--jobs", "1"]
+        result = run_script("benchmarks/systems.py", "--search", *few, "--rates", file)
+        assert result.returncode == 0, result.stderr
+    found = recorded(file)["rates"]["random unitary"]
+    assert set(found) == {"projUNN-D, k = 1", "unconstrained"}  # an LSTM has no such matrix
+    for best in found.values():
+        after = {float(rate): result["solved_after"] for rate, result in best["tried"].items()}
+        assert best["rate"] == min((rate for rate in after if after[rate] is not None), key=after.get)
+
+
+@pytest.fixture
+def systems(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("systems")
+
+
+def result_of(name, loss, after=None):
+    return {"system": name, "final_loss": loss, "solved_after": after}
+
+
+@pytest.mark.parametrize(
+    ("ours", "other", "says"),
+    [
+        ((0.1, 2.0), (0.1, 3.0), ["**One of ours is first**: projUNN-D, k = 1 (2 s).", "takes 50 % longer."]),
+        ((0.1, 3.0), (0.1, 2.0), ["**None of ours is first**: POGO (pogo-torch) (2 s).", "takes 50 % longer."]),
+        ((0.4, None), (0.1, 2.0), ["**None of ours is first**", "k = 1 (loss 0.4), does not reach the goal."]),
+        ((0.2, None), (0.3, None), ["**One of ours is first**", "ends with a loss 50 % larger."]),
+    ],
+)
+def test_the_comparison_says_by_how_much_ours_is_first_or_behind(systems, ours, other, says):
+    not_run = {"system": "RSDM (Han et al.)", "not_run": "no complex matrices"}
+    worse = [result_of("projUNN-T, k = 4", 0.9), result_of("scoRNN (torch, cayley)", 0.9)]
+    cells = [not_run, *worse, result_of("POGO (pogo-torch)", *other), result_of("projUNN-D, k = 1", *ours)]
+    said = systems.verdict(cells)
+    assert all(words in said for words in says), said
+    assert "Before" not in said
+    fastest = result_of("unconstrained", 0.1, 1.0)
+    assert systems.verdict([fastest, *cells]).endswith("without learning an orthogonal matrix: unconstrained (1 s).")
+
+
+def test_every_system_has_a_searched_rate_wherever_it_runs(systems):
+    rates = recorded(systems.RATES_FILE)["rates"]
+    for task, setting in systems.SETTINGS.items():
+        for name, system in systems.SYSTEMS.items():
+            if system.refusal(setting) is None:
+                assert rates[task][name]["rate"] in system.rates(setting)
+                assert {float(rate) for rate in rates[task][name]["tried"]} == set(system.rates(setting))
 
 
 def test_a_pretrained_network_is_made_unitary_and_trained_on(tmp_path):

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import ROOT, recorded, run_script
+from helpers import ROOT, bound, error, recorded, run_script
 
 pytestmark = pytest.mark.site
 
@@ -152,7 +152,8 @@ def test_every_descent_of_the_comparison_makes_the_same_first_step(module):
     descents, matrices, networks = module("common.descents"), module("common.matrices"), module("common.networks")
     task = matrices.Procrustes(24, 1, 0)
     moves = {}
-    for name in ("full rank", "Stiefel-canonical", "Stiefel-euclidean", "parametrised, matrix_exp", "unconstrained"):
+    everyone = ["full rank", "Stiefel-canonical", "Stiefel-euclidean", "StiefelSGD", "parametrised, matrix_exp"]
+    for name in (*everyone, "unconstrained"):
         network, (optimizer,) = descents.METHODS[name].build(task, networks.Choices(24, k=0, unitary_lr=1e-4))
         before = network.linear.weight.detach().clone()
         inputs, targets = next(task.batches())
@@ -165,3 +166,69 @@ def test_every_descent_of_the_comparison_makes_the_same_first_step(module):
             torch.testing.assert_close(before.mT @ before, torch.eye(24), atol=1e-5, rtol=0)
     for name, move in moves.items():
         assert torch.dist(move, moves["full rank"]) < 0.01 * moves["full rank"].norm(), name
+
+
+def nearest(optimizer, x, target, steps):
+    """The squared distance to a target after each of so many steps."""
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = (x - target).square().sum() / 2
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def rotations(draw, n):
+    x, target = (draw.point(n, n, dtype=torch.float64) for _ in range(2))
+    target[:, 0] *= torch.linalg.det(x) * torch.linalg.det(target)
+    return torch.nn.Parameter(x), target
+
+
+def test_rsdm_rotates_a_few_rows_and_descends(module, draw):
+    x, target = rotations(draw, 24)
+    optimizer = module("common.rivals").RSDM([x], lr=0.5, rows=6)
+    before = x.detach().clone()
+    first = nearest(optimizer, x, target, 1)
+    moved = (x - before).abs().sum(1) > 0
+    assert moved.sum() == 6
+    turn = x.detach() @ before.mT - torch.eye(24, dtype=torch.float64)
+    turn[moved.nonzero(), moved.nonzero().mT] = 0
+    assert turn.abs().max() < bound(torch.float64)
+    f = ((before - target) @ before.mT)[moved][:, moved]
+    step = (x.detach() @ before.mT)[moved][:, moved]  # qf is the identity less the step, to its second order
+    skew = (f - f.mT) / 2
+    assert torch.dist((step - step.mT) / 2, -0.5 * skew) < torch.linalg.matrix_norm(0.5 * skew, 2) ** 2
+    losses = nearest(optimizer, x, target, 400)
+    assert losses[-1] < 0.1 * first[0]
+    assert error(x.detach().mT @ x.detach(), torch.eye(24)) < bound(torch.float64)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_momentum_stiefel_starts_along_the_gradient_and_descends(module, draw, adaptive):
+    x, target = rotations(draw, 24)
+    optimizer = module("common.rivals").MomentumStiefel([x], lr=0.02, adaptive=adaptive)
+    before = x.detach().clone()
+    first = nearest(optimizer, x, target, 1)
+    skew = before.mT @ (before - target)
+    skew = skew - skew.mT
+    y = skew / (skew.abs() + 1e-5) if adaptive else skew
+    turn = torch.linalg.solve(torch.eye(24) + 0.01 * y, torch.eye(24, dtype=torch.float64) - 0.01 * y)
+    assert error(x.detach(), before @ turn) < bound(torch.float64)
+    losses = nearest(optimizer, x, target, 400)
+    assert losses[-1] < 0.1 * first[0]
+    assert error(x.detach().mT @ x.detach(), torch.eye(24)) < 8 * bound(torch.float64)  # rounding of 401 steps adds up
+
+
+def test_a_frozen_transition_does_not_move(module):
+    training, networks, tasks = module("common.training"), module("common.networks"), module("common.tasks")
+    method, choices, task = networks.METHODS["frozen"], networks.Choices(16), tasks.Copying(5, 4, 12, 0)
+    network, optimizers = method.build(task, choices)
+    start = {name: p.detach().clone() for name, p in network.named_parameters()}
+    inputs, targets = next(task.batches())
+    task.loss(network(inputs), targets).backward()
+    optimizers[0].step()
+    moved = {name for name, p in network.named_parameters() if not torch.equal(p, start[name])}
+    assert moved == {name for name in start if "weight_hh" not in name}
+    assert training.train(task, method, choices, quiet=True).unitarity[-1] < bound(torch.float32)

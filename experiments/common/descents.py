@@ -18,6 +18,7 @@ from projunn_manifold.linalg.dense import haar, unitarity_error
 from projunn_manifold.optim import RiemannianSGD
 
 from .networks import Choices, Optimizers, dynamic_trivialisation, pogo
+from .rivals import RSDM, MomentumStiefel
 
 
 class MatrixTask(Protocol):
@@ -127,6 +128,18 @@ METHODS: dict[str, Descent] = {
         Descent("parametrised, cayley", partial(_parametrised, "cayley"), "tab:brown"),
         Descent("DTRIV", _dtriv, "tab:cyan", real_only=True),
         Descent("POGO", lambda layer, choices, rate: [pogo(layer.weight, 2 * rate, "SGD")], "gold"),
+        Descent(
+            "RSDM",
+            lambda layer, choices, rate: [RSDM([layer.weight], 2 * rate, layer.in_features // 4, choices.seed)],
+            "sienna",
+            real_only=True,
+        ),
+        Descent(
+            "StiefelSGD",
+            lambda layer, choices, rate: [MomentumStiefel([layer.weight], rate, adaptive=False)],
+            "plum",
+            real_only=True,
+        ),
         Descent(
             "unconstrained", lambda layer, choices, rate: [torch.optim.SGD(layer.parameters(), lr=rate)], "tab:gray"
         ),

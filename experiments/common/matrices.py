@@ -11,8 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from projunn_manifold.linalg.dense import haar
-
 from .descents import rotation
 from .tasks import Batch
 
@@ -21,7 +19,7 @@ SAMPLES = 4096
 
 @dataclass(frozen=True)
 class RandomUnitary:
-    """The linear map of a Haar-distributed U*, from samples."""
+    """The linear map of a Haar-distributed U*, of determinant one if it is real, from samples."""
 
     width: int
     batch: int
@@ -49,12 +47,12 @@ class RandomUnitary:
     def target(self) -> Tensor:
         """The matrix to be learnt."""
         generator = torch.Generator().manual_seed(self.seed)
-        return haar(self.width, self.width, dtype=torch.complex64, generator=generator)
+        return rotation(self.width, self.dtype, generator)
 
     def batches(self) -> Iterator[Batch]:
         """Yield samples ``(batch, n)``, reshuffled when all have been seen, and where U* takes them."""
         generator = torch.Generator().manual_seed(self.seed + 1)
-        samples = torch.randn(SAMPLES, self.width, dtype=torch.complex64, generator=generator)
+        samples = torch.randn(SAMPLES, self.width, dtype=self.dtype, generator=generator)
         for step in range(self.steps):
             if step % (SAMPLES // self.batch) == 0:
                 order = torch.randperm(SAMPLES, generator=generator).split(self.batch)
@@ -68,8 +66,17 @@ class RandomUnitary:
     @torch.no_grad()
     def score(self, network: nn.Module, device: torch.device | str) -> float:
         """Return the squared distance from U*, over 2n: the loss on all samples there are."""
-        eye = torch.eye(self.width, dtype=torch.complex64, device=device)
+        eye = torch.eye(self.width, dtype=self.dtype, device=device)
         return self.loss(network(eye).cpu(), self.target.mT).item() * self.width
+
+
+@dataclass(frozen=True)
+class RandomRotation(RandomUnitary):
+    """The same with real numbers."""
+
+    name: ClassVar[str] = "random rotation"
+    measure: ClassVar[str] = "‖W - W*‖² / 2n"
+    dtype: ClassVar[torch.dtype] = torch.float32
 
 
 @dataclass(frozen=True)

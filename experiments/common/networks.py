@@ -19,6 +19,7 @@ from projunn_manifold.layers import UnitaryRNN, plain_
 from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import constrain
 
+from .rivals import RSDM, MomentumStiefel
 from .tasks import Task
 
 Optimizers = list[torch.optim.Optimizer]
@@ -29,7 +30,7 @@ class Choices:
     """What all methods are asked for alike."""
 
     hidden: int
-    k: int = 1
+    k: int = 1  # 0 for full rank
     sampler: Any = "lsi"
     seed: int = 0
     nonlinearity: str = "relu"
@@ -153,6 +154,13 @@ def plain(width: int, choices: Choices) -> nn.Module:
     return network
 
 
+def frozen(width: int, choices: Choices) -> nn.Module:
+    """Return the same network, its transition never moved."""
+    network = plain(width, choices)
+    network.weight_hh_l0.requires_grad_(False)
+    return network
+
+
 def lstm(width: int, choices: Choices) -> nn.Module:
     """Return torch's LSTM."""
     return nn.LSTM(width, choices.hidden)
@@ -219,10 +227,14 @@ def pogo(weight: nn.Parameter, lr: float, base: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-def landing(network: Reader, choices: Choices) -> Optimizers:
-    """POGO with its VectorAdam for the transition, RMSprop for all others."""
-    (own,), others = _of_transition(network)
-    return [torch.optim.RMSprop(others, lr=choices.lr), pogo(own, choices.unitary_lr, "VectorAdam")]
+def beside(make: Callable[[nn.Parameter, Choices], torch.optim.Optimizer]) -> Callable[[Reader, Choices], Optimizers]:
+    """Return RMSprop for all but the transition, which has an optimiser of its own."""
+
+    def build(network: Reader, choices: Choices) -> Optimizers:
+        (own,), others = _of_transition(network)
+        return [torch.optim.RMSprop(others, lr=choices.lr), make(own, choices)]
+
+    return build
 
 
 def unconstrained(network: Reader, choices: Choices) -> Optimizers:
@@ -230,21 +242,15 @@ def unconstrained(network: Reader, choices: Choices) -> Optimizers:
     return [torch.optim.RMSprop(network.parameters(), lr=choices.lr)]
 
 
-def riemannian(network: Reader, choices: Choices) -> Optimizers:
-    """Geoopt's RiemannianAdam for the transition, RMSprop for all others."""
-    own, others = _of_transition(network)
-    return [
-        torch.optim.RMSprop(others, lr=choices.lr),
-        geoopt.optim.RiemannianAdam(own, lr=choices.unitary_lr),
-    ]
+riemannian = beside(lambda own, choices: geoopt.optim.RiemannianAdam([own], lr=choices.unitary_lr))
 
 
 def _d(choices: Choices) -> Manifold:
-    return UnitaryLowRank(choices.k, sampler=choices.sampler, seed=choices.seed)
+    return UnitaryLowRank(choices.k or None, sampler=choices.sampler, seed=choices.seed)
 
 
 def _t(choices: Choices) -> Manifold:
-    return UnitaryLowRankExact(choices.k, sampler=choices.sampler, seed=choices.seed)
+    return UnitaryLowRankExact(choices.k or None, sampler=choices.sampler, seed=choices.seed)
 
 
 def _canonical(choices: Choices) -> Manifold:
@@ -270,7 +276,26 @@ METHODS = {
         Method("expRNN", parametrised("matrix_exp"), rmsprop, "tab:purple", rates=_EXPRNN),
         Method("scoRNN", parametrised("cayley"), rmsprop, "tab:brown", rates=_SCORNN),
         Method("DTRIV", dtriv, rebased, "teal", rates=_EXPRNN),
-        Method("POGO", plain, landing, "gold", riemannian_lr=0.03),
+        Method(
+            "POGO",
+            plain,
+            beside(lambda own, choices: pogo(own, choices.unitary_lr, "VectorAdam")),
+            "gold",
+            riemannian_lr=0.03,
+        ),
+        Method(
+            "RSDM",
+            plain,
+            beside(lambda own, choices: RSDM([own], choices.unitary_lr, len(own) // 4, choices.seed)),
+            "sienna",
+        ),
+        Method(
+            "StiefelAdam",
+            plain,
+            beside(lambda own, choices: MomentumStiefel([own], choices.unitary_lr, adaptive=True)),
+            "plum",
+        ),
+        Method("frozen", frozen, unconstrained, "tab:gray"),
         Method("EUNN", eunn, unconstrained, "tab:pink"),
         Method("LSTM", lstm, unconstrained, "tab:olive"),
         Method("RNN, unitary start", plain, unconstrained, "black"),
