@@ -121,9 +121,9 @@ SETTINGS: dict[str, Setting] = {
 }
 SMALL = 16  # n, to see that all works
 RATES = {  # tried: of the transition, or of everything where that is not apart; for matrices of the inverse curvature
-    "ambient": (1e-4, 3e-4, 1e-3, 3e-3),
+    "ambient": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
     "unit length": (0.003, 0.01, 0.03, 0.1),  # Adam of the whole matrix
-    "gradient": (1e-4, 1e-3, 1e-2, 0.1),  # plain gradients
+    "gradient": (1e-5, 1e-4, 1e-3, 1e-2, 0.1),  # plain gradients
     "matrix": (0.25, 0.5, 1.0, 2.0, 4.0),
 }
 GREY, LIGHT_GREY = "0.6", "0.8"
