@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 __all__ = [
     "batched",
     "constant_in_graphs",
+    "copy_each_",
     "disabled_torch_function",
     "has_step_hooks",
     "in_full_precision",
@@ -52,6 +53,9 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torc
 
 #: The ``__torch_function__`` of a tensor subclass that acts through ``__torch_dispatch__`` alone.
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+
+#: Copies each of many tensors to the one at its place in another list, in one call.
+copy_each_: Callable[..., None] = torch._foreach_copy_
 
 #: Makes a tensor of a subclass that has no storage.
 make_wrapper: Any = Tensor._make_wrapper_subclass

@@ -19,6 +19,7 @@ __all__ = [
     "check_count",
     "check_dtype",
     "check_finite",
+    "check_foreach",
     "check_full_rank",
     "check_image_size",
     "check_in_place",
@@ -135,6 +136,12 @@ def check_seed(seed: object) -> int:
     if not -(2**63) <= number < 2**64:
         raise ValueError(f"seed must fit in 64 bits, got {number}")
     return number
+
+
+def check_foreach(value: object) -> None:
+    """Raise TypeError unless an optimiser's ``foreach`` is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"`foreach` must be True, False or None, got {value!r} of type {type(value).__name__}")
 
 
 def _whole(value: object) -> int | None:

@@ -264,8 +264,8 @@ class CompiledMatrix(_TensorMatrix):
     def sketched_tangent(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, list[Any]] | None:
         """Return what ``rank_one_tangent`` does for y = G test at unit norm and G^H y, in one call of the loops.
 
-        ``test`` is ``(m, 1)``.  None: G does not suit the loops, its products leave the range of their precision, or
-        the work is worth more than one thread.
+        ``test`` is ``(m, 1)``, or has one for each matrix.  None: G does not suit the loops, its products leave the
+        range of their precision, or the work is worth more than one thread.
         """
         given = self._one_call(g, test)
         if given is None:
@@ -307,7 +307,7 @@ class CompiledMatrix(_TensorMatrix):
         batch = x.shape[:-2].numel()
         if test.shape[-1] > _NARROW or len(threads.parts(batch, *x.shape[-2:])) > 1:
             return None
-        return g._memory, self._memory, np.repeat(_rows(test), batch, 0)
+        return g._memory, self._memory, _rows(test.expand(*x.shape[:-2], *test.shape[-2:]))
 
     def _room(self, rows: int) -> list[Any]:
         """Return new arrays for thin matrices of both sides, by rows."""

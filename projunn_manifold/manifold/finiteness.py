@@ -76,8 +76,8 @@ class Finiteness:
                 raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
                 raise _error(as_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what, x)
-        kept = torch.as_tensor(sizes, device=x.device) <= limit
-        self._state.count_faults(x.device, skipped=(~kept).sum())
+        kept = torch.as_tensor(sizes, dtype=torch.float64, device=x.device) <= limit  # in float32 the limit may be inf
+        self._state.count_faults(x.device, skipped=~kept)
         return kept
 
 

@@ -6,7 +6,8 @@ other vector (momentum, Adam's direction) is reduced inside a right basis of 2k 
 
 from __future__ import annotations
 
-from typing import final
+import copy
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -51,6 +52,12 @@ class Sketcher:
         self.sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
         self._is_plain = self.sampler == samplers.SAMPLERS["lsi"]
         self._state = state
+
+    def drawing_from(self, state: State) -> Sketcher:
+        """Return a sketcher like this one, whose draws follow from another state."""
+        other = copy.copy(self)
+        other._state = state
+        return other
 
     @property
     def is_linear(self) -> bool:
@@ -107,21 +114,20 @@ class Sketcher:
             return LowRank(*nothing)  # to be refused like any gradient that is not finite
         return samplers.check_sample(factors, shape, like, self.k)
 
-    def _generator(self, device: torch.device, ahead: int = 0) -> torch.Generator:
+    def _generator(self, device: torch.device, ahead: int = 0) -> Any:  # Generators, for samplers that take them
         return self._state.generator(device, _GRADIENT, ahead)
 
     def reduced(self, x: Matrix, u: Tensor) -> Tangent:
         """Return the tangent of rank at most 2k that u is reduced to (all of u where 2k >= m)."""
         if self.k is None or self.is_dense(x.like):
             return _full_rank_tangent(x, u)
-        size, generator = (x.shape[-1], 2 * self.k), self._state.generator(u.device, _MOVE)
-        test = torch.randn(size, dtype=u.dtype, device=u.device, generator=generator)
+        test = samplers.draw_columns(x.shape[-1], 2 * self.k, u, self._state.generator(u.device, _MOVE))
         known = matrix(u)
         if x.shape[-2] == x.shape[-1]:
             found = FramedTangent.of_reduced(x, known, test, _POWER)
             if found is not None:
                 return found
-        basis = test.expand(*x.shape[:-2], *size)
+        basis = test.expand(*x.shape[:-2], *test.shape[-2:])
         for _ in range(_POWER):
             basis = samplers.orthonormal(known.normalized_image(basis)[1])
         return FramedTangent.of_dense(x, u, basis)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ _MARK = "_projunn_manifold_sharer"
 _MASK = 2**64 - 1
 _PURPOSES = 4  # an upper bound; changing it changes every draw
 _BASE, _DIGITS = 256, 8  # bfloat16 holds integers up to 256 exactly
+
+Members = slice | EllipsisType  # of a stack, or all that there is
 
 
 class Faults(NamedTuple):
@@ -52,8 +55,11 @@ class State:
         """Return a generator seeded for the count of gradients plus ``ahead``, and for a purpose."""
         if device not in self._generators:
             self._generators[device] = torch.Generator(device)
-        mixed = _mixed(self._start + (self.gradients + ahead) * _PURPOSES + purpose)
-        return self._generators[device].manual_seed(mixed >> 32)  # CPU generators look at 32 bits
+        return self._generators[device].manual_seed(self.seed_of(purpose, self.gradients + ahead))
+
+    def seed_of(self, purpose: int, gradients: int) -> int:
+        """Return the seed of a draw after so many gradients."""
+        return _mixed(self._start + gradients * _PURPOSES + purpose) >> 32  # CPU generators look at 32 bits
 
     def is_new(self, x: Tensor) -> bool:
         """Return whether x is a parameter that has had no gradient yet."""
@@ -84,18 +90,28 @@ class State:
 
     def turn(self) -> int:
         """Return about how many gradients each of the parameters that share this state has had."""
-        return self.gradients // self._sharing()
+        return self.turn_after(self.gradients)
+
+    def turn_after(self, gradients: int) -> int:
+        """Return the turn when this state has had so many gradients."""
+        return gradients // self._sharing()
+
+    def turns(self) -> Iterator[tuple[int, Members]]:
+        """Iterate over turns and the members of a stack whose turns they are; here all are one parameter's."""
+        yield self.turn(), ...
 
     def _sharing(self) -> int:
         """Return how many parameters share this state."""
         return max(self._known_sharers, len(self._sharers))
 
-    def count_faults(self, device: torch.device, *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0) -> None:
-        """Add to the faults, without waiting for the device."""
+    def count_faults(
+        self, device: torch.device, members: Members = ..., *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0
+    ) -> None:
+        """Add to the faults, numbers or tensors with many, without waiting for the device."""
         if device not in self._faults:
             self._faults[device] = torch.zeros(2, dtype=torch.int64, device=device)
         for slot, number in zip(self._faults[device], (skipped, uncorrected), strict=True):
-            slot.add_(number)
+            slot.add_(number.sum() if isinstance(number, Tensor) else number)
 
     def faults(self) -> Faults:
         """Return all faults; waits for the devices."""

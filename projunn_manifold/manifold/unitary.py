@@ -14,7 +14,8 @@ A step of geoopt's ``RiemannianSGD`` from top to bottom:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ from projunn_manifold.manifold.hooks import watch_optimizers
 from projunn_manifold.manifold.notes import note_whole_gradient, take_added_decay, whole_gradient
 from projunn_manifold.manifold.parameters import manifold_of
 from projunn_manifold.manifold.sketcher import Sketcher
-from projunn_manifold.manifold.state import Faults, State, counts_of, digits_of
+from projunn_manifold.manifold.state import Faults, Members, State, counts_of, digits_of
+from projunn_manifold.manifold.states import States
 from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.full_rank import FullRankTangent
@@ -40,7 +42,7 @@ from projunn_manifold.moves.projunn import move_d, move_t
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
-from projunn_manifold.sketching.samplers import Sampler, Subspace
+from projunn_manifold.sketching.samplers import Sampler, Subspace, takes_generators
 
 __all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of"]
 
@@ -375,13 +377,16 @@ class UnitaryLowRank(Geometry):
         """Correct the block of columns that is due, if any."""
         rate = _DENSE_RATE if self.k is None or self.is_dense(x) else self.k
         rate *= 2 if x.is_complex() else 1
-        start = self._schedule.first_due_column(self._state.turn(), x.shape[-1], rate)
-        if start is None or not x.numel() or context.traced():
-            return
+        for turn, members in self._state.turns():
+            start = self._schedule.first_due_column(turn, x.shape[-1], rate)
+            if start is not None and x.numel() and not context.traced():
+                self._correct_block_(x[members], start, members)
+
+    def _correct_block_(self, x: Tensor, start: int, members: Members) -> None:
         left = drift.correct_columns_(x, start)
-        if context.readable(x) and not left:
+        if context.readable(x) and not left.any():
             return
-        self._state.count_faults(x.device, uncorrected=left)
+        self._state.count_faults(x.device, members, uncorrected=left)
         if context.readable(x):
             validation.warn(
                 f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
@@ -488,7 +493,28 @@ class UnitaryLowRank(Geometry):
         self._correct_(x)
         return x
 
-    # -- for optimisers: starts, gradients that are not formed, shards ---------------------------------------
+    # -- for optimisers: stacks, starts, gradients that are not formed, shards -------------------------------
+
+    @property
+    def memory(self) -> State:
+        """What the manifold remembers between steps."""
+        return self._state
+
+    @property
+    def settings(self) -> Hashable | None:
+        """What manifolds must have in common to step as one; None: this one cannot be :meth:`together` with others."""
+        kind, sampler = type(self), self.sketcher.sampler
+        if kind not in (UnitaryLowRank, UnitaryLowRankExact) or not takes_generators(sampler):
+            return None
+        return kind, self.sketcher.k, sampler, self._schedule.sweep, self.finiteness.non_finite
+
+    def together(self, states: States) -> UnitaryLowRank:
+        """Return a manifold of these settings for a stack whose members have states of their own."""
+        many = copy.copy(self)
+        many._state = states
+        many.sketcher = self.sketcher.drawing_from(states)
+        many.finiteness = Finiteness(self.non_finite, states)
+        return many
 
     def keeps_factors(self, x: Tensor) -> bool:
         """Return whether to keep a gradient of x as factors: sketching them takes less time than forming it."""

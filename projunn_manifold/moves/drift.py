@@ -48,9 +48,9 @@ class Schedule:
 
 
 def correct_columns_(x: Tensor, start: int) -> Tensor:
-    """Correct the block of x that starts at this column; return how many of its columns were too far off and left.
+    """Correct the block of x that starts at this column; return how many of its columns were left, ``(*batch,)``.
 
-    A column is too far off if it has a large part along the others, or is not finite.  A column whose norm alone is
+    Left are those too far off, that have a large part along the others or are not finite.  A column whose norm alone is
     wrong is brought to unit norm, whatever its norm was, and so does not spoil the others for long.
     """
     due = slice(start, start + width(x.shape[-1]))
@@ -68,4 +68,4 @@ def correct_columns_(x: Tensor, start: int) -> Tensor:
     among.mul_(scale.unsqueeze(-1) / 2)
     among.diagonal(dim1=-2, dim2=-1).copy_((squares - 1) / (squares + squares.sqrt()))  # 1 - 1/‖x_j‖
     block.sub_((here @ excess).masked_fill_(~near, 0))
-    return (~near).sum()
+    return (~near).sum((-2, -1))

@@ -28,7 +28,8 @@ from projunn_manifold.manifold.parameters import gradient_of, is_dtensor, local_
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.optim.optimizers import keepers, parameters_of
-from projunn_manifold.validation import check_number, check_same_matrix
+from projunn_manifold.optim.stacked import Member, move_all_
+from projunn_manifold.validation import check_foreach, check_number, check_same_matrix
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
@@ -60,6 +61,23 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     _geoopt: type[torch.optim.Optimizer]
     _numbers: tuple[str, ...]  # hyper-parameters that are real numbers, or pairs of them
 
+    def __init__(self, *args: Any, foreach: bool | None = None, **kwargs: Any) -> None:
+        check_foreach(foreach)
+        super().__init__(*args, **kwargs)
+        self.defaults["foreach"] = foreach
+        self._fill_in_foreach()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
+        super().__setstate__(state)
+        self._fill_in_foreach()
+
+    def _fill_in_foreach(self) -> None:
+        """Give this optimiser's own choice to groups without one, as those of geoopt's optimisers are."""
+        for group in self.param_groups:
+            if group.get("foreach") is None:
+                group["foreach"] = self.defaults.get("foreach")
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
         loss = None if closure is None else closure()
@@ -69,25 +87,26 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     @outside_graphs
     @in_full_precision
     def _move_all_(self) -> None:
-        moved = []
         for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
             group.update(_numbers(group, self._numbers))
+            check_foreach(group["foreach"])
         check_attached(parameters_of(self))
         stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
         if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
             raise ValueError("stabilize needs whole matrices, not shards; the manifold corrects drift")
+        members = [
+            Member(point, manifold, group, self.state[point])  # there, if empty: geoopt makes one for every parameter
+            for group in self.param_groups
+            for point in group["params"]
+            if (manifold := unitary_of(point)) is not None and point.grad is not None and not point.grad.is_sparse
+        ]
         with torch.no_grad():
-            for group in self.param_groups:
-                for point in group["params"]:
-                    manifold = unitary_of(point)
-                    if manifold is not None and point.grad is not None and not point.grad.is_sparse:
-                        self._move_(point, manifold, group)
-                        moved.append(point)
-        with _without_gradients(moved):
+            move_all_(members, self._move_)
+        with _without_gradients(member.point for member in members):
             # torch may have wrapped it to call the hooks, which are ours to call
             inspect.unwrap(self._geoopt.step)(self)
 
-    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
         raise NotImplementedError
 
 
@@ -121,9 +140,22 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     _geoopt = geoopt.optim.RiemannianSGD
     _numbers = ("lr", "momentum", "dampening", "weight_decay")
 
-    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        stabilize: int | None = None,
+        *,
+        foreach: bool | None = None,
+    ) -> None:
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, stabilize=stabilize, foreach=foreach)
+
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
         momentum, x, grad = group["momentum"], local_view(point), gradient_of(point)
-        state = self.state[point]  # there, if empty: geoopt makes one for every parameter
         if momentum == 0:
             manifold.descend_(x, grad, group["lr"])
             return
@@ -182,17 +214,18 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         stabilize: int | None = None,
+        *,
+        foreach: bool | None = None,
     ) -> None:
         options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options.update(_numbers(options, self._numbers))
-        super().__init__(params, amsgrad=amsgrad, stabilize=stabilize, **options)  # type: ignore[call-arg]  # OptimMixin's
+        super().__init__(params, amsgrad=amsgrad, stabilize=stabilize, foreach=foreach, **options)
 
-    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any]) -> None:
+    def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
         x, lr, beta1, beta2 = local_view(point), *map(_wide, (group["lr"], *group["betas"]))
-        if not self.state[point] and not is_dtensor(point) and _projects(self._geoopt):
+        if not state and not is_dtensor(point) and _projects(self._geoopt):
             point.copy_(manifold.projx(point))
-        gradient = manifold.gradient_tangent(x, gradient_of(point))
-        state, one = self.state[point], (*x.shape[:-2], 1, 1)
+        gradient, one = manifold.gradient_tangent(x, gradient_of(point)), (*x.shape[:-2], 1, 1)
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(point)

@@ -5,7 +5,8 @@ projection :math:`a a^H G`, that is :math:`b = G^H a`.  They differ in how a is 
 
 A sampler is a callable ``(gradient, k, generator) -> LowRank``.  ``gradient`` is a
 :class:`~projunn_manifold.linalg.products.LinearOperator`; the matrix itself need not exist.  Random numbers come from
-``generator`` alone.  One draw serves all matrices of a batch, so a batch gives what its members give one by one.
+``generator`` alone.  One draw serves all matrices of a batch, so a batch gives what its members give one by one.  The
+samplers of this module also take :class:`~projunn_manifold.sketching.draws.Generators`, one for each member of a stack.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from projunn_manifold.linalg import dense
 from projunn_manifold.linalg.products import LinearOperator
+from projunn_manifold.sketching.draws import Generators, drawn
 from projunn_manifold.sketching.lowrank import LowRank
 from projunn_manifold.validation import check_positive
 
@@ -29,6 +31,7 @@ __all__ = [
     "check_sample",
     "resolve_sampler",
     "svd",
+    "takes_generators",
 ]
 
 Sampler = Callable[[LinearOperator, int, torch.Generator], LowRank]
@@ -40,9 +43,12 @@ def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     return y if y.shape[-1] == 1 else dense.thin_qr(y)[0]
 
 
-def draw_columns(m: int, columns: int, like: Tensor, generator: torch.Generator) -> Tensor:  # (m, columns)
-    """Draw the Gaussian columns with which a range finder tests matrices ``(*batch, n, m)``."""
-    return torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=generator)
+def draw_columns(m: int, columns: int, like: Tensor, generator: torch.Generator | Generators) -> Tensor:
+    """Draw the Gaussian columns with which a range finder tests matrices ``(*batch, n, m)``.
+
+    ``(m, columns)``, or with many generators a stack of them that expands to ``(*batch, m, columns)``.
+    """
+    return drawn(generator, lambda g: torch.randn(m, columns, dtype=like.dtype, device=like.device, generator=g))
 
 
 def leading(basis: Tensor, gradient: LinearOperator, k: int) -> LowRank:
@@ -83,11 +89,11 @@ class Subspace:
         for name, value in (("power", self.power), ("oversample", self.oversample)):
             check_positive(f"Subspace: {name}", value, 0)
 
-    def __call__(self, gradient: LinearOperator, k: int, generator: torch.Generator) -> LowRank:
+    def __call__(self, gradient: LinearOperator, k: int, generator: torch.Generator | Generators) -> LowRank:
         """Return the factors of the projection of G on its sketched range."""
         columns = min(k + self.oversample, *gradient.shape[-2:])
         test = draw_columns(gradient.shape[-1], columns, gradient.like, generator)
-        test = test.expand(*gradient.shape[:-2], *test.shape)
+        test = test.expand(*gradient.shape[:-2], *test.shape[-2:])
         for _ in range(self.power):
             test = orthonormal(gradient.normalized_image(test)[1])
         if columns > 1:
@@ -114,7 +120,7 @@ class Column:
     def __post_init__(self) -> None:
         check_positive("Column: columns_per_rank", self.columns_per_rank)
 
-    def __call__(self, gradient: LinearOperator, k: int, generator: torch.Generator) -> LowRank:
+    def __call__(self, gradient: LinearOperator, k: int, generator: torch.Generator | Generators) -> LowRank:
         """Return the factors of the projection of G on the sampled columns' leading directions."""
         g = gradient.dense()
         m = g.shape[-1]
@@ -123,7 +129,7 @@ class Column:
         largest = norms.amax(-1, keepdim=True)
         weights = torch.where(largest > 0, (norms / largest).square(), 1.0)
         cumulative = weights.cumsum(-1)
-        draws = torch.rand(c, dtype=cumulative.dtype, device=g.device, generator=generator)
+        draws = drawn(generator, lambda one: torch.rand(c, dtype=cumulative.dtype, device=g.device, generator=one))
         levels = draws * cumulative[..., -1:]  # one set of draws for the batch, its own columns for each matrix
         chosen = torch.searchsorted(cumulative, levels, right=True).clamp_max(m - 1)
         scale = torch.rsqrt(weights.gather(-1, chosen)).unsqueeze(-2)
@@ -133,10 +139,15 @@ class Column:
         return LowRank(u, gradient.adjoint_times(u))
 
 
-def svd(gradient: LinearOperator, k: int, generator: torch.Generator) -> LowRank:
+def svd(gradient: LinearOperator, k: int, generator: torch.Generator | Generators) -> LowRank:
     """Best rank-k approximation (Eckart-Young), by a dense SVD in O(n m^2): the reference for the others."""
     u, s, vh = torch.linalg.svd(gradient.dense(), full_matrices=False)
     return LowRank(u[..., :k], (vh.mH * s.unsqueeze(-2))[..., :k])
+
+
+def takes_generators(sampler: Sampler) -> bool:
+    """Return whether a sampler can draw for each member of a stack; others know a single generator."""
+    return isinstance(sampler, Subspace | Column) or sampler is svd
 
 
 def check_sample(factors: object, shape: torch.Size, like: Tensor, k: int) -> LowRank:

@@ -81,6 +81,19 @@ def test_skipped_gradients_count_as_zero(draw, monkeypatch, device, sampler, sha
     assert manifold.pop_faults() == Faults(0, 0)
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (1, 12, 12), (14, 9)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("k", [1, 3, None])
+@pytest.mark.parametrize("how", STEPS)
+def test_gradients_whose_squares_overflow_double_precision_are_skipped(draw, how, k, dtype, shape):
+    p = parameter(draw, UnitaryLowRank(k, non_finite="skip"), shape, dtype)
+    start = p.detach().clone()
+    p.grad = 1e200 * draw.matrix(*shape, dtype=dtype)
+    STEPS[how](p)()
+    assert torch.equal(p, start)
+    assert p.manifold.pop_faults() == Faults(1, 0)
+
+
 @pytest.mark.parametrize("device", ["host", "as on CUDA"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("k", [1, 3])
