@@ -530,6 +530,56 @@ def sketched_tangent_of_rank_k(
 
 
 @_compiled
+def sketched_frame(g: Any, x: Any, test: Any, p: Any, q: Any, outside: Any, h: Any, c: Any) -> Any:  # pragma: no cover
+    """Do the same at tall X: write q = orth([b, X^H a]), p = X q, and ``outside``, a basis of a's part outside range X.
+
+    Of a b^H = (p H + outside C) q^H write H and C.  Matrix after matrix, so that X stays in the cache.  Return the
+    smallest and the largest norm of G test.
+    """
+    batch, k, n = outside.shape
+    m, smallest, largest = q.shape[2], np.inf, 0.0
+    nothing, no_image = np.empty((1, 0, n), p.dtype), np.empty((1, 0, m), p.dtype)
+    a, rest, known = np.empty((1, k, n), p.dtype), np.empty((1, k, n), p.dtype), np.empty((1, k, m), p.dtype)
+    r, triangle = np.empty((2 * k, 2 * k), h.dtype), np.empty((k, k), h.dtype)
+    for t in range(batch):
+        here, frame = x[t : t + 1], q[t : t + 1]
+        b = np.zeros((1, k, m), p.dtype)
+        _any_products(g[t : t + 1], test[t : t + 1], a, nothing, b, k == 1)
+        low, high = normalise(a, b)
+        smallest = low if low < smallest or low != low else smallest
+        largest = high if high > largest or high != high else largest
+        if k > 1:
+            _orthonormalise(a[0], triangle)
+            _any_products(g[t : t + 1], no_image, nothing, a, b, False)
+        known[:] = 0
+        _any_products(here, no_image, nothing, a, known, False)
+        frame[0, :k], frame[0, k:] = b[0], known[0]
+        _orthonormalise(frame[0], r)
+        _any_products(here, frame, p[t : t + 1], nothing, no_image, False)
+        rest[:] = a
+        _subtract(rest[0], r[:, k:], p[t])
+        known[:] = 0
+        _any_products(here, no_image, nothing, rest, known, False)
+        _any_products(here, known, a, nothing, no_image, False)
+        outside[t] = rest[0] - a[0]
+        _orthonormalise(outside[t], triangle)
+        _times_adjoint(r[:, k:], r[:, :k], h[t])
+        _times_adjoint(triangle, r[:, :k], c[t])
+    return smallest, largest
+
+
+@_compiled
+def _times_adjoint(a: Any, b: Any, c: Any) -> None:  # pragma: no cover
+    """``c = a b^H`` of small matrices."""
+    for i in range(a.shape[0]):
+        for j in range(b.shape[0]):
+            s = 0.0 * a[0, 0]
+            for l in range(a.shape[1]):
+                s += a[i, l] * np.conj(b[j, l])
+            c[i, j] = s
+
+
+@_compiled
 def reduced_frame(u: Any, x: Any, basis: Any, power: int, p: Any, q: Any, inside: Any) -> Any:  # pragma: no cover
     """Write q = orth((U^H U)^power basis), p = X q and ``inside`` = p^H U q.
 

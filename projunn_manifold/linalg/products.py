@@ -289,6 +289,20 @@ class CompiledMatrix(_TensorMatrix):
             return None
         return self._columns(left), self._columns(right), self._small(inside), self._small(triangle)
 
+    def sketched_frame(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """Return P, B, Q, H, C with ``a b^H = (P H + B C) Q^H`` at tall X, for these a and b; None as above."""
+        given = self._one_call(g, test)
+        if given is None:
+            return None
+        x, k = self.like, test.shape[-1]
+        (p, q), (outside, _) = self._room(2 * k), self._room(k)
+        h = np.empty((len(p), 2 * k, 2 * k), np.complex128 if x.is_complex() else np.float64)
+        c = np.empty((len(p), k, 2 * k), h.dtype)
+        if not self._is_in_range(*compiled.sketched_frame(*given, p, q, outside, h, c)):
+            return None
+        inside, rest = (torch.from_numpy(core).view(*x.shape[:-2], *core.shape[1:]) for core in (h, c))
+        return self._columns(p), self._columns(outside), self._columns(q), inside, rest
+
     def reduced_frame(self, u: Matrix, test: Tensor, power: int) -> tuple[Tensor, Tensor, Small] | None:
         """Return X Q, Q = orth((U^H U)^power test) and (X Q)^H U Q in one call of the loops; None as above."""
         given = self._one_call(u, test)

@@ -72,7 +72,7 @@ class Sketcher:
         """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
         if self.k is None or self.is_dense(x.like):
             return _full_rank_gradient(x, as_plain(u))
-        if self._is_plain and not decay and x.shape[-2] == x.shape[-1] and not isinstance(u, FactoredTensor):
+        if self._is_plain and not decay and not isinstance(u, FactoredTensor):
             test = samplers.draw_columns(x.shape[-1], self.k, x.like, self._generator(x.like.device))
             found = sketched_tangent(x, matrix(u), test)
             if found is not None:

@@ -99,6 +99,12 @@ class FramedTangent(Tangent):
         return FramedStep.of_factors(x, factors).tangent()
 
     @classmethod
+    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> FramedTangent | None:
+        """Return the tangent of a (G^H a)^H, a = orth(G test), at tall X, in one call, or None where that cannot be."""
+        found = x.sketched_frame(g, test) if isinstance(x, CompiledMatrix) else None
+        return None if found is None else FramedStep(Footpoint.of(x.like), *found).tangent()
+
+    @classmethod
     def of_dense(cls, x: Matrix, u: Tensor, q: Tensor | None) -> FramedTangent:
         r"""Reduce a dense vector u to the tangent of largest rank inside the right basis q (None: all of it).
 

@@ -40,7 +40,9 @@ def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
 
 
 def sketched_tangent(x: Matrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
-    """Return the tangent of a (G^H a)^H, a = orth(G test), at square X, in one call, or None where that cannot be."""
+    """Return the tangent of a (G^H a)^H, a = orth(G test), in one call, or None where that cannot be."""
+    if x.shape[-2] != x.shape[-1]:
+        return FramedTangent.of_sketch(x, g, test)
     return (RankOneTangent if test.shape[-1] == 1 else RankKTangent).of_sketch(x, g, test)
 
 

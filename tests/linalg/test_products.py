@@ -135,6 +135,32 @@ def test_reduced_frames_in_one_call(draw, shape, columns, dtype):
 
 
 @pytest.mark.skipif(products.compiled is None, reason="needs numba")
+@pytest.mark.parametrize(
+    ("shape", "k"), [((9, 8), 1), ((9, 8), 3), ((70, 33), 1), ((70, 33), 8), ((5, 24, 17), 2), ((2, 3, 40, 18), 8)]
+)
+@pytest.mark.parametrize("common", [True, False], ids=["one test", "one for each"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sketched_frames_of_tall_matrices_in_one_call(draw, shape, k, dtype, common):
+    *batch, _, m = shape
+    x, test = draw.point(*shape, dtype=dtype), draw.matrix(*(() if common else batch), m, k, dtype=dtype)
+    for name, g in gradients(draw, shape, dtype).items():
+        found = products.matrix(x).sketched_frame(products.matrix(g), test)
+        assert found is not None, name
+        p, outside, q, h, c = map(double, found)
+        assert error(q.mH @ q, torch.eye(2 * k)) <= bound(dtype), name
+        assert error(p, double(x) @ q) <= bound(dtype), name
+        assert error(outside.mH @ outside, torch.eye(k)) <= bound(dtype), name
+        size = torch.linalg.matrix_norm(double(g)).max().item()
+        if name == "full" and k <= shape[-2] - m:
+            assert error(double(x).mH @ outside, torch.zeros(())) <= bound(dtype)
+        a = torch.linalg.qr(double(g) @ double(test)).Q if name != "zero" else double(g)[..., :k]
+        if name == "rank one":
+            a = a[..., :1]
+        projected = a @ (a.mH @ double(g))
+        assert error((p @ h + outside @ c) @ q.mH, projected) <= bound(dtype) * size, name
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
 def test_what_one_call_does_not_take(draw, monkeypatch):
     x, g, test = (draw.matrix(20, n, dtype=torch.float32) for n in (20, 20, 4))
     wide = draw.matrix(20, products._NARROW + 1, dtype=torch.float32)
@@ -143,6 +169,9 @@ def test_what_one_call_does_not_take(draw, monkeypatch):
     for scale in (torch.nan, torch.inf, 1e-25, 1e25):
         assert products.matrix(x).reduced_frame(products.matrix(g * scale), test, 1) is None
         assert products.matrix(x).sketched_tangent_of_rank_k(products.matrix(g * scale), test) is None
+    tall, known = x[:, :12].contiguous(), draw.matrix(12, 2, dtype=torch.float32)
+    for scale in (torch.nan, torch.inf, 1e-25, 1e25):
+        assert products.matrix(tall).sketched_frame(products.matrix(g[:, :12].contiguous() * scale), known) is None
     monkeypatch.setattr(threads, "parts", lambda *_: [(), ()])
     assert products.matrix(x).reduced_frame(products.matrix(g), test, 1) is None
 

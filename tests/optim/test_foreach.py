@@ -25,9 +25,9 @@ SETTINGS = {
     "amsgrad": ("RiemannianAdam", {"lr": 0.1, "amsgrad": True, "betas": (0.8, 0.9)}),
 }
 CASES = [
-    (name, dtype)
+    (name, dtype, variant)
     for name in SETTINGS
-    for dtype in (torch.float64, torch.complex64)
+    for dtype, variant in ((torch.float64, UnitaryLowRank), (torch.complex64, UnitaryLowRankExact))
     if not (name == "amsgrad" and dtype.is_complex)  # geoopt's cannot compare complex numbers
 ]
 
@@ -83,22 +83,30 @@ def assert_alike(ours, theirs, dtype, size=20.0):
                 assert value == expected
 
 
-@pytest.mark.parametrize("variant", [UnitaryLowRank, UnitaryLowRankExact])
+def go_on_together(ours, theirs):
+    """Give one run the points and moments of the other, so that rounding does not add up."""
+    with torch.no_grad():
+        for p, q in zip(ours[0], theirs[0], strict=True):
+            p.copy_(q)
+            for name, value in theirs[1].state[q].items():
+                if isinstance(value, torch.Tensor):
+                    ours[1].state[p][name].copy_(value)
+
+
 @pytest.mark.parametrize("k", [1, 4, None])
 @pytest.mark.parametrize("shape", [(12, 12), (20, 9), (2, 10, 10)], ids=str)
-@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
-def test_the_steps_are_those_of_one_by_one(draw, stacks, name, dtype, shape, k, variant):
+@pytest.mark.parametrize(("name", "dtype", "variant"), CASES)
+def test_the_steps_are_those_of_one_by_one(draw, stacks, name, dtype, variant, shape, k):
     """Two shapes in turn, some on a manifold of their own and some on one for both shapes, and a Euclidean one."""
     *batch, n, m = shape
-    shapes = [shape, (*batch, n + 4, m), shape, shape, (*batch, n + 4, m), shape, shape]
+    shapes = [shape, (*batch, n + 4, m), shape, shape, (*batch, n + 4, m)]
     points = [draw.point(*each, dtype=dtype) for each in shapes]
     bias = draw.matrix(3, 3, dtype=dtype)
     runs = []
     for foreach in (True, False):
         common = variant(k, seed=7, sweep=6)
-        own = [variant(k, seed=seed, sweep=6) for seed in range(3)]
-        manifolds = [common, common, own[0], common, own[1], common, own[2]]
-        parameters = [*make(points, manifolds), torch.nn.Parameter(bias.clone())]
+        own = [variant(k, seed=seed, sweep=6) for seed in range(2)]
+        parameters = [*make(points, [common, common, own[0], common, own[1]]), torch.nn.Parameter(bias.clone())]
         runs.append((parameters, optimizer_of(name, parameters, foreach)))
     for t in range(30):
         gradients = [draw.matrix(*p.shape, dtype=dtype) for p in runs[0][0]]
@@ -107,10 +115,10 @@ def test_the_steps_are_those_of_one_by_one(draw, stacks, name, dtype, shape, k, 
         for run in runs:
             give(run[0], gradients)
             run[1].step()
-        if name == "sgd" or t in (0, 1, 29):
-            assert_alike(*runs, dtype)
-    assert {5, 2} <= set(stacks) or {4, 2} <= set(stacks)
-    assert len(stacks) >= 58
+        assert_alike(*runs, dtype)
+        go_on_together(*runs)
+    assert {3, 2} == set(stacks)
+    assert len(stacks) == 58
 
 
 @pytest.mark.parametrize("sampler", ["lsi", "column", "subspace", "svd", Subspace(power=2)], ids=str)
