@@ -1,7 +1,8 @@
 """Many matrices of one shape: a step of a stack, which is one batch, and of as many parameters by themselves.
 
-Run ``python benchmarks/many_matrices.py`` (two minutes); ``--record JSON --into PAGE`` writes the table of a recorded
-run into a page.  Every time is that of a whole step, taken in turn with ``torch.optim.SGD``'s on the same numbers.
+Run ``python benchmarks/many_matrices.py`` (three minutes); ``--record JSON --into PAGE`` writes the tables of a
+recorded run into a page.  Every time is that of a whole step, taken in turn with that of torch's own SGD or Adam with
+``foreach=True`` on the same numbers.
 """
 
 from __future__ import annotations
@@ -22,17 +23,29 @@ from suite.in_turn import milliseconds
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim
 
-#: What the matrices are, the shape of their stack, and whether they are timed one by one, too.
+#: What the matrices are, the shape of their stack, and whether they are timed as separate parameters, too.
 CASES = [
     ("blocks", (10_000, 64, 64), False),
     ("heads of all layers", (96, 512, 64), True),
     ("heads of one layer", (8, 512, 64), True),
-    ("small blocks", (1_000, 16, 16), True),
+    ("middle blocks", (24, 128, 128), True),
+    ("small blocks", (200, 32, 32), True),
+    ("tiny blocks", (1_000, 16, 16), True),
 ]
-OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "torch SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3),
-    "in place": lambda parameters: optim.RiemannianSGD(parameters, lr=1e-3),
-    "RiemannianSGD": lambda parameters: geoopt.optim.RiemannianSGD(parameters, lr=1e-3),
+ADAM = ("heads of all layers", "middle blocks", "small blocks")
+SGD: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "torch SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, foreach=True),
+    "in place D": lambda parameters: optim.RiemannianSGD(parameters, lr=1e-3),
+    "in place T": lambda parameters: optim.RiemannianSGD(parameters, lr=1e-3),
+    "foreach=False D": lambda parameters: optim.RiemannianSGD(parameters, lr=1e-3, foreach=False),
+    "RiemannianSGD D": lambda parameters: geoopt.optim.RiemannianSGD(parameters, lr=1e-3),
+    "RiemannianSGD T": lambda parameters: geoopt.optim.RiemannianSGD(parameters, lr=1e-3),
+}
+ADAMS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "torch Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-3, foreach=True),
+    "in place D": lambda parameters: optim.RiemannianAdam(parameters, lr=1e-3),
+    "in place T": lambda parameters: optim.RiemannianAdam(parameters, lr=1e-3),
+    "foreach=False D": lambda parameters: optim.RiemannianAdam(parameters, lr=1e-3, foreach=False),
 }
 
 
@@ -48,35 +61,44 @@ def parameters(shape: tuple[int, ...], exact: bool, separate: bool) -> list[torc
     return made
 
 
-def measure(shape: tuple[int, ...], separate: bool, rounds: int) -> dict[str, list[float]]:
-    """Return quartiles of the milliseconds of a step of each optimiser, D and T."""
-    steps: dict[str, Callable[[], Any]] = {}
-    for name, make in OPTIMIZERS.items():
-        for variant in ("",) if name == "torch SGD" else (" D", " T"):
-            steps[name + variant] = make(parameters(shape, variant == " T", separate)).step
+def measure(
+    optimizers: dict[str, Callable[[Any], torch.optim.Optimizer]], shape: tuple[int, ...], separate: bool, rounds: int
+) -> dict[str, list[float]]:
+    """Return quartiles of the milliseconds of a step of each optimiser."""
+    steps = {
+        name: make(parameters(shape, name.endswith(" T"), separate)).step
+        for name, make in optimizers.items()
+        if separate or "foreach" not in name
+    }
     return milliseconds(steps, rounds)
 
 
 def measure_all(rounds: int) -> dict[str, Any]:
-    """Time every case, as a stack and one by one."""
+    """Time every case, as a stack and as separate parameters."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     planned = [(what, shape, way) for what, shape, both in CASES for way in ((False, True) if both else (False,))]
-    cells = [
-        {"what": what, "shape": shape, "separate": separate, "times": measure(shape, separate, rounds)}
-        for what, shape, separate in tqdm(planned, "cases", disable=None)
-    ]
-    return {"cells": cells, "rounds": rounds, **environment()}
+    cells: dict[str, list[dict[str, Any]]] = {"cells": [], "adam": []}
+    for what, shape, separate in tqdm(planned, "cases", disable=None):
+        cell = {"what": what, "shape": shape, "separate": separate}
+        cells["cells"].append({**cell, "times": measure(SGD, shape, separate, rounds)})
+        if what in ADAM:
+            cells["adam"].append({**cell, "times": measure(ADAMS, shape, separate, rounds)})
+    return {**cells, "rounds": rounds, **environment()}
 
 
-def table(record: dict[str, Any]) -> str:
-    """Return a row for each case: SGD's time, all others as multiples of SGD's on the same parameters."""
-    names = list(record["cells"][0]["times"])
-    rows = [["matrices", "parameters", f"{names[0]} (ms)", *names[1:]]]
-    for cell in record["cells"]:
+def table(cells: list[dict[str, Any]]) -> str:
+    """Return a row for each case: the first optimiser's time, all others as multiples of it on the same parameters."""
+    first, *others = max((list(cell["times"]) for cell in cells), key=len)
+    rows = [["matrices", "parameters", f"{first} (ms)", *others]]
+    for cell in cells:
         times, (number, n, m) = cell["times"], cell["shape"]
-        unit = times[names[0]][1]
-        ratios = [f"{b / unit:.2f} ({a / unit:.2f}–{c / unit:.2f})" for a, b, c in (times[name] for name in names[1:])]
+        unit = times[first][1]
+        ratios = [
+            f"{b / unit:.2f} ({a / unit:.2f}–{c / unit:.2f})" if name in times else "–"
+            for name in others
+            for a, b, c in [times.get(name, (0, 0, 0))]
+        ]
         count = str(number) if cell["separate"] else "1 (a stack)"
         rows.append([f"{number} {cell['what']}, {n}×{m}", count, f"{unit:.3g}", *ratios])
     return markdown(rows)
@@ -89,11 +111,13 @@ def main(arguments: list[str] | None = None) -> int:
     add_record_options(command, "results/many_matrices")
     options = command.parse_args(arguments)
     record = recorded(options, "many_matrices", lambda: measure_all(options.rounds))
+    unit = "SGD's time, or Adam's" if "adam" in record else "SGD's time"
     how = (
         f"Medians of {record['rounds']} steps, with quartiles in brackets; the other columns are multiples of "
-        f"SGD's time.  float32, k = 1, on {machine_of(record)}."
+        f"{unit}.  float32, k = 1, on {machine_of(record)}."
     )
-    text = f"\n{table(record)}\n\n{how}\n"
+    tables = [table(record[key]) for key in ("cells", "adam") if key in record]
+    text = "\n" + "\n\n".join([*tables, how]) + "\n"
     tell(options, "many matrices", text)
     return 0
 

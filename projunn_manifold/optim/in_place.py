@@ -2,8 +2,8 @@
 
 :class:`RiemannianSGD` and :class:`RiemannianAdam` take the arguments, keep the state and make the steps of geoopt's
 classes of the same names, of which they are subclasses; a state_dict of one can be loaded by the other.
-Parameters on :class:`~projunn_manifold.UnitaryLowRank` move in place, without a matrix of their size being allocated;
-all other parameters are left to geoopt.
+Parameters on :class:`~projunn_manifold.UnitaryLowRank` move in place, without a matrix of their size being allocated,
+many small ones as a stack (``foreach``); all other parameters are left to geoopt.
 
 Weight decay is a multiple of X, which is normal to the manifold: it does not move a point and is not
 added to its gradient here.
@@ -128,13 +128,21 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         As in geoopt; weight decay acts on other parameters only.
     stabilize : int, optional
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+    foreach : bool, optional
+        Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
+        manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
+        devices, settings of their manifolds and moments.  None: where it pays on CPU, which is for at least 4 of at most
+        128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
+        which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
+        package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,
+        gradients of other classes, and groups with ``stabilize`` or with numbers for each matrix.
 
     Raises
     ------
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
-        updated.
+        updated.  If a stack is refused, its parameters step one by one: those before the refused one have moved.
     """
 
     _geoopt = geoopt.optim.RiemannianSGD
@@ -192,13 +200,21 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         As in geoopt; weight decay acts on other parameters only.
     stabilize : int, optional
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
+    foreach : bool, optional
+        Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
+        manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
+        devices, settings of their manifolds and counts of steps.  None: where it pays on CPU, which is for at least 4 of at most
+        128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
+        which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
+        package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,
+        gradients of other classes, and groups with ``stabilize`` or with numbers for each matrix.
 
     Raises
     ------
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
-        updated.
+        updated.  If a stack is refused, its parameters step one by one: those before the refused one have moved.
     """
 
     _geoopt = geoopt.optim.RiemannianAdam
