@@ -131,7 +131,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     foreach : bool, optional
         Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
         manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
-        devices, settings of their manifolds and moments.  None: where it pays on CPU, which is for at least 4 of at most
+        devices, settings of their manifolds and moments.  None: where it pays on CPU, for at least 4 of at most
         128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
         which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
         package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,
@@ -203,7 +203,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     foreach : bool, optional
         Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
         manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
-        devices, settings of their manifolds and counts of steps.  None: where it pays on CPU, which is for at least 4 of at most
+        devices, settings of their manifolds and counts of steps.  None: where it pays on CPU, for at least 4 of at most
         128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
         which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
         package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,

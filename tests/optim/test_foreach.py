@@ -11,6 +11,7 @@ from helpers import bound, error
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, context, optim
 from projunn_manifold.linalg import dense
+from projunn_manifold.moves import drift
 from projunn_manifold.optim import stacked
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.lowrank import LowRank
@@ -327,6 +328,7 @@ def test_columns_too_far_off_are_left_and_counted_for_their_manifold(draw):
     results = []
     for foreach in (True, False):
         parameters = make(points, [UnitaryLowRank(1, seed=seed, sweep=4) for seed in range(3)])
+        parameters[0].manifold.correct_(points[0].clone())  # its turn is another one
         optimizer = optimizer_of("sgd", parameters, foreach)
         generator = torch.Generator().manual_seed(0)
         for t in range(8):
@@ -343,6 +345,35 @@ def test_columns_too_far_off_are_left_and_counted_for_their_manifold(draw):
         results.append([p.manifold.pop_faults() for p in parameters])
     assert results[0] == results[1]
     assert [faults.uncorrected > 0 for faults in results[0]] == [False, True, False]
+
+
+def test_every_member_is_corrected_in_its_own_turn(draw, monkeypatch):
+    """Manifolds of their own that have counted differently, and one for two parameters."""
+    points = [draw.point(8, 8, dtype=torch.float64) for _ in range(5)]
+    correct_columns_, found = drift.correct_columns_, []
+
+    def spy(x, start):
+        found.extend([start] * x.shape[:-2].numel())
+        return correct_columns_(x, start)
+
+    monkeypatch.setattr(drift, "correct_columns_", spy)
+    starts = []
+    for foreach in (True, False):
+        manifolds = [UnitaryLowRank(1, seed=seed, sweep=12) for seed in range(4)]
+        for manifold, more in zip(manifolds, (0, 1, 5, 2), strict=True):
+            for _ in range(more):
+                manifold.correct_(points[0].clone())
+        parameters = make(points, [*manifolds, manifolds[0]])
+        optimizer = optimizer_of("sgd", parameters, foreach)
+        steps = []
+        for _ in range(20):
+            found.clear()
+            give(parameters, [torch.ones(8, 8, dtype=torch.float64).tril() for _ in parameters])
+            optimizer.step()
+            steps.append(sorted(found))
+        starts.append(steps)
+    assert starts[0] == starts[1]
+    assert {len(step) for step in starts[0]} >= {0, 1, 2}
 
 
 def test_drift_is_corrected(draw, stacks):
