@@ -176,7 +176,7 @@ def _met(sign: str, limit: float, value: float) -> bool:
 
 
 def table(record: dict[str, Any]) -> str:
-    """Return all ratios, a row for each subject, and the bars."""
+    """Return all ratios, a row for each subject."""
     shapes = [tuple(cell["shape"]) for cell in record["cells"]]
     names = list(dict.fromkeys(name for cell in record["cells"] for name in cell["ratio"]))
     lines = [
@@ -190,7 +190,12 @@ def table(record: dict[str, Any]) -> str:
         found = (cell["ratio"].get(name) for cell in record["cells"])
         cells = (f"{r['median']:.2f} ({r['lower']:.2f}–{r['upper']:.2f})" if r else "" for r in found)
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| (T, B, n) | bar | limit | measured | verdict |", "|---|---|---:|---:|---|"]
+    return "\n".join(lines)
+
+
+def verdicts(record: dict[str, Any]) -> str:
+    """Return every bar with what was measured."""
+    lines = ["| (T, B, n) | bar | limit | measured | verdict |", "|---|---|---:|---:|---|"]
     for cell in record["cells"]:
         for bar in cell["bars"]:
             verdict = "met" if bar["met"] else "MISSED"
@@ -226,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = QUICK if options.quick else SHAPES
     record = recorded(options, "recurrent_speed", lambda: measure_all(shapes, options.rounds))
     tell(options, "recurrent speed", f"One run on {machine_of(record)}:\n\n{table(record)}")
+    print(f"\n{verdicts(record)}")
     return 0
 
 

@@ -113,7 +113,7 @@ def report_comparison(runs: list[Run], options: argparse.Namespace, seconds: flo
     print(sentence)
     print(
         "Rank-one steps pay for large n: at n = 128 a dense one costs no more, and uses the whole gradient.  What the "
-        "table says is\nexplained in docs/experiments.md, and docs/speed.md times steps up to n = 4096."
+        "table says is\nexplained in docs/reference/experiments.md, and docs/howto/speed.md times steps up to n = 4096."
     )
     return 0 if solved else 1
 

@@ -1,6 +1,6 @@
 """Tables and pictures of recorded experiments, for the documentation.
 
-``python experiments/render.py docs/results/experiments --out docs/_static --into docs/experiments.md`` reads
+``python experiments/render.py docs/results/experiments --out docs/_static --into docs/reference/experiments.md`` reads
 every folder of runs, draws ``<folder>.png`` and replaces what the page has between ``<!-- folder -->`` marks.
 """
 

@@ -17,9 +17,19 @@ from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 ROOT = Path(__file__).parent.parent
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+
 SQUARE = [(1, 1), (2, 2), (9, 9), (24, 24), (3, 12, 12), (2, 2, 6, 6)]
 TALL = [(5, 1), (24, 7), (24, 23), (3, 12, 5)]
 SHAPES = SQUARE + TALL
+GROUPS = ("howto", "concepts", "reference")  # of pages
+
+
+def page_of(name: str) -> Path:
+    """The page of the documentation with this name, whatever its group is."""
+    (page,) = (
+        ROOT / "docs" / group / f"{name}.md" for group in GROUPS if (ROOT / "docs" / group / f"{name}.md").exists()
+    )
+    return page
 
 
 def double(t: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from helpers import page_of
 
 from projunn_manifold import __version__
 
@@ -50,4 +51,4 @@ def test_the_sdist_holds_the_sources_and_nothing_built(built):
 
 def test_the_citation_names_this_version():
     assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
-    assert f"version = {{{__version__}}}" in (ROOT / "docs" / "citing.md").read_text()
+    assert f"version = {{{__version__}}}" in page_of("citing").read_text()

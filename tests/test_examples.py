@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, recorded, run_script
+from helpers import ROOT, page_of, recorded, run_script
 
 pytestmark = pytest.mark.site
 
@@ -67,7 +67,7 @@ def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
     result = run_script("benchmarks/recurrent_speed.py", "--quick", "--rounds", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert recorded(tmp_path / "recurrent_speed.json")["quick"]
-    page = ROOT / "docs" / "recurrent.md"
+    page = page_of("recurrent")
     copy = shutil.copy(page, tmp_path)
     result = run_script(
         "benchmarks/recurrent_speed.py", "--record", ROOT / "docs" / "results" / "recurrent_speed.json", "--into", copy

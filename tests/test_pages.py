@@ -7,13 +7,13 @@ from pathlib import Path
 import geoopt
 import pytest
 import torch
-from helpers import ROOT, recorded, run_script
+from helpers import ROOT, page_of, recorded, run_script
 
 pytestmark = pytest.mark.site
 
 
 def test_pages_show_the_recorded_benchmark(tmp_path):
-    pages = [ROOT / "README.md", ROOT / "docs" / "speed.md"]
+    pages = [ROOT / "README.md", page_of("benchmark"), ROOT / "benchmarks" / "bars.md"]
     copies = [shutil.copy(page, tmp_path) for page in pages]
     record = ROOT / "docs" / "results" / "benchmark.json"
     result = run_script("benchmarks/render.py", record, "--out", tmp_path, "--into", *copies)
@@ -27,32 +27,30 @@ def test_pages_show_the_recorded_benchmark(tmp_path):
     ("name", "least"), [("promises", 20), ("traps", 20), ("upstream", 20), ("comparison", 5), ("companions", 10)]
 )
 def test_tests_that_pages_name_exist(name, least):
-    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", (ROOT / "docs" / f"{name}.md").read_text())
+    named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", page_of(name).read_text())
     assert len(named) >= least
     for module, test in named:
         assert f"def {test}(" in (ROOT / "tests" / module).read_text(), f"{module}::{test}"
 
 
 def test_every_promise_names_a_test():
-    page = (ROOT / "docs" / "promises.md").read_text()
+    page = page_of("promises").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert all("::test_" in row for row in rows)
 
 
 def test_numbers_that_the_page_of_choices_quotes_are_those_of_the_pages_it_names():
-    docs = ROOT / "docs"
-    rows = [
-        line.split(" | ") for line in (docs / "choosing.md").read_text().splitlines() if "](" in line and "|" in line
-    ]
+    page = page_of("choosing")
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if "](" in line and "|" in line]
     assert len(rows) >= 25
     for _, _, measured, where in rows:
-        named = "".join((docs / page).read_text() for page in re.findall(r"\((\w+\.md)#", where))
+        named = "".join((page.parent / link).read_text() for link in re.findall(r"\(([\w/.]+\.md)[#)]", where))
         for number in re.findall(r"(?<![\w.])\d+\.\d+(?:e[-+]\d+)?|(?<![\w.])\d{3,}(?![\w.])", measured):
             assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", named), f"{number}, {measured}: not in {where}"
 
 
 def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_path):
-    page = ROOT / "docs" / "upkeep.md"
+    page = page_of("drift")
     copy = shutil.copy(page, tmp_path)
     record = ROOT / "docs" / "results" / "drift.json"
     assert not recorded(record)["quick"]
@@ -64,17 +62,17 @@ def test_the_recorded_drift_keeps_its_promises_and_is_what_the_page_shows(tmp_pa
 def test_pages_show_the_recorded_experiments(tmp_path):
     results = ROOT / "docs" / "results"
     for script, page, record in (
-        ("experiments/render.py", "experiments.md", [results / "experiments"]),
-        ("experiments/sampler_study.py", "samplers.md", ["--record", results / "sampler_study.json"]),
-        ("benchmarks/convolution_speed.py", "convolution.md", ["--record", results / "convolution_speed.json"]),
-        ("benchmarks/exponential_speed.py", "convolution.md", ["--record", results / "exponential_speed.json"]),
-        ("examples/pretrained.py", "pretrained.md", ["--record", results / "pretrained.json"]),
-        ("benchmarks/systems.py", "comparison.md", ["--record", results / "compare.json"]),
-        ("examples/distributed.py", "distributed.md", ["--record", results / "distributed.json"]),
-        ("benchmarks/sharded.py", "distributed.md", ["--record", results / "sharded.json"]),
-        ("benchmarks/many_matrices.py", "speed.md", ["--record", results / "many_matrices.json"]),
+        ("experiments/render.py", "experiments", [results / "experiments"]),
+        ("experiments/sampler_study.py", "samplers", ["--record", results / "sampler_study.json"]),
+        ("benchmarks/convolution_speed.py", "convolution", ["--record", results / "convolution_speed.json"]),
+        ("benchmarks/exponential_speed.py", "convolution", ["--record", results / "exponential_speed.json"]),
+        ("examples/pretrained.py", "pretrained", ["--record", results / "pretrained.json"]),
+        ("benchmarks/systems.py", "comparison", ["--record", results / "compare.json"]),
+        ("examples/distributed.py", "distributed", ["--record", results / "distributed.json"]),
+        ("benchmarks/sharded.py", "distributed", ["--record", results / "sharded.json"]),
+        ("benchmarks/many_matrices.py", "speed", ["--record", results / "many_matrices.json"]),
     ):
-        original = ROOT / "docs" / page
+        original = page_of(page)
         copy = shutil.copy(original, tmp_path)
         result = run_script(script, *record, "--out", tmp_path, "--into", copy)
         assert result.returncode == 0, result.stderr
