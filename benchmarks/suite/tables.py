@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .bars import bars
-from .records import Cell, exponent, matrices_per_step, series, times_by_size
+from .records import Cell, exponent, matrices_per_step, median_ratio, series, times_by_size
 
 Rows = list[list[str]]
 
@@ -14,6 +14,7 @@ Rows = list[list[str]]
 def tables(record: dict[str, Any]) -> dict[str, str]:
     """Return every table that the record has cells for, by its heading."""
     made = {
+        "In short": _in_short(record),
         "Step against torch.optim.SGD's": _speed(record, "sgd"),
         "Adam: step against torch.optim.Adam's": _speed(record, "adam"),
         "Step against torch.optim.SGD's, by rank": _by_column(record, "rank", _rank_column, _ratio),
@@ -82,6 +83,30 @@ def _beside_rival(record: dict[str, Any], section: str) -> Rows:
 def _step_name(cell: Cell) -> str:
     rank = f", k = {cell['k']}" if cell["family"] == "ours" else ""
     return f"{cell['subject']}{rank}, ‖u‖₂ = {cell['length']:g}"
+
+
+IN_SHORT = {  # the few rows and columns that a reader sees first, by section and subject
+    ("speed", "in-place RiemannianSGD D"): "this package, `optim.RiemannianSGD`, k = 1",
+    ("speed", "RiemannianSGD D"): "this package, geoopt's `RiemannianSGD`, k = 1",
+    ("rivals", "EuclideanStiefel, RiemannianSGD"): "geoopt, `EuclideanStiefel`",
+    ("rivals", "parametrizations.orthogonal, cayley"): "torch, `parametrizations.orthogonal`, Cayley",
+    ("rivals", "POGO"): "pogo-torch",
+}
+IN_SHORT_SIZES = (128, 512, 2048)
+
+
+def _in_short(record: dict[str, Any]) -> Rows:
+    """Return medians alone, of a few."""
+    rows = [
+        [label, *(_short(median_ratio(cell)) for n in IN_SHORT_SIZES for cell in _at(record, section, name, n))]
+        for (section, name), label in IN_SHORT.items()
+    ]
+    header = ["a step, in steps of `torch.optim.SGD`", *(f"n = {n}" for n in IN_SHORT_SIZES)]
+    return [header, *(row for row in rows if len(row) == len(header))]
+
+
+def _at(record: dict[str, Any], section: str, name: str, n: int) -> list[Cell]:
+    return series(record["cells"], section, name, shape=[n, n])[:1]
 
 
 def _operators(record: dict[str, Any]) -> Rows:
