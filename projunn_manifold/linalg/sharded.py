@@ -6,7 +6,6 @@ every function here is the identity.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -29,14 +28,9 @@ __all__ = [
 ]
 
 
-@functools.cache
-def _distributes(kind: type) -> bool:
-    return hasattr(kind, "placements")
-
-
 def is_dtensor(x: object) -> bool:
-    """Return whether x is a ``DTensor``; asked of its class, for a tensor is slow to say what it has not got."""
-    return _distributes(type(x))  # type: ignore[arg-type]  # classes are hashable
+    """Return whether x is a ``DTensor``."""
+    return hasattr(x, "placements")
 
 
 def is_sharded(x: Tensor) -> bool:

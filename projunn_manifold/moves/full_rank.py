@@ -8,7 +8,6 @@ is the Riemannian gradient :math:`\tfrac12(G - X G^H X)` as well.  A move turns 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import final
 
 from torch import Tensor
@@ -75,12 +74,8 @@ class FullRankMove:
     """The map X ↦ Y = X f(Ω), known by X and f(Ω) - I."""
 
     def __init__(self, x: Tensor, increment: Tensor) -> None:
-        self._x, self._increment = x, increment
-
-    @cached_property
-    def target(self) -> Tensor:
-        """Y."""
-        return dense.plus_product(self._x, self._x, self._increment)
+        self._x = x
+        self.target = dense.plus_product(x, x, increment)  # Y
 
     def apply_(self, x: Matrix) -> Tensor:
         """Move X in place and return its tensor."""

@@ -8,7 +8,6 @@ isometry.  Both cost :math:`O(r n^2)` for r columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol, final
 
 import torch
@@ -59,18 +58,13 @@ class LowRankMove:
 
     def apply_(self, x: Matrix) -> Tensor:
         """Move X in place and return its tensor."""
-        return x.add_product_(self._moved, self.right)
+        return x.add_product_(thin(self.left, self.core), self.right)
 
     def apply(self, x: Matrix) -> Tensor:
         """Return the moved point in fresh memory of X's layout."""
         whole = expanded(x.like, self.left)
         x = x if whole is x.like else matrix(whole)
-        return x.plus_product(self._moved, self.right)
-
-    @cached_property
-    def _moved(self) -> Tensor:
-        """Return W F."""
-        return thin(self.left, self.core)
+        return x.plus_product(thin(self.left, self.core), self.right)
 
     def transport(self, v: Tensor) -> Tensor:
         """Return g v, the tangent v at X carried to Y."""
@@ -84,8 +78,6 @@ class LowRankMove:
 
     def _rotation_of(self, v: Matrix) -> tuple[Tensor, Tensor]:
         """Return thin factors of ``g v - v = W Γ (v^H W)^H``."""
-        if self.group is self.core:
-            return self._moved, v.adjoint_times(self.left)
         group = complete_to_unitary(self.core) if self.group is None else self.group
         return thin(self.left, group), v.adjoint_times(self.left)
 

@@ -14,6 +14,7 @@ from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg.products import Matrix, matrix
 from projunn_manifold.moves.frame import FramedStep, FramedTangent
+from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.rank_k import RankKTangent
 from projunn_manifold.moves.rank_one import RankOneTangent
@@ -33,9 +34,14 @@ __all__ = [
 
 
 def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
-    """Return ``½(a b^H - X b a^H X)``: in closed form on square X, in an orthonormal frame on tall X."""
+    """Return ``½(a b^H - X b a^H X)``: in closed form on square X, in an orthonormal frame on tall X.
+
+    Factors of more than m/2 columns save nothing on square X; there the tangent is that of their product.
+    """
     if x.shape[-2] != x.shape[-1]:
         return FramedTangent.of_gradient(x, factors)
+    if 1 < factors.rank >= x.shape[-1] / 2:
+        return FullRankTangent.of_vector(x, factors.dense())
     return (RankOneTangent if factors.rank == 1 else RankKTangent).of_gradient(x, factors)
 
 

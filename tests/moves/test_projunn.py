@@ -237,3 +237,17 @@ def test_bad_input_is_refused(function, case):
     with pytest.raises(kind, match=message):
         function(*arguments)
     assert torch.equal(arguments[0], kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_factors_of_full_rank_are_moved_by_matrix_products(draw, dtype, monkeypatch):
+    x, (a, b) = draw.point(12, 12, dtype=dtype), draw.factors((12, 12), 12, dtype, norm=0.3)
+
+    def refuse(*_, **__):
+        raise AssertionError("a factorisation")
+
+    for name in ("eigh", "svd", "qr"):
+        monkeypatch.setattr(torch.linalg, name, refuse)
+    y = projunn_t(x, a, b)
+    skew = a @ b.mH @ x.mH
+    assert error(y, torch.linalg.matrix_exp((skew - skew.mH) / 2) @ x) <= bound(dtype)
