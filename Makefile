@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A process for each core; what a module prepares is prepared once, and the blocks of a page run in their order.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+# What works without numba as well.
+CORE := tests/moves tests/manifold tests/optim/test_in_place.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench compare test test-all integration lint hooks docs dist clean
@@ -37,8 +39,9 @@ lint: $(VENV)/.test ## ruff and mypy
 hooks: $(VENV)/.test $(VENV)/.hooks ## check every commit as .pre-commit-config.yaml says
 	$(BIN)/pre-commit install
 
-test: lint $(VENV)/.test $(VENV)/.examples ## the test suite (under 10 minutes on two cores)
+test: lint $(VENV)/.test $(VENV)/.examples ## the test suite (under 10 minutes on two cores), and its core without compiled loops
 	$(PYTEST)
+	PROJUNN_MANIFOLD_LOOPS=0 $(PYTEST) $(CORE)
 
 test-all: lint $(VENV)/.test $(VENV)/.examples ## the test suite with the slow proofs
 	$(PYTEST) -m "slow or not slow"

@@ -32,6 +32,7 @@ from common.report import markdown
 
 from projunn_manifold import UnitaryLowRank, optim, projunn_t
 from projunn_manifold.linalg import dense, products
+from projunn_manifold.linalg.products import compiled_loops
 
 T, D, TANGENT = "tab:blue", "tab:orange", "tab:green"
 
@@ -236,7 +237,7 @@ def count(optimizer: Callable[[Any], Any], manifold: UnitaryLowRank | None, with
     p: Any = dense.haar(n, n, generator=draw).contiguous()
     p = torch.nn.Parameter(p) if manifold is None else geoopt.ManifoldParameter(p, manifold=manifold)
     p.grad = torch.randn(n, n, generator=draw)
-    loops = products.compiled
+    loops = compiled_loops()
     products.compiled = loops if with_loops else None
     try:
         step = optimizer(p)
@@ -266,7 +267,7 @@ def count_all(n: int) -> dict[str, dict[str, int]]:
         ("in-place RiemannianAdam", lambda p: optim.RiemannianAdam([p], lr=0.1).step, own, True),
         ("geoopt's RiemannianAdam", lambda p: geoopt.optim.RiemannianAdam([p], lr=0.1).step, own, True),
     ]
-    usable = [way for way in ways if products.compiled is not None or not way[3]]
+    usable = [way for way in ways if compiled_loops() is not None or not way[3]]
     return {name: count(optimizer, manifold, loops, n) for name, optimizer, manifold, loops in usable}
 
 

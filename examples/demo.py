@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compile_loops() -> None:
     """Make two steps, so that no training is timed while numba compiles."""
-    print("compiling the package's loops, once on this machine: about ten seconds", flush=True)
+    print("compiling the package's loops, once on this machine: up to half a minute", flush=True)
     manifold = UnitaryLowRank(k=1)
     for _ in range(2):
         p = geoopt.ManifoldParameter(manifold.random(8, 8), manifold=manifold)

@@ -6,6 +6,7 @@ from helpers import Draw
 
 from projunn_manifold.linalg import products
 
+products.compiled = products.compiled_loops()  # now, so that tests know whether there are any
 torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it saves
 
 

@@ -92,7 +92,7 @@ def test_private_names_of_pytorch_have_one_home():
 
 
 def test_importing_changes_nothing():
-    """No hook on optimisers, no import of torch._dynamo, nothing at fork, until a manifold is made."""
+    """No hook on optimisers, no import of torch._dynamo or numba, nothing at fork, until a manifold is made."""
     program = """
 import os, sys, torch, geoopt
 import torch.optim.optimizer as optimizer
@@ -103,6 +103,7 @@ before, dynamo = hooks(), "torch._dynamo" in sys.modules
 import projunn_manifold
 assert hooks() == before, hooks()
 assert ("torch._dynamo" in sys.modules) == dynamo
+assert "numba" not in sys.modules
 assert not forks
 projunn_manifold.UnitaryLowRank(1)
 assert hooks() == (before[0] + 1, before[1] + 1), hooks()

@@ -14,6 +14,7 @@ from projunn_manifold.init import nearest
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.plan import Guard, Plan, guard_of
+from projunn_manifold.optim.replaced import note_replacements
 from projunn_manifold.validation import check_precision, shape_problem
 
 __all__ = ["attach", "param_groups", "parameter_problem", "plain_", "unitary_", "weight_problem"]
@@ -63,7 +64,7 @@ def unitary_(
     >>> unitary_(torch.nn.RNN(4, 16, nonlinearity="relu"), "weight_hh_l0", k=2).weight_hh_l0.manifold
     UnitaryLowRank(k=2, sampler=lsi, dense where 2k >= m) manifold
     """
-    weight = getattr(module, name)
+    weight = _weight_of(module, name)
     if not isinstance(weight, nn.Parameter):
         advice = ": remove the pruning or parametrisation that computes it" if isinstance(weight, Tensor) else ""
         raise TypeError(f"`{name}` must be a parameter, got {type(weight).__name__}{advice}")
@@ -75,10 +76,19 @@ def unitary_(
     return attach(module, name, nearest(weight, f"`{name}`"), manifold)
 
 
+def _weight_of(module: nn.Module, name: str) -> Any:
+    """Return a parameter, or what has taken its place; raise AttributeError with the names of those that there are."""
+    if not hasattr(module, name):
+        names = ", ".join(repr(own) for own, _ in module.named_parameters(recurse=False)) or "none"
+        raise AttributeError(f"{type(module).__name__} has no parameter {name!r}; its own parameters are {names}")
+    return getattr(module, name)
+
+
 def attach(module: nn.Module, name: str, point: Tensor, manifold: UnitaryLowRank) -> nn.Module:
     """Put a point of a manifold in the place of a weight, guard it, and return the module."""
     weight = module.get_parameter(name)
     setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
+    note_replacements([(f"{type(module).__name__}.{name}", weight)])
     module.add_module(f"{name}_manifold", manifold)
     guard = guard_of(module) or Guard(module, Plan({}))
     guard.plan[name] = manifold
@@ -101,7 +111,7 @@ def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
     guard = guard_of(module)
     found = None if guard is None else guard.find(name)
     planned, now = found or (name, name)
-    weight = module.get_parameter(now) if found else getattr(module, name)
+    weight = module.get_parameter(now) if found else _weight_of(module, name)
     if not isinstance(weight, ManifoldTensor) and not found:
         raise TypeError(f"`{name}` must be on a manifold, got {type(weight).__name__}")
     if guard is not None and found:
@@ -111,6 +121,7 @@ def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
         path, _, leaf = now.rpartition(".")
         free = nn.Parameter(weight.detach().as_subclass(Tensor).clone(), weight.requires_grad)
         setattr(module.get_submodule(path), leaf, free)
+        note_replacements([(f"{type(module).__name__}.{now}", weight)])
     return module
 
 

@@ -185,7 +185,26 @@ def haar(
 
 
 def unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
-    r"""Distance from the manifold, :math:`\|X^H X - I\|_F/\sqrt{m}`, computed in double precision."""
+    r"""Distance of each matrix from the manifold, :math:`\|X^H X - I\|_F/\sqrt{m}`, computed in double precision.
+
+    It is about the machine epsilon of x's dtype on the manifold.  Derivatives do not pass.  Cost: :math:`O(nm^2)`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What is no tensor, or has fewer than two dimensions.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold import unitarity_error
+    >>> unitarity_error(torch.stack((torch.eye(4), 2 * torch.eye(4))))
+    tensor([0., 3.], dtype=torch.float64)
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
+    if x.dim() < 2:
+        raise ValueError(f"`x` must have at least 2 dimensions (*batch, n, m), got shape {tuple(x.shape)}")
     x = x.detach().to(high_precision(x.dtype))
     gram = x.mH @ x
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)

@@ -11,9 +11,7 @@ is read or written anywhere else in a step.  :func:`matrix` chooses how, once fo
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import warnings
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from projunn_manifold import context
 from projunn_manifold.linalg import dense, sharded, threads
+from projunn_manifold.linalg.loops import NOT_YET, loops_are_usable
 from projunn_manifold.linalg.small import Small
 
 __all__ = [
@@ -30,18 +29,13 @@ __all__ = [
     "Matrix",
     "PlainMatrix",
     "RowShardedMatrix",
+    "compiled_loops",
     "matrix",
     "normalized_image",
 ]
 
-#: The compiled loops, or None: then PyTorch's products are used throughout.
-compiled: Any
-try:
-    from projunn_manifold.linalg import kernels as compiled
-except ImportError as error:
-    compiled = None
-    if importlib.util.find_spec("numba") is not None:
-        warnings.warn(f"numba is installed, but cannot be used, and steps will be slower: {error}", stacklevel=2)
+#: The compiled loops, once they are needed; None: PyTorch's products are used throughout.
+compiled: Any = NOT_YET
 
 _LITTLE = 1 / 64  # of a squared norm
 _NARROW = 16  # columns up to which thin matrices are left to loops, too: two for each of k <= 8
@@ -411,11 +405,25 @@ class CompiledMatrix(_TensorMatrix):
         return torch.from_numpy(rows).view(*self.like.shape[:-2], *rows.shape[1:]).mT
 
 
+def compiled_loops() -> Any:
+    """Return the module of compiled loops, or None where they cannot be used."""
+    if not loops_are_usable():
+        return None
+    from projunn_manifold.linalg import kernels  # which imports numba
+
+    return kernels
+
+
 def _suits_loops(x: Tensor) -> bool:
     """Return whether the compiled loops can take x."""
+    global compiled
     if compiled is None or not x.is_cpu or not x.is_contiguous() or x.dtype not in dense.DTYPES or not x.numel():
         return False
-    return not context.traced() and context.is_plain(x)
+    if context.traced() or not context.is_plain(x):
+        return False
+    if compiled is NOT_YET:
+        compiled = compiled_loops()
+    return compiled is not None
 
 
 def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
@@ -450,7 +458,7 @@ def _side_by_side(u: Tensor, v: Tensor) -> Tensor:  # (*batch, n, 1) twice -> (*
 
 def _array(t: Tensor) -> Any:  # (*batch, n, m) -> NumPy (batch, n, m), C-contiguous like t
     array = (t.detach() if t.requires_grad else t).numpy()
-    return array[None] if array.ndim == 2 else array.reshape(-1, *t.shape[-2:])
+    return array[None] if array.ndim == 2 else array.reshape(t.shape[:-2].numel(), *t.shape[-2:])
 
 
 def _rows(t: Tensor) -> Any:  # (*batch, n, k) -> NumPy (batch, k, n), C-contiguous

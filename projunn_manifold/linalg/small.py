@@ -49,7 +49,7 @@ def skew(x: Small) -> Small:
 def identity_like(x: Small) -> Small:
     """Return the identity of x's shape and dtype."""
     if isinstance(x, Tensor):
-        return torch.diag_embed(torch.ones_like(x[..., 0]))
+        return torch.diag_embed(torch.ones_like(x.diagonal(dim1=-2, dim2=-1)))
     return np.eye(len(x), dtype=x.dtype)
 
 

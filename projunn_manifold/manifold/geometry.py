@@ -18,6 +18,7 @@ from torch import Tensor
 from projunn_manifold import validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense
+from projunn_manifold.manifold.hooks import before_conversions
 from projunn_manifold.moves.move import LowRankMove
 from projunn_manifold.sketching.factored_tensor import as_plain, factors_at
 
@@ -28,6 +29,12 @@ class Geometry(Manifold):
     r""":math:`\{X : X^H X = I\}` with the metric :math:`\mathrm{Re}\,\mathrm{tr}\,u^H (2I - XX^H) v`."""
 
     ndim = 2
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Tell those who know the weights of a conversion of the module that holds this manifold."""
+        for function in before_conversions:
+            function(self, fn)
+        return super()._apply(fn, recurse)
 
     # -- checks -------------------------------------------------------------------------------------
 

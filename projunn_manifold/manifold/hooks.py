@@ -1,4 +1,4 @@
-"""What is called before and after each step of any optimiser, from the first manifold on."""
+"""What is called before and after each step of any optimiser, and before conversions, from the first manifold on."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from geoopt.optim.mixin import OptimMixin
+from torch import Tensor
 
 from projunn_manifold import context
 
-__all__ = ["after_steps", "before_steps", "watch_optimizers"]
+__all__ = ["after_steps", "before_conversions", "before_steps", "watch_optimizers"]
 
 Optimizer = torch.optim.Optimizer
 
 #: Functions of (optimizer, args, kwargs) that are called before and after each step.
 before_steps: list[Callable[[Optimizer, Any, Any], None]] = []
 after_steps: list[Callable[[Optimizer, Any, Any], None]] = []
+
+#: Functions of (manifold, convert) that are called before a module converts its manifold and its weights.
+before_conversions: list[Callable[[Any, Callable[[Tensor], Tensor]], None]] = []
 
 
 @functools.cache

@@ -3,5 +3,6 @@
 import projunn_manifold.optim.watch  # noqa: F401  # registers what is called before each step
 from projunn_manifold.optim.constrained import constrain
 from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
+from projunn_manifold.optim.optimizers import keepers
 
-__all__ = ["RiemannianAdam", "RiemannianSGD", "constrain"]
+__all__ = ["RiemannianAdam", "RiemannianSGD", "constrain", "keepers"]

@@ -33,6 +33,7 @@ from projunn_manifold.optim.optimizers import (
     parameters_of,
     warn_of_interpolation,
 )
+from projunn_manifold.optim.plan import guarded_parameters
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 from projunn_manifold.sketching.gradients import Averaging
 from projunn_manifold.sketching.lowrank import LowRank
@@ -50,18 +51,24 @@ class Constraint:
 
     def __init__(self, optimizer: torch.optim.Optimizer, feedback: bool) -> None:
         self.feedback = feedback
+        self._kind = type(optimizer).__name__
         self.exchange: Any = None  # with other processes; see projunn_manifold.distributed
         self._points: dict[Tensor, Tensor] = {}  # before the step
         self._gradients: dict[Tensor, tuple[Tensor, Tensor]] = {}  # before and after weight decay was taken out
-        self._hooks = (
+        self._hooks: tuple[Any, ...] = (
             optimizer.register_step_pre_hook(self._remember),
             optimizer.register_step_post_hook(self._constrain),
         )
+
+    def __repr__(self) -> str:
+        state = "" if self._hooks else ", removed"
+        return f"Constraint({self._kind}, feedback={self.feedback}{state})"
 
     def remove(self) -> None:
         """Lift the constraint; parameters stay where they are."""
         for hook in self._hooks:
             hook.remove()
+        self._hooks = ()
 
     @property
     def is_interrupted(self) -> bool:
@@ -334,11 +341,18 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
             raise TypeError(f"{kind.__name__} cannot be constrained: it {reason}")
     if isinstance(optimizer, OptimMixin):
         raise TypeError(f"{type(optimizer).__name__} is an optimiser on manifolds: use it as it is")
+    guarded = guarded_parameters()  # which, and shards, are refused by a step if they have lost their manifolds
+    if not any(unitary_of(p) is not None or is_dtensor(p) or id(p) in guarded for p in parameters_of(optimizer)):
+        validation.warn(
+            f"{type(optimizer).__name__} holds no unitary parameter, and there is nothing to constrain: build it over "
+            "the parameters of a model whose weights are unitary already, by unitary_, unitarize or a layer of this "
+            "package"
+        )
     for group in optimizer.param_groups:
         decays = group.get("weight_decay") and not _steps_like_torchs(optimizer)
         if decays and any(unitary_of(p) is not None for p in group["params"]):
             validation.warn(
-                f"the weight decay of {type(optimizer).__name__} is not known to {__name__} and spoils the sketch of a "
+                f"the weight decay of {type(optimizer).__name__} is not known to constrain and spoils the sketch of a "
                 "step: give parameters on manifolds a group with weight_decay=0"
             )
     handle = constraint_of(optimizer) or Constraint(optimizer, feedback)

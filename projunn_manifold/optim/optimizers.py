@@ -43,7 +43,8 @@ PUT_BACK_WRAPPED = (
 
 _HOLDING = ("optimizer", "optim", "base_optimizer", "original_optimizer")  # where wrappers hold what they wrap
 
-#: Functions of (optimizer, p) that return whether an optimiser keeps a parameter on its manifold.
+#: Functions of (optimizer, p) that return whether an optimiser keeps a parameter on its manifold.  Append one for a
+#: class of your own that does: ``keepers.append(lambda optimizer, p: isinstance(optimizer, Own))``.
 keepers: list[Callable[[Optimizer, Tensor], bool]] = []
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from projunn_manifold.context import is_plain
 from projunn_manifold.init import nearest_unitary_
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.geometry import Geometry
+from projunn_manifold.manifold.hooks import before_conversions
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 from projunn_manifold.manifold.state import counts_of
 from projunn_manifold.optim.optimizers import (
@@ -181,6 +182,26 @@ def guarded_parameters() -> dict[int, str]:
         for guard in list(_guards)
         for name, p, _ in guard.named_parameters()
     }
+
+
+_told_of_half: set[torch.dtype] = set()
+
+
+def _tell_of_half(manifold: Any, convert: Callable[[Tensor], Tensor]) -> None:
+    """Warn, once for a dtype, if a conversion is about to leave weights of a manifold in half precision."""
+    dtype = convert(torch.empty(0)).dtype
+    if dtype in dense.DTYPES or dtype in _told_of_half:
+        return
+    own = (p for guard in list(_guards) for _, p, found in guard.named_parameters() if found is manifold)
+    if any(convert(torch.empty(0, dtype=p.dtype, device=p.device)).dtype is dtype for p in own):
+        _told_of_half.add(dtype)
+        warn(
+            f"unitary weights become {dtype}: they stay unitary to that precision only, and no step can be made on "
+            "them; to train, keep them in float32 and run the forward pass under torch.autocast"
+        )
+
+
+before_conversions.append(_tell_of_half)
 
 
 def manifolds_of(model: torch.nn.Module) -> Plan:

@@ -27,6 +27,7 @@ from projunn_manifold.optim.optimizers import (
     parameters_of,
 )
 from projunn_manifold.optim.plan import guarded_parameters
+from projunn_manifold.optim.replaced import count_of_replacements, forget_replacement, replaced_name
 from projunn_manifold.sketching.samplers import Subspace, svd
 
 __all__: list[str] = []
@@ -35,21 +36,25 @@ _WARNED = -1
 _counts: Any = WeakIdKeyDictionary()  # of every optimiser's steps
 _off: Any = WeakIdKeyDictionary()  # optimisers of whose parameters one is known to be off its manifold
 _settled: Any = WeakIdKeyDictionary()  # optimisers warned of; those without unitary parameters, by how many they have
-_guarded: Any = WeakIdKeyDictionary()  # optimisers; how many parameters they have, and which of these have guards
+_guarded: Any = WeakIdKeyDictionary()  # optimisers; at which counts it was asked which of their parameters have guards
 
 
 def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise before a step moves a weight that was made unitary, and has lost its manifold."""
-    count = _count(optimizer)
+    """Raise before a step moves a weight that was made unitary, and has lost its manifold or its precision."""
+    counts = _count(optimizer), count_of_replacements()
     known, places = _guarded.get(optimizer, (None, []))
-    if known != count:
+    if known != counts:
+        _tell_of_replaced(optimizer)
         guarded = guarded_parameters()
         places = [place for place, p in enumerate(parameters_of(optimizer)) if id(p) in guarded]
-        _guarded[optimizer] = count, places
+        _guarded[optimizer] = counts, places
     if not places:
         return
     parameters, has_closure = list(parameters_of(optimizer)), has_closure_among(args, kwargs)
-    moving = (p for p in map(parameters.__getitem__, places) if has_closure or p.grad is not None)
+    moving = [p for p in map(parameters.__getitem__, places) if has_closure or p.grad is not None]
+    for p in moving:
+        if p.dtype not in dense.DTYPES:
+            validation.check_dtype(p.dtype, guarded_parameters().get(id(p), "x"))
     lost = [p for p in moving if manifold_of(p) is None]
     if lost:
         guarded = guarded_parameters()
@@ -62,16 +67,32 @@ def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
             )
 
 
+def _tell_of_replaced(optimizer: torch.optim.Optimizer) -> None:
+    """Warn of parameters that are no longer those of their modules: no step moves what has taken their place."""
+    old = [p for p in parameters_of(optimizer) if replaced_name(p) is not None]
+    if old:
+        names = ", ".join(f"{replaced_name(p)!r}" for p in old)
+        for p in old:
+            forget_replacement(p)
+        validation.warn(
+            f"{type(optimizer).__name__} was built before {names} got another parameter, by unitary_, unitarize, "
+            "plain_ or fold, and does not move that: build the optimiser afterwards"
+        )
+
+
 def _count(optimizer: torch.optim.Optimizer) -> int:
     return sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Warn, once, before torch's own optimiser moves unitary parameters as Euclidean ones; others may know them."""
-    if torch.compiler.is_compiling() or not type(optimizer).__module__.startswith("torch.optim"):
+    """Warn, once, before an optimiser of torch's kind moves unitary parameters as Euclidean ones.
+
+    Others may know them: whether they do shows after their first steps (:func:`_notice_writes`).
+    """
+    if torch.compiler.is_compiling() or isinstance(optimizer, OptimMixin):
         return
     count = _count(optimizer)
-    if _settled.get(optimizer) in (count, _WARNED):
+    if _settled.get(optimizer) in (count, _WARNED) or not _is_torchs(optimizer):
         return
     for p in about_to_move(optimizer, args, kwargs):
         manifold = unitary_of(p)
@@ -80,14 +101,24 @@ def _warn(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if keeps(optimizer, p):
             return
         if not is_dtensor(p):
-            _settled[optimizer] = _WARNED
-            validation.warn(
-                f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on "
-                f"{type(manifold).__name__} as a Euclidean one, and so off it: {ADVICE}"
-            )
+            _tell_of_euclidean_moves(optimizer, p, manifold)
             return
     if all(unitary_of(p) is None for p in parameters_of(optimizer)):
         _settled[optimizer] = count
+
+
+def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimiser is one of torch.optim, or of a class that is made of one."""
+    kinds = (kind for kind in type(optimizer).__mro__ if kind is not torch.optim.Optimizer)
+    return any(f"{kind.__module__}.".startswith("torch.optim.") for kind in kinds)
+
+
+def _tell_of_euclidean_moves(optimizer: torch.optim.Optimizer, p: Tensor, manifold: UnitaryLowRank) -> None:
+    _settled[optimizer] = _WARNED
+    validation.warn(
+        f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on {type(manifold).__name__} as a "
+        f"Euclidean one, and so off it: {ADVICE}; if it keeps to manifolds, say so in projunn_manifold.optim.keepers"
+    )
 
 
 def _tell_decay(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -119,6 +150,8 @@ def _adds_decay(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
 def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Warn, once, if parameters leave their manifolds between steps, as Lookahead and other averages make them.
 
+    So do optimisers of other kinds than torch's that know no manifolds.
+
     Only CPU looks, and only before steps 1, 2, 4, 8 and so on.  Of what is off before its first step others warn.
     """
     counter = _counts.get(optimizer)
@@ -132,13 +165,18 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
         return
     for p in about_to_move(optimizer, args, kwargs):
         manifold = unitary_of(p)
-        if manifold is None or is_dtensor(p) or not context.readable(p) or not keeps(optimizer, p):
+        if manifold is None or is_dtensor(p) or not context.readable(p):
+            continue
+        knows = keeps(optimizer, p)
+        if not knows and (count == 1 or _settled.get(optimizer) == _WARNED):
             continue
         error = dense.probed_unitarity_error(p.detach(), probes=1)
         if not ((error > torch.finfo(p.dtype).eps ** 0.5) & error.isfinite()).any():
             continue
         _off[optimizer] = True
-        if manifold.has_seen(p):
+        if not knows:
+            _tell_of_euclidean_moves(optimizer, p, manifold)
+        elif manifold.has_seen(p):
             validation.warn(
                 f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
                 f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else has "

@@ -27,6 +27,7 @@ from projunn_manifold.layers.plain_conv import centred_kernel, conv_problem, siz
 from projunn_manifold.layers.rnn import UnitaryRNN, UnitaryRNNCell
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.plan import guard_of
+from projunn_manifold.optim.replaced import note_replacements
 from projunn_manifold.pretrained.convolutions import nearest_layer
 from projunn_manifold.pretrained.nearest import as_problem, nearest_unitary
 from projunn_manifold.pretrained.observed import observed
@@ -361,6 +362,8 @@ def _apply(model: nn.Module, module: Any, own: str, new: Any, manifold: UnitaryL
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put a module in the place of another wherever that stands; return the model."""
+    kept = set(new.parameters())
+    note_replacements((f"{type(old).__name__}.{name}", p) for name, p in old.named_parameters() if p not in kept)
     if model is old:
         return new
     for parent in list(model.modules()):

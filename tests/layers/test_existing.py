@@ -134,6 +134,7 @@ def test_an_ensemble_runs_under_vmap():
     torch.testing.assert_close(found, torch.stack([m(x) for m in models]))
 
 
+@pytest.mark.filterwarnings("ignore:unitary weights become torch.float16:RuntimeWarning")
 def test_half_precision_runs_forward_and_is_refused_by_a_step():
     m = converted().half()
     x = torch.randn(3, 8).half()
@@ -464,3 +465,11 @@ def test_a_weight_that_is_normalised_has_lost_its_manifold(make):
     with pytest.raises(ValueError, match=r"lost its manifold.*weight_v"):
         optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in m.named_parameters())
+
+
+@pytest.mark.parametrize("call", [unitary_, plain_])
+def test_a_misspelt_name_gets_the_names_that_there_are(call):
+    with pytest.raises(AttributeError, match=r"Linear has no parameter 'weihgt'; .* 'weight', 'bias'"):
+        call(unitary_(nn.Linear(6, 6)) if call is plain_ else nn.Linear(6, 6), "weihgt")
+    with pytest.raises(AttributeError, match=r"ReLU has no parameter 'weight'; .* none"):
+        call(nn.ReLU())

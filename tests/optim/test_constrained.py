@@ -442,3 +442,11 @@ def test_feedback_waits_for_each_matrix_of_a_batch(draw):
     assert error(x[1], before[1]) <= 1e-6
     assert torch.equal(residual[1], kept[1])
     assert error(x[0], before[0]) > 0.1
+
+
+def test_what_holds_no_unitary_parameter_is_told_of_and_the_handle_says_what_it_is():
+    with pytest.warns(RuntimeWarning, match="RMSprop holds no unitary parameter.*build it over"):
+        handle = constrain(torch.optim.RMSprop(torch.nn.Linear(4, 4).parameters(), lr=0.1))
+    assert repr(handle) == "Constraint(RMSprop, feedback=False)"
+    handle.remove()
+    assert repr(handle) == "Constraint(RMSprop, feedback=False, removed)"

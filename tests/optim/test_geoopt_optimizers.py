@@ -224,11 +224,12 @@ def test_a_step_factorises_nothing_big_and_counts_few_flops(draw, name, variant,
     w = parameter(draw, variant, k, shape, dtype)
     optimizer = STEPS[name]([w])
     *batch, n, m = shape
+    probes = 16 if "main branch" in name else 0  # projx looks at the point by two products with four columns
     for _ in range(3):
         w.grad = draw.matrix(*shape, dtype=dtype)
         with NoBigFactorisation(4 * k if n == m else 8 * k), FlopCounterMode(display=False) as counter:
             optimizer.step()
-        assert counter.get_total_flops() <= 64 * k * n * n * (batch[0] if batch else 1)
+        assert counter.get_total_flops() <= (64 * k + probes) * n * n * (batch[0] if batch else 1)
 
 
 @pytest.mark.slow

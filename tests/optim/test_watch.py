@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import bound, error
 
-from projunn_manifold import UnitaryLowRank, layers, manifolds_of, optim, reattach_manifolds
+from projunn_manifold import UnitaryLowRank, fold, layers, manifolds_of, optim, reattach_manifolds, unitarize
 
 KNOWING = {
     "geoopt": lambda params: geoopt.optim.RiemannianAdam(params, lr=0.1),
@@ -86,15 +86,121 @@ def test_the_line_that_is_named_is_the_callers(draw):
     assert caught[0].filename == __file__
 
 
+class Counting(torch.optim.SGD):
+    """A class of one's own that is made of torch's."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+    def __eq__(self, other):
+        return True
+
+    __hash__ = None
+
+
+class Foreign(torch.optim.Optimizer):
+    """A class of one's own that is made of nothing, Euclidean or (with ``projects``) on manifolds."""
+
+    def __init__(self, params, lr, projects=False):
+        super().__init__(params, {"lr": lr})
+        self.projects = projects
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=group["lr"])
+                if self.projects and isinstance(p, geoopt.ManifoldParameter):
+                    p.copy_(p.manifold.projx(p))
+
+
+def test_a_subclass_of_torchs_warns_like_torchs_own(draw):
+    optimizer = Counting(layer(draw).parameters(), lr=0.1)
+    with pytest.warns(RuntimeWarning, match=r"Counting moves .* \(8, 8\) on UnitaryLowRank .*constrain.*keepers"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            optimizer.step()
+
+
 @pytest.mark.filterwarnings("error")
-def test_optimisers_of_ones_own_are_left_in_peace(draw):
-    class Own(torch.optim.SGD):
-        def __eq__(self, other):
-            return True
+def test_a_class_that_is_registered_is_left_in_peace(draw):
+    def keep(optimizer, p):
+        return isinstance(optimizer, Counting)
 
-        __hash__ = None
+    optim.keepers.append(keep)
+    try:
+        Counting(layer(draw).parameters(), lr=0.1).step()
+    finally:
+        optim.keepers.remove(keep)
 
-    Own(layer(draw).parameters(), lr=0.1).step()
+
+def test_any_other_class_is_named_when_its_step_has_left_the_manifold(draw):
+    optimizer = Foreign(layer(draw).parameters(), lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    with pytest.warns(RuntimeWarning, match="Foreign moves .* as a Euclidean one"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(8):
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_any_other_class_that_keeps_to_manifolds_is_left_in_peace(draw):
+    module = layer(draw)
+    optimizer, before = Foreign(module.parameters(), lr=0.1, projects=True), module.weight.detach().clone()
+    for _ in range(9):
+        optimizer.step()
+    assert not torch.equal(module.weight, before)
+
+
+# -- optimisers that were built before a weight was made unitary ----------------------------------------------
+
+
+def convolution():
+    return torch.nn.Sequential(torch.nn.Conv1d(4, 4, 3, padding=1, padding_mode="circular"))
+
+
+REPLACING = {
+    "unitary_": (lambda: torch.nn.Linear(8, 8), layers.unitary_, "'Linear.weight'"),
+    "plain_": (lambda: layers.UnitaryLinear(8, 8), layers.plain_, "'UnitaryLinear.weight'"),
+    "unitarize": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), unitarize, "'Linear.weight'"),
+    "of a wide one": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 4)), unitarize, "'Linear.weight', 'Linear.bias'"),
+    "of a convolution": (convolution, lambda m: unitarize(m, inputs=torch.ones(1, 4, 6)), "'Conv1d.weight'"),
+    "fold": (lambda: torch.nn.Sequential(layers.UnitaryLinear(8, 8)), fold, "'UnitaryLinear.weight'"),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, optim.RiemannianSGD, geoopt.optim.RiemannianAdam])
+@pytest.mark.parametrize("name", REPLACING)
+def test_an_optimiser_that_holds_what_was_replaced_is_told_of_once(name, kind):
+    make, replace, said = REPLACING[name]
+    model = make()
+    optimizer = kind(model.parameters(), lr=0.1)
+    optimizer.step()
+    replace(model)
+    with pytest.warns(RuntimeWarning, match=f"{kind.__name__} was built before {said}.*build the optimiser after"):
+        optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("error")
+def test_an_optimiser_that_is_built_afterwards_is_left_in_peace(draw):
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    other = optim.RiemannianSGD(model[1].parameters(), lr=0.1)
+    layers.unitary_(model[0])
+    optimizer = optim.RiemannianSGD(model.parameters(), lr=0.1)
+    model(draw.matrix(3, 8, dtype=torch.float32)).sum().backward()
+    optimizer.step(), other.step()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
@@ -235,6 +341,53 @@ def test_modules_are_walked_through_once_for_an_optimiser(draw, monkeypatch):
         counts.append(len(walks))
     assert counts[0] > 0
     assert counts[1:] == counts[:1] * 2
+
+
+# -- half precision -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def untold(monkeypatch):
+    """No conversion has been told of yet."""
+    monkeypatch.setattr("projunn_manifold.optim.plan._told_of_half", set())
+
+
+HALVING = {
+    "layer": (lambda: layers.UnitaryLinear(8, 8), "UnitaryLinear.weight"),
+    "unitary_": (lambda: layers.unitary_(torch.nn.Linear(8, 8)), "Linear.weight"),
+}
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.to(torch.bfloat16)], ids=["half", "bfloat16"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "constrained"])
+@pytest.mark.parametrize("make", HALVING)
+def test_half_precision_is_for_inference_which_is_said_once_and_a_step_is_refused(untold, make, convert, name):
+    model, said = HALVING[make]
+    model = torch.nn.Sequential(model(), model())
+    with pytest.warns(RuntimeWarning, match=r"unitary weights become torch.b?float16.*autocast") as told:
+        convert(model)
+    assert len(told) == 1
+    optimizer = OPTIMIZERS.get(name, constrained)(model.parameters())
+
+    def closure():
+        loss = model(torch.ones(2, 8, dtype=model[0].weight.dtype)).sum()
+        loss.backward()
+        return loss
+
+    closure()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(TypeError, match=rf"`{said}` must be float32.*float16; keep the parameter .*autocast"):
+        optimizer.step(*([closure] if name == "LBFGS" else []))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_conversions_and_those_that_leave_complex_weights_alone_are_no_matter(untold):
+    network = layers.UnitaryRNN(3, 8, dtype=torch.complex64)
+    network.half()
+    assert network.weight_hh_l0.dtype is torch.complex64
+    layers.UnitaryLinear(8, 8).double().float().to("cpu")
+    layers.plain_(layers.UnitaryLinear(8, 8)).half()
 
 
 # -- weight decay of geoopt's optimisers --------------------------------------------------------------------

@@ -15,7 +15,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from projunn_manifold import UnitaryLowRank, check_manifolds, manifolds_of, optim, reattach_manifolds, unitarize
+from projunn_manifold import (
+    UnitaryLowRank,
+    check_manifolds,
+    manifolds_of,
+    optim,
+    reattach_manifolds,
+    summary,
+    unitarize,
+)
 from projunn_manifold.layers import UnitaryLinear, UnitaryRNN
 
 STEPS, BATCH = 6, 8
@@ -355,7 +363,9 @@ def conversions(rank, world, port, folder):
     reattach_manifolds(layer, plan)
     layer.to("cpu").to(torch.float64)
     check_manifolds(layer, plan, OPTIMIZERS["SGD"](layer.parameters()))
-    torch.save(str(layer.weight.dtype), f"{folder}/{rank}.pt")
+    [weight] = summary(layer, OPTIMIZERS["SGD"](layer.parameters()))
+    told = weight.shape, weight.error, weight.optimizer, weight.notes
+    torch.save((str(layer.weight.dtype), *told), f"{folder}/{rank}.pt")
     leave()
 
 

@@ -115,7 +115,8 @@ def test_a_model_that_was_made_unitary_is_sharded_as_any_other(tmp_path):
 
 
 def test_a_sharded_layer_that_is_converted_keeps_its_manifold(tmp_path):
-    assert start(shards.conversions, 2, tmp_path) == ["torch.float64"] * 2
+    told = ("torch.float64", (8, 8), None, "RiemannianSGD", ("sharded",))
+    assert start(shards.conversions, 2, tmp_path) == [told] * 2
 
 
 @pytest.mark.parametrize("world", [1, 2])

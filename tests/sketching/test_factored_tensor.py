@@ -512,8 +512,11 @@ def test_the_gradient_of_a_wide_recurrent_network_is_logged():
         assert all(map(is_factored, factored))
 
 
-def test_factors_of_no_columns_are_a_zero_gradient(draw):
-    x, manifold = draw.point(6, 6, dtype=torch.float64), UnitaryLowRank(1)
+@pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)], ids=str)
+def test_factors_of_no_columns_are_a_zero_gradient(draw, path, shape):
+    x, manifold = draw.point(*shape, dtype=torch.float64), UnitaryLowRank(1)
+    factors = torch.zeros(2, *shape[:-1], 0, dtype=x.dtype)
     with torch.no_grad():
-        nothing = manifold.egrad2rgrad(x, FactoredTensor(LowRank(*torch.zeros(2, 6, 0, dtype=x.dtype))))
+        nothing = manifold.egrad2rgrad(x, FactoredTensor(LowRank(*factors)))
+        assert torch.equal(manifold.retr(x, nothing), x)
     assert not nothing.clone().any()

@@ -1,0 +1,137 @@
+"""A table of a model's unitary weights, and of what an optimiser does with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from projunn_manifold.linalg.dense import unitarity_error
+from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank
+from projunn_manifold.optim.constrained import is_constrained
+from projunn_manifold.optim.optimizers import inner_optimizer
+from projunn_manifold.optim.plan import manifolds_of
+
+__all__ = ["Summary", "UnitaryWeight", "summary"]
+
+
+@dataclass(frozen=True)
+class UnitaryWeight:
+    """What is known of a unitary weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    #: Its manifold's name.
+    manifold: str
+    k: int | None
+    #: The largest :func:`~projunn_manifold.unitarity_error` of its matrices; None if it is sharded or has no values.
+    error: float | None
+    #: The class of the optimiser that moves it; None if it does not, or none is given.
+    optimizer: str | None = None
+    lr: float | None = None
+    #: ``"constrained"``, ``"sharded"``, ``"frozen"``, ``"lost its manifold"``, ``"not in the optimiser"``, if it is so.
+    notes: tuple[str, ...] = ()
+
+
+class Summary(list[UnitaryWeight]):
+    """One entry for each unitary weight; printed, a table."""
+
+    def __str__(self) -> str:
+        rows = [("weight", "shape", "dtype", "manifold", "k", "error", "optimiser", "lr", "")]
+        rows += [
+            (
+                w.name,
+                "x".join(map(str, w.shape)),
+                str(w.dtype).removeprefix("torch."),
+                w.manifold,
+                str(w.k),
+                "-" if w.error is None else f"{w.error:.1e}",
+                w.optimizer or "-",
+                "-" if w.lr is None else f"{w.lr:g}",
+                ", ".join(w.notes),
+            )
+            for w in self
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(table if self else ["no unitary weights"])
+
+
+def summary(model: nn.Module, optimizer: Any = None) -> Summary:
+    """Return a table of a model's unitary weights: shape, dtype, manifold, k, error, and how an optimiser moves them.
+
+    A weight that was made unitary and has lost its manifold is in it, and marked.  Weights that two modules share come
+    once.
+
+    Cost: one product of each weight with itself in double precision, :math:`O(nm^2)`; waits for the device.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    optimizer : torch.optim.Optimizer, optional
+        Or a wrapper of one; the class is that of the optimiser inside.
+
+    Returns
+    -------
+    Summary
+        A list of :class:`~projunn_manifold.optim.overview.UnitaryWeight`; ``print`` shows a table.
+
+    Raises
+    ------
+    TypeError
+        A model that is no module, or an optimiser that is none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold import layers, optim, summary
+    >>> model = torch.nn.Sequential(layers.UnitaryLinear(8, 8, k=2), torch.nn.Linear(8, 2))
+    >>> [weight] = summary(model, optim.RiemannianSGD(model.parameters(), lr=0.1))
+    >>> weight.name, weight.shape, weight.k, weight.optimizer, weight.lr
+    ('0.weight', (8, 8), 2, 'RiemannianSGD', 0.1)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    inner = None if optimizer is None else inner_optimizer(optimizer)
+    groups: dict[int, dict[str, Any]] = {}
+    for holder in () if inner is None else (inner, optimizer):
+        for group in getattr(holder, "param_groups", ()):
+            groups |= {id(p): group for p in group["params"]}
+    plan = manifolds_of(model)
+    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    found = []
+    for name, p in model.named_parameters(remove_duplicate=False):
+        manifold = plan.get(name)
+        if names[id(p)] == name and isinstance(manifold, UnitaryLowRank):
+            found.append(_described(name, p, manifold, inner, groups.get(id(p))))
+    return Summary(found)
+
+
+def _described(
+    name: str, p: Tensor, manifold: UnitaryLowRank, optimizer: torch.optim.Optimizer | None, group: Any
+) -> UnitaryWeight:
+    kind = lr = None
+    if optimizer is not None and group is not None:
+        kind, lr = type(optimizer).__name__, float(group["lr"]) if "lr" in group else None
+    notes = {
+        "lost its manifold": manifold_of(p) is None,
+        "sharded": is_dtensor(p),
+        "frozen": not p.requires_grad,
+        "constrained": optimizer is not None and group is not None and is_constrained(optimizer),
+        "not in the optimiser": optimizer is not None and group is None,
+    }
+    return UnitaryWeight(
+        name=name,
+        shape=tuple(p.shape),
+        dtype=p.dtype,
+        manifold=str(manifold.name),
+        k=manifold.k,
+        error=None if is_dtensor(p) or p.is_meta or not p.numel() else unitarity_error(p).max().item(),
+        optimizer=kind,
+        lr=lr,
+        notes=tuple(note for note, holds in notes.items() if holds),
+    )
