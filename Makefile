@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A process for each core; what a module prepares is prepared once, and the blocks of a page run in their order.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
-# What works without numba as well.
-CORE := tests/moves tests/manifold tests/optim/test_in_place.py
+# What is run once more without compiled loops; runs of thousands of steps are left out.
+CORE := tests/moves tests/manifold tests/optim/test_in_place.py --ignore tests/moves/test_drift.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo bench compare test test-all integration lint hooks docs dist clean
