@@ -53,6 +53,7 @@ sphinx_gallery_conf = {
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "write_computation_times": False,
+    "capture_repr": (),  # what a page shows is what its script prints
 }
 
 html_theme = "furo"

@@ -27,7 +27,7 @@ def test_a_deep_orthogonal_network_learns_where_a_plain_one_does_not(run):
     names, figures = run("plot_1_start.py")
     assert names["accuracy"] > 0.85
     assert names["accuracy_plain"] < 0.5
-    signals, gradients = names["after"]
+    signals, gradients = names["curves"]["UnitaryLinear, after training"][0]
     assert min(signals) > 0.2 * max(signals)
     assert min(gradients) > 0.2 * max(gradients)
     lost, faint = names["at_start"]["nn.Linear"]
@@ -38,7 +38,7 @@ def test_a_deep_orthogonal_network_learns_where_a_plain_one_does_not(run):
 
 def test_a_rotation_in_front_adapts_better_than_all_weights_and_leaves_them(run):
     names, figures = run("plot_5_finetuning.py")
-    assert names["gain"] > 0.02
+    assert names["gain"] > 0.01
     torch.manual_seed(0)
     network, optimizer = names["rotation"](names["base"])
     before = [p.clone() for p in names["base"].parameters()]

@@ -2,8 +2,9 @@ r"""
 Start in five minutes
 =====================
 
-At the end you will have a network of 30 layers that has learnt to read digits, without shortcuts and without
-normalisation.  The same network of ``torch.nn.Linear`` learns nothing.
+At the end you will have a network of 30 layers that has learnt to read digits, without
+shortcuts and without normalisation.  The same network of ``torch.nn.Linear`` learns
+nothing.
 
 Install the package from a checkout:
 
@@ -11,8 +12,9 @@ Install the package from a checkout:
 
    $ python -m pip install '.[fast]' matplotlib scikit-learn
 
-The idea fits in one line.  A ``UnitaryLinear`` is a ``torch.nn.Linear`` whose weight is an orthogonal matrix, and stays
-one while it is trained.  So it turns a vector, but never makes it longer or shorter: :math:`\|Wx\| = \|x\|`.
+The idea fits in one line.  A ``UnitaryLinear`` is a ``torch.nn.Linear`` whose weight is
+an orthogonal matrix, and stays one while it is trained.  So it turns a vector, but never
+makes it longer or shorter: :math:`\|Wx\| = \|x\|`.
 """
 
 import matplotlib.pyplot as plt
@@ -34,15 +36,17 @@ WIDTH, DEPTH, BATCH, EPOCHS = 64, 30, 64, 8
 
 digits = load_digits()
 images = torch.tensor(digits.data, dtype=torch.float32)
-images, labels = (images - images.mean()) / (2 * images.std()), torch.tensor(digits.target)
+labels = torch.tensor(digits.target)
+images = (images - images.mean()) / (2 * images.std())
 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 train, test = order[:-360], order[-360:]
 
 # %%
 # The networks
 # ------------
-# Both are the same 30 layers with tanh between them.  Only the class of the layers differs.  ``k`` says how much of a
-# gradient one step follows: a step of rank ``k`` costs :math:`O(kn^2)` for an :math:`n \times n` weight.
+# Both are the same 30 layers with tanh between them.  Only the class of the layers
+# differs.  ``k`` says how much of a gradient one step follows: a step of rank ``k`` costs
+# :math:`O(kn^2)` for an :math:`n \times n` weight.
 
 
 def deep(linear):
@@ -58,8 +62,9 @@ plain = deep(lambda: nn.Linear(WIDTH, WIDTH))
 # %%
 # What happens to a signal
 # ------------------------
-# We send one batch through each network and back.  The signal is what tells one image from another, so at every layer
-# we note how far the images are from their mean.  We also note the size of the gradient that arrives there.
+# We send one batch through each network and back.  The signal is what tells one image
+# from another, so at every layer we note how far the images are from their mean.  We also
+# note the size of the gradient that arrives there.
 
 
 def sizes(network):
@@ -71,7 +76,8 @@ def sizes(network):
             states.append(x)
     loss = cross_entropy(network[-1](x), labels[train[:256]])
     signals = [(state - state.mean(0)).norm().item() for state in states]
-    return signals, [gradient.norm().item() for gradient in torch.autograd.grad(loss, states)]
+    gradients = torch.autograd.grad(loss, states)
+    return signals, [gradient.norm().item() for gradient in gradients]
 
 
 at_start = {"UnitaryLinear": sizes(orthogonal), "nn.Linear": sizes(plain)}
@@ -79,15 +85,16 @@ at_start = {"UnitaryLinear": sizes(orthogonal), "nn.Linear": sizes(plain)}
 # %%
 # Training
 # --------
-# One optimiser serves all parameters.  ``RiemannianAdam`` is Adam for ordinary weights, and keeps orthogonal ones
-# orthogonal.  The rate of an orthogonal weight is the angle of a step, so it needs a rate of its own: ``param_groups``
-# makes the two groups.
+# One optimiser serves all parameters.  ``RiemannianAdam`` is Adam for ordinary weights,
+# and keeps orthogonal ones orthogonal.  The rate of an orthogonal weight is the angle of
+# a step, so it needs a rate of its own: ``param_groups`` makes the two groups.
 
 
 def accuracy_of(network, lr, unitary_lr):
     """Train a network, and return the share of test images that it reads."""
     torch.manual_seed(1)
-    optimizer = RiemannianAdam(param_groups(network, lr=lr, unitary_lr=unitary_lr), lr=lr)
+    groups = param_groups(network, lr=lr, unitary_lr=unitary_lr)
+    optimizer = RiemannianAdam(groups, lr=lr)
     for _ in range(EPOCHS):
         for chosen in train[torch.randperm(len(train))].split(BATCH):
             optimizer.zero_grad()
@@ -98,7 +105,8 @@ def accuracy_of(network, lr, unitary_lr):
 
 
 # %%
-# A third network keeps its orthogonal weights as they were drawn.  Only its biases and its last layer learn.
+# A third network keeps its orthogonal weights as they were drawn.  Only its biases and
+# its last layer learn.
 
 frozen = deep(lambda: UnitaryLinear(WIDTH, WIDTH))
 for layer in frozen:
@@ -112,28 +120,33 @@ accuracy_plain = accuracy_of(plain, lr=0.001, unitary_lr=0.03)
 # %%
 # The picture
 # -----------
-# Every ``nn.Linear`` shrinks the signal on its way forwards, and the gradient on its way back.  After 30 layers
-# almost nothing is left of either: all images look the same.  Orthogonal layers keep both, before training and after
-# it.  The slow decline on the left is due to tanh alone.
+# Every ``nn.Linear`` shrinks the signal on its way forwards, and the gradient on its way
+# back.  After 30 layers almost nothing is left of either: all images look the same.
+# Orthogonal layers keep both, before training and after it.  The slow decline of the
+# signal is due to tanh alone.
 
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.2), layout="constrained")
-after = sizes(orthogonal)
+curves = {
+    "nn.Linear": (at_start["nn.Linear"], "gray", "-"),
+    "UnitaryLinear": (at_start["UnitaryLinear"], "tab:blue", "-"),
+    "UnitaryLinear, after training": (sizes(orthogonal), "tab:blue", ":"),
+}
+figure, axes = plt.subplots(2, sharex=True, figsize=(5.6, 5), layout="constrained")
 for panel, axis in enumerate(axes):
-    axis.semilogy(range(1, DEPTH + 1), at_start["nn.Linear"][panel], color="gray", label="nn.Linear")
-    axis.semilogy(range(1, DEPTH + 1), at_start["UnitaryLinear"][panel], color="tab:blue", label="UnitaryLinear")
-    axis.semilogy(range(1, DEPTH + 1), after[panel], color="tab:blue", linestyle=":", label="the same, after training")
+    for name, (found, colour, style) in curves.items():
+        axis.semilogy(range(1, DEPTH + 1), found[panel], style, color=colour, label=name)
     axis.grid(alpha=0.3)
-axes[0].set(title="size of the signal", xlabel="layer")
+axes[0].set(title="size of the signal")
 axes[1].set(title="size of the gradient", xlabel="layer")
-axes[1].legend(loc="lower right")
+axes[0].legend(loc="lower left")
 
 # %%
 # The number
 # ----------
-# It is the accuracy on the test images.  Note the middle row: a network whose orthogonal weights never move does nearly
-# as well on these digits.  Here most of the gain comes from the signal that arrives, and the last layer does the rest.
-# Training the weights pays where a random turn is not enough: narrow layers, recurrent networks (the next tutorial),
-# new tasks for an old network (the last one).
+# It is the accuracy on the test images.  Note the middle row: a network whose orthogonal
+# weights never move does nearly as well on these digits.  Here most of the gain comes
+# from the signal that arrives, and the last layer does the rest. Training the weights
+# pays where a random turn is not enough: narrow layers, recurrent networks (the next
+# tutorial), new tasks for an old network (the last one).
 
 print(f"UnitaryLinear, trained  {accuracy:.1%}")
 print(f"UnitaryLinear, frozen   {accuracy_frozen:.1%}")

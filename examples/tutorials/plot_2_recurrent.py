@@ -2,12 +2,13 @@ r"""
 A recurrent network that remembers
 ==================================
 
-At the end you will have a recurrent network that is shown eight symbols, waits for a hundred steps, and repeats them.
-``torch.nn.RNN`` learns nothing of it in the same time.
+At the end you will have a recurrent network that is shown eight symbols, waits for a
+hundred steps, and repeats them. ``torch.nn.RNN`` learns nothing of it in the same time.
 
-A recurrent network multiplies its state by the same matrix again and again.  If the matrix shrinks the state, the state
-is soon forgotten; if the matrix stretches it, the state explodes.  The matrix of a ``UnitaryRNN`` does neither, and
-that holds all the time while it learns.
+A recurrent network multiplies its state by the same matrix again and again.  If the
+matrix shrinks the state, the state is soon forgotten; if the matrix stretches it, the
+state explodes.  The matrix of a ``UnitaryRNN`` does neither, and that holds all the time
+while it learns.
 """
 
 import math
@@ -28,8 +29,8 @@ BLANK, ASK = SYMBOLS, SYMBOLS + 1
 # %%
 # The task
 # --------
-# An input is one of eight symbols, blank, or the request to answer.  A network without memory answers blank until it is
-# asked, and then guesses.  Its loss is known.
+# An input is one of eight symbols, blank, or the request to answer.  A network without
+# memory answers blank until it is asked, and then guesses.  Its loss is known.
 
 
 def sequences():
@@ -46,8 +47,9 @@ without_memory = SHOWN * math.log(SYMBOLS) / (2 * SHOWN + WAIT)
 # %%
 # The networks
 # ------------
-# ``UnitaryRNN`` takes the arguments of ``nn.RNN`` and returns the same things.  Its nonlinearity, modReLU, has a bias
-# that is learnt.  A second ``UnitaryRNN`` is frozen: its matrix stays as it was drawn, and everything around it learns.
+# ``UnitaryRNN`` takes the arguments of ``nn.RNN`` and returns the same things.  Its
+# nonlinearity, modReLU, has a bias that is learnt.  A second ``UnitaryRNN`` is frozen:
+# its matrix stays as it was drawn, and everything around it learns.
 
 
 class Network(nn.Module):
@@ -55,7 +57,10 @@ class Network(nn.Module):
 
     def __init__(self, recurrent, outputs):
         super().__init__()
-        self.recurrent, self.readout = recurrent, nn.Linear(recurrent.hidden_size, outputs)
+        self.recurrent, self.readout = (
+            recurrent,
+            nn.Linear(recurrent.hidden_size, outputs),
+        )
 
     def forward(self, x):
         """Map ``(time, batch, inputs)`` to ``(time, batch, outputs)``."""
@@ -83,7 +88,9 @@ def networks(inputs, hidden, outputs, **options):
 # %%
 # Training
 # --------
-# One optimiser moves everything.  The recurrent matrix has a rate of its own, which is the angle of a step.
+# One optimiser moves everything.  The recurrent matrix has a rate of its own, which is
+# the angle of a step.  The rate of all else is the best of 0.001, 0.003 and 0.01 for
+# ``nn.RNN``.
 
 losses = {}
 for name, network in networks(SYMBOLS + 2, 64, SYMBOLS + 1, k=1):
@@ -100,11 +107,12 @@ for name, network in networks(SYMBOLS + 2, 64, SYMBOLS + 1, k=1):
 # %%
 # When the matrix has to learn
 # ----------------------------
-# The frozen network remembers nearly as well as the trained one.  What this task needs is that nothing is lost, and a random
-# orthogonal matrix loses nothing.  So copying shows what the constraint is for, but not what the training is for.
+# The frozen network remembers nearly as well as the trained one.  What this task needs is
+# that nothing is lost, and a random orthogonal matrix loses nothing.  So copying shows
+# what the constraint is for, not what training is for.
 #
-# Here is a task where the matrix must learn: to read a digit whose 64 pixels come one by one, in a shuffled order, with
-# only 32 hidden units.
+# Here is a task where the matrix must learn: to read a digit whose 64 pixels come one by
+# one, in a shuffled order, with only 32 hidden units.
 
 digits = load_digits()
 torch.manual_seed(0)
@@ -127,26 +135,32 @@ for name, network in networks(1, 32, 10, k=4, nonlinearity="relu"):
             cross_entropy(answer(network, chosen), labels[chosen]).backward()
             optimizer.step()
     with torch.no_grad():
-        accuracy[name] = (answer(network, test).argmax(-1) == labels[test]).double().mean().item()
+        accuracy[name] = (
+            (answer(network, test).argmax(-1) == labels[test]).double().mean().item()
+        )
 
 # %%
 # The picture
 # -----------
-# On the left, only the plain network stays above the dotted line, the loss without memory.  On the right, the frozen
-# network is far behind, and the plain one is not: 64 steps are few, and the task does not need a long memory.
+# Above, only the plain network stays above the dotted line, the loss without
+# memory.  Below, the frozen network is far behind, and the plain one is not: 64
+# steps are few, and the task does not need a long memory.
 
 COLOURS = {"UnitaryRNN": "tab:blue", "UnitaryRNN, frozen": "gray", "nn.RNN": "black"}
-figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.4), width_ratios=(3, 2), layout="constrained")
+figure, axes = plt.subplots(
+    2, figsize=(5.6, 5.4), height_ratios=(3, 2), layout="constrained"
+)
 for name, curve in losses.items():
     axes[0].semilogy(curve, color=COLOURS[name], label=name)
 axes[0].axhline(without_memory, color="black", linestyle=":", label="without memory")
 axes[0].set(title=f"copying after {WAIT} steps: loss", xlabel="step")
 axes[0].grid(alpha=0.3)
-axes[0].legend(fontsize="small")
-bars = axes[1].bar(range(3), [100 * share for share in accuracy.values()], color=COLOURS.values())
-axes[1].bar_label(bars, fmt="%.0f")
-axes[1].set(title="shuffled digits: accuracy, %", ylim=(0, 100))
-axes[1].set_xticks(range(3), labels=["Unitary", "frozen", "nn.RNN"])
+axes[0].legend()
+percent = [100 * share for share in accuracy.values()]
+bars = axes[1].barh(list(accuracy), percent, color=COLOURS.values())
+axes[1].bar_label(bars, fmt="%.0f", padding=3)
+axes[1].set(title="shuffled digits: test accuracy, %", xlim=(0, 100))
+axes[1].invert_yaxis()
 
 # %%
 # The number
@@ -155,7 +169,8 @@ axes[1].set_xticks(range(3), labels=["Unitary", "frozen", "nn.RNN"])
 
 shares = {name: sum(curve[-20:]) / 20 / without_memory for name, curve in losses.items()}
 for name, share in shares.items():
-    print(f"{name:18}  copying: {share:.0%} of the loss without memory   shuffled digits: {accuracy[name]:.1%} read")
+    copying = f"{share:.0%} of the loss without memory"
+    print(f"{name:18}  copying: {copying:30}  digits: {accuracy[name]:.1%}")
 
 assert shares["UnitaryRNN"] < 0.5, shares
 assert shares["nn.RNN"] > 1, shares

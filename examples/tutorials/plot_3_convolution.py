@@ -2,11 +2,12 @@ r"""
 A convolution with a certificate
 ================================
 
-At the end you will have a convolutional network whose answers come with a proof: no change of the image below a known
-size can change the answer.
+At the end you will have a convolutional network whose answers come with a proof: no
+change of the image below a known size can change the answer.
 
-Every layer of the network is orthogonal.  So the network has Lipschitz constant 1: it moves two outputs apart by no
-more than the two images are apart, :math:`\|f(x) - f(x')\| \le \|x - x'\|`.
+Every layer of the network is orthogonal.  So the network has Lipschitz constant 1: it
+moves two outputs apart by no more than the two images are apart, :math:`\|f(x) - f(x')\|
+\le \|x - x'\|`.
 """
 
 import math
@@ -24,19 +25,22 @@ torch.set_num_threads(1)
 CHANNELS, BATCH, EPOCHS = 8, 64, 8
 
 # %%
-# The data are scikit-learn's digits, with pixels from 0 to 1.  A typical image has norm 4.
+# The data are scikit-learn's digits, with pixels from 0 to 1.  A typical image has norm
+# 4.
 
 digits = load_digits()
-images, labels = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, torch.tensor(digits.target)
+images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+labels = torch.tensor(digits.target)
 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 train, test = order[:-360], order[-360:]
 
 # %%
 # Two networks
 # ------------
-# ``OrthogonalConv2d`` takes the place of a circular ``nn.Conv2d``; it has to know the size of the images.  Its outputs
-# are as long as its inputs, or shorter where it has fewer of them.  ReLU would throw half of the signal away.  MaxMin
-# does not: it sorts the channels in pairs, and sorting preserves norms.
+# ``OrthogonalConv2d`` takes the place of a circular ``nn.Conv2d``; it has to know the
+# size of the images.  Its outputs are as long as its inputs, or shorter where it has
+# fewer of them.  ReLU would throw half of the signal away.  MaxMin does not: it sorts the
+# channels in pairs, and sorting preserves norms.
 
 
 class MaxMin(nn.Module):
@@ -74,7 +78,8 @@ plain = nn.Sequential(
 # %%
 # Training
 # --------
-# The outputs of the orthogonal network cannot grow.  Its loss multiplies them by 4, and so asks for a wide margin.
+# The outputs of the orthogonal network cannot grow.  Its loss multiplies them by 4, and
+# so asks for a wide margin.
 
 
 def fit(network, scale):
@@ -94,15 +99,16 @@ fit(plain, scale=1)
 # %%
 # The certificate
 # ---------------
-# The margin of an image is the score of its class minus the best of the others.  If the output moves by a length
-# :math:`r`, the difference of two scores changes by :math:`\sqrt 2\, r` at most.  So no change of the image below
-# margin :math:`/ \sqrt 2` makes the answer wrong.  For a network of Lipschitz constant :math:`L` it is margin
-# :math:`/ (\sqrt 2 L)`.
+# The margin of an image is the score of its class minus the best of the others.  If the
+# output moves by a length :math:`r`, the difference of two scores changes by :math:`\sqrt
+# 2\, r` at most.  So no change of the image below margin :math:`/ \sqrt 2` makes the
+# answer wrong.  For a network of Lipschitz constant :math:`L` it is margin :math:`/
+# (\sqrt 2 L)`.
 
 
 @torch.no_grad()
 def radii(network, lipschitz):
-    """Return for each test image the size of the changes below which the answer stays right; negative if it is wrong."""
+    """Return sizes below which no change makes an answer wrong; negative if it is."""
     scores, own = network(images[test]), labels[test, None]
     margin = scores.gather(1, own)[:, 0] - scores.scatter(1, own, -math.inf).amax(1)
     return margin / (math.sqrt(2) * lipschitz)
@@ -122,13 +128,16 @@ def lipschitz_bound(network):
 
 
 bounds = {"orthogonal": lipschitz_bound(orthogonal), "plain": lipschitz_bound(plain)}
-print(f"product of the largest singular values: orthogonal {bounds['orthogonal']:.4f}, plain {bounds['plain']:.1f}")
+print("product of the largest singular values:")
+for name, bound in bounds.items():
+    print(f"{name:10}  {bound:.4f}")
 
 # %%
 # An attack
 # ---------
-# A certificate is a promise about the worst case.  An attack looks for bad cases: it climbs the loss by gradient steps
-# within a ball around each image.  What an attack leaves is an upper bound, so the truth lies between the two.
+# A certificate is a promise about the worst case.  An attack looks for bad cases: it
+# climbs the loss by gradient steps within a ball around each image.  What an attack
+# leaves is an upper bound, so the truth lies between the two.
 
 
 def accuracy_under_attack(network, radius, steps=10):
@@ -137,11 +146,17 @@ def accuracy_under_attack(network, radius, steps=10):
     change = torch.zeros_like(clean)
     for _ in range(steps):
         change.requires_grad_(True)
-        (gradient,) = torch.autograd.grad(cross_entropy(network(clean + change), own), change)
+        (gradient,) = torch.autograd.grad(
+            cross_entropy(network(clean + change), own), change
+        )
         with torch.no_grad():
-            direction = gradient / gradient.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+            direction = gradient / gradient.norm(dim=(-2, -1), keepdim=True).clamp_min(
+                1e-12
+            )
             change = change + radius / 4 * direction
-            change = change * (radius / change.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)).clamp_max(1)
+            change = change * (
+                radius / change.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-12)
+            ).clamp_max(1)
     with torch.no_grad():
         return (network(clean + change).argmax(-1) == own).double().mean().item()
 
@@ -149,18 +164,33 @@ def accuracy_under_attack(network, radius, steps=10):
 # %%
 # The picture
 # -----------
-# The solid lines are proofs, the dotted ones attacks.  Both networks read clean images equally well.  The certificate
-# of the plain network is worth nothing.  What the attack leaves of it is about what is proved of the orthogonal one.
+# The solid lines are proofs, the dotted ones attacks.  Both networks read clean images
+# equally well.  The certificate of the plain network is worth nothing.  What the attack
+# leaves of it is about what is proved of the orthogonal one.
 
 SIZES = [i / 10 for i in range(9)]
-figure, axis = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+figure, axis = plt.subplots(figsize=(5.6, 4), layout="constrained")
 certified, attacked = {}, {}
-for name, network, colour in (("orthogonal", orthogonal, "tab:blue"), ("plain", plain, "gray")):
+for name, network, colour in (
+    ("orthogonal", orthogonal, "tab:blue"),
+    ("plain", plain, "gray"),
+):
     safe = radii(network, bounds[name])
     certified[name] = [(safe > size).double().mean().item() for size in SIZES]
     attacked[name] = [accuracy_under_attack(network, size) for size in SIZES]
-    axis.plot(SIZES, [100 * share for share in attacked[name]], color=colour, linestyle=":", label=f"{name}, attacked")
-    axis.plot(SIZES, [100 * share for share in certified[name]], color=colour, label=f"{name}, certified")
+    axis.plot(
+        SIZES,
+        [100 * share for share in attacked[name]],
+        color=colour,
+        linestyle=":",
+        label=f"{name}, attacked",
+    )
+    axis.plot(
+        SIZES,
+        [100 * share for share in certified[name]],
+        color=colour,
+        label=f"{name}, certified",
+    )
 axis.set(xlabel="size of the change of the image", ylabel="test images read, %")
 axis.grid(alpha=0.3)
 figure.legend(loc="outside upper center", ncols=2)
@@ -171,12 +201,14 @@ figure.legend(loc="outside upper center", ncols=2)
 # It is the share of test images that is certified against every change of norm 0.3.
 
 for name in certified:
-    print(
-        f"{name:10}  clean {certified[name][0]:.1%}   changes of norm 0.3: certified {certified[name][3]:.1%}, "
-        f"attacked {attacked[name][3]:.1%}"
-    )
+    print(f"{name}, clean images: {certified[name][0]:.1%}")
+    print(f"{name}, changes of norm 0.3, certified: {certified[name][3]:.1%}")
+    print(f"{name}, changes of norm 0.3, attacked: {attacked[name][3]:.1%}")
 
 assert abs(bounds["orthogonal"] - 1) < 1e-3, bounds
-assert all(low <= high for low, high in zip(certified["orthogonal"], attacked["orthogonal"], strict=True))
+assert all(
+    low <= high
+    for low, high in zip(certified["orthogonal"], attacked["orthogonal"], strict=True)
+)
 assert certified["orthogonal"][3] > 0.65, certified
 assert certified["plain"][3] < 0.2, certified
