@@ -4,7 +4,7 @@ Start in five minutes
 
 At the end you will have a network of 30 layers that has learnt to read digits, without
 shortcuts and without normalisation.  The same network of ``torch.nn.Linear`` learns
-nothing.
+almost nothing.
 
 Install the package from a checkout:
 
@@ -86,8 +86,8 @@ at_start = {"UnitaryLinear": sizes(orthogonal), "nn.Linear": sizes(plain)}
 # Training
 # --------
 # One optimiser serves all parameters.  ``RiemannianAdam`` is Adam for ordinary weights,
-# and keeps orthogonal ones orthogonal.  The rate of an orthogonal weight is the angle of
-# a step, so it needs a rate of its own: ``param_groups`` makes the two groups.
+# and keeps orthogonal ones orthogonal.  The rate of an orthogonal weight is about the
+# angle of a step, so it needs a rate of its own: ``param_groups`` makes the two groups.
 
 
 def accuracy_of(network, lr, unitary_lr):
@@ -106,7 +106,8 @@ def accuracy_of(network, lr, unitary_lr):
 
 # %%
 # A third network keeps its orthogonal weights as they were drawn.  Only its biases and
-# its last layer learn.
+# its last layer learn.  The rate of the plain network is the best of 0.0003, 0.001 and
+# 0.003.
 
 frozen = deep(lambda: UnitaryLinear(WIDTH, WIDTH))
 for layer in frozen:

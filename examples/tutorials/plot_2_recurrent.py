@@ -89,8 +89,8 @@ def networks(inputs, hidden, outputs, **options):
 # Training
 # --------
 # One optimiser moves everything.  The recurrent matrix has a rate of its own, which is
-# the angle of a step.  The rate of all else is the best of 0.001, 0.003 and 0.01 for
-# ``nn.RNN``.
+# about the angle of a step.  The rate of all else is the best of 0.001, 0.003 and 0.01
+# for ``nn.RNN``.
 
 losses = {}
 for name, network in networks(SYMBOLS + 2, 64, SYMBOLS + 1, k=1):
@@ -135,9 +135,8 @@ for name, network in networks(1, 32, 10, k=4, nonlinearity="relu"):
             cross_entropy(answer(network, chosen), labels[chosen]).backward()
             optimizer.step()
     with torch.no_grad():
-        accuracy[name] = (
-            (answer(network, test).argmax(-1) == labels[test]).double().mean().item()
-        )
+        right = answer(network, test).argmax(-1) == labels[test]
+        accuracy[name] = right.double().mean().item()
 
 # %%
 # The picture

@@ -18,6 +18,7 @@ fine-tuning.
 """
 
 import copy
+from statistics import mean
 
 import matplotlib.pyplot as plt
 import torch
@@ -75,8 +76,9 @@ print(f"turned by 90 degrees: {accuracy(base, turned[test], labels[test]):.1%}")
 # %%
 # Three ways to adapt it
 # ----------------------
-# The rotation, all weights, or the last layer alone.  Each way has the best of a few
-# rates.  The rank ``k = 4`` lets one step turn the rotation in several planes at once.
+# The rotation, all weights, or the last layer alone.  Each way has a rate chosen
+# among a few.  The rank ``k = 4`` lets one step turn the rotation in several planes at
+# once.
 
 
 def rotation(network):
@@ -135,16 +137,11 @@ turned_scores = {
 figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
 colours = {"rotation in front": "tab:blue", "all weights": "black", "last layer": "gray"}
 for name, scores in turned_scores.items():
-    axis.plot(
-        SHOTS,
-        [100 * sum(draws) / SEEDS for draws in scores],
-        color=colours[name],
-        label=name,
-    )
+    means = [100 * mean(draws) for draws in scores]
+    axis.plot(SHOTS, means, color=colours[name], label=name)
     for shots, draws in zip(SHOTS, scores, strict=True):
-        axis.plot(
-            [shots] * SEEDS, [100 * draw for draw in draws], ".", color=colours[name]
-        )
+        percent = [100 * draw for draw in draws]
+        axis.plot([shots] * SEEDS, percent, ".", color=colours[name])
 axis.set(
     title="digits turned by 90 degrees",
     xlabel="examples of each class",
@@ -167,15 +164,11 @@ axis.legend()
 
 renamed = (labels + 3) % 10
 for name, way in WAYS.items():
-    mean_turned = sum(turned_scores[name][1]) / SEEDS
-    mean_renamed = sum(adapted(way, upright, renamed, 3)) / SEEDS
-    print(
-        f"{name:18} turned digits {mean_turned:.1%}   renamed classes {mean_renamed:.1%}"
-    )
+    few_renamed = mean(adapted(way, upright, renamed, 3))
+    print(f"{name}, turned digits: {mean(turned_scores[name][1]):.1%}")
+    print(f"{name}, renamed classes: {few_renamed:.1%}")
 
-gain = (
-    sum(turned_scores["rotation in front"][1]) - sum(turned_scores["all weights"][1])
-) / SEEDS
+gain = mean(turned_scores["rotation in front"][1]) - mean(turned_scores["all weights"][1])
 print(f"turned digits: {100 * gain:+.1f} points over training all weights")
 
 assert gain > 0.01, gain
