@@ -12,6 +12,9 @@ Install the package from a checkout:
 
    $ python -m pip install '.[fast]' matplotlib scikit-learn
 
+With the extra ``fast``, the first run compiles a few loops and takes up to a minute
+longer; later runs find them on disk.
+
 The idea fits in one line.  A ``UnitaryLinear`` is a ``torch.nn.Linear`` whose weight is
 an orthogonal matrix, and stays one while it is trained.  So it turns a vector, but never
 makes it longer or shorter: :math:`\|Wx\| = \|x\|`.
