@@ -149,9 +149,8 @@ def accuracy_under_attack(network, radius, steps=10):
         loss = cross_entropy(network(clean + change), own)
         (gradient,) = torch.autograd.grad(loss, change)
         step = normalize(gradient.flatten(1)).view_as(gradient) * radius / 4
-        change = (change.detach() + step).renorm(
-            2, 0, radius
-        )  # each image within its ball
+        # renorm keeps each change within its ball
+        change = (change.detach() + step).renorm(2, 0, radius)
     with torch.no_grad():
         return (network(clean + change).argmax(-1) == own).double().mean().item()
 
