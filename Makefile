@@ -71,5 +71,5 @@ dist: $(VENV)/.test $(VENV)/.dist ## build sdist and wheel, check them, test the
 
 clean: ## remove the environment and everything built
 	-$(BIN)/pre-commit uninstall
-	rm -rf $(VENV) build dist docs/_build docs/gallery results .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/gallery docs/tutorials results .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +

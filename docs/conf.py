@@ -47,12 +47,13 @@ napoleon_use_param = False  # "beta, gamma : float" stays one line, with one tex
 napoleon_use_rtype = False
 
 sphinx_gallery_conf = {
-    "examples_dirs": "../examples/gallery",
-    "gallery_dirs": "gallery",
+    "examples_dirs": ["../examples/tutorials", "../examples/gallery"],
+    "gallery_dirs": ["tutorials", "gallery"],
     "filename_pattern": "/",  # run them all
     "within_subsection_order": "FileNameSortKey",
     "download_all_examples": False,
     "write_computation_times": False,
+    "capture_repr": (),  # what a page shows is what its script prints
 }
 
 html_theme = "furo"

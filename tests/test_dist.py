@@ -38,11 +38,10 @@ def test_the_sdist_holds_the_sources_and_nothing_built(built):
         sizes = {member.name.removeprefix(f"{NAME}/"): member.size for member in sdist.getmembers()}
     folders = ("docs", "examples", "experiments", "benchmarks", "tests")
     kept = {file for folder in folders for file in (ROOT / folder).rglob("*.*")}
-    sources = {file for file in kept if file.suffix in {".py", ".md", ".rst", ".json", ".png", ".css"}}
+    sources = {file for file in kept if file.suffix in {".py", ".md", ".rst", ".json", ".png", ".css", ".toml"}}
     names = {file.relative_to(ROOT) for file in sources}
-    expected = {
-        name.as_posix() for name in names if "_build" not in name.parts and name.parts[:2] != ("docs", "gallery")
-    }
+    generated = {("docs", "_build"), ("docs", "gallery"), ("docs", "tutorials")}
+    expected = {name.as_posix() for name in names if name.parts[:2] not in generated}
     beside = "CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE Makefile README.md conftest.py constraints.txt"
     written = {".gitignore", "PKG-INFO", "pyproject.toml"}  # hatchling adds these
     assert set(sizes) == PACKAGE | expected | set(beside.split()) | written
