@@ -245,9 +245,9 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         if not state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(point)
-            state["exp_avg_sq"] = x.new_zeros(one).real
+            state["exp_avg_sq"] = sharded.local_shard(x).new_zeros(one).real
             if group["amsgrad"]:
-                state["max_exp_avg_sq"] = x.new_zeros(one).real
+                state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
         for name in self._second_moments:
             if name in state and state[name].shape != one:
                 state[name] = _one_for_each(state[name])
