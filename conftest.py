@@ -3,4 +3,5 @@
 from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md", "docs/*/*.md"]).pytest()
+PAGES = ["README.md", "docs/*.md", "docs/*/*.md"]
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=PAGES).pytest()
