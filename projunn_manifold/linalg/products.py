@@ -38,7 +38,7 @@ __all__ = [
 compiled: Any = NOT_YET
 
 _LITTLE = 1 / 64  # of a squared norm
-_NARROW = 16  # columns up to which thin matrices are left to loops, too: two for each of k <= 8
+_NARROW = 16  # columns of a move up to which thin matrices are left to loops: k <= 8; NumPy's cores of more use threads
 _WIDEST = 32  # columns from which a matrix product pays for its own blocking
 _MAPPED = 2**22  # bytes from which NumPy asks for large pages
 _LINE = 64  # bytes of a cache line
@@ -261,7 +261,7 @@ class CompiledMatrix(_TensorMatrix):
         ``test`` is ``(m, 1)``, or has one for each matrix.  None: G does not suit the loops, its products leave the
         range of their precision, or the work is worth more than one thread.
         """
-        given = self._one_call(g, test)
+        given = self._one_call(g, test, 2 * test.shape[-1])
         if given is None:
             return None
         (left, right), table = self._room(2), np.empty((self.like.shape[:-2].numel(), 3))
@@ -273,7 +273,7 @@ class CompiledMatrix(_TensorMatrix):
 
         ``test`` is ``(m, k)``; b', c and R are those of :mod:`projunn_manifold.moves.rank_k`.  None as above.
         """
-        given = self._one_call(g, test)
+        given = self._one_call(g, test, 2 * test.shape[-1])
         if given is None:
             return None
         k = test.shape[-1]
@@ -285,7 +285,7 @@ class CompiledMatrix(_TensorMatrix):
 
     def sketched_frame(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """Return P, B, Q, H, C with ``a b^H = (P H + B C) Q^H`` at tall X, for these a and b; None as above."""
-        given = self._one_call(g, test)
+        given = self._one_call(g, test, 2 * test.shape[-1])
         if given is None:
             return None
         x, k = self.like, test.shape[-1]
@@ -299,7 +299,7 @@ class CompiledMatrix(_TensorMatrix):
 
     def reduced_frame(self, u: Matrix, test: Tensor, power: int) -> tuple[Tensor, Tensor, Small] | None:
         """Return X Q, Q = orth((U^H U)^power test) and (X Q)^H U Q in one call of the loops; None as above."""
-        given = self._one_call(u, test)
+        given = self._one_call(u, test, test.shape[-1])
         if given is None:
             return None
         (p, q), inside = self._room(test.shape[-1]), self._small_room(test.shape[-1])
@@ -307,13 +307,13 @@ class CompiledMatrix(_TensorMatrix):
             return None
         return self._columns(p), self._columns(q), self._small(inside)
 
-    def _one_call(self, g: Matrix, test: Tensor) -> tuple[Any, Any, Any] | None:
+    def _one_call(self, g: Matrix, test: Tensor, columns: int) -> tuple[Any, Any, Any] | None:
         """Return G, X and test columns for each, as the loops see them; None: too wide, or too much for one thread."""
         x = self.like
         if not isinstance(g, CompiledMatrix) or g.shape != x.shape or g.like.dtype is not x.dtype:
             return None
         batch = x.shape[:-2].numel()
-        if test.shape[-1] > _NARROW or len(threads.parts(batch, *x.shape[-2:])) > 1:
+        if columns > _NARROW or len(threads.parts(batch, *x.shape[-2:])) > 1:
             return None
         return g._memory, self._memory, _rows(test.expand(*x.shape[:-2], *test.shape[-2:]))
 
