@@ -60,8 +60,8 @@ def _point(rows: list[Row]) -> list[Claim]:
         Claim(
             "rotation",
             LOWER * _loss_at(row, soonest) <= lowest,
-            f"rotation: after {soonest:.3g} s the loss of {name} is {_loss_at(row, soonest):.2g}, that of the best dense "
-            f"method {lowest:.2g} (at least {LOWER} times as much)",
+            f"rotation: after {soonest:.3g} s the loss of {name} is {_loss_at(row, soonest):.2g}, the best dense "
+            f"method's {lowest:.2g} (at least {LOWER} times as much)",
         )
         for name, row in ours.items()
     ]

@@ -94,21 +94,21 @@ DENSE = {
 def panels(quick: bool) -> tuple[Panel, ...]:
     """Return the tasks with their methods; small ones for a smoke run."""
     if quick:
-        return point(64), cost(16), nothing_lost(8, steps=20)
-    return point(1024), cost(1024), nothing_lost(48, steps=4000)
+        return point(64, steps=30), cost(16), nothing_lost(16, steps=20)
+    return point(1024, FOREVER), cost(1024), nothing_lost(48, steps=4000)
 
 
-def point(n: int) -> Panel:
+def point(n: int, steps: int) -> Panel:
     """Return the paper's first experiment with real numbers: plain gradient descent from a random rotation."""
     low_rank = (("D", 1, 1500), ("D", 4, 500), ("D", 16, 300), ("T", 16, 300))
     return Panel(
         "rotation",
-        Rotation(n, 16, FOREVER, 0),
+        Rotation(n, 16, steps, 0),
         Choices(n),
         (
             *(
-                Recipe(f"projUNN-{v}, k = {k}", descents.METHODS[f"projUNN-{v}"], MATRIX, k, LONGEST, {"steps": steps})
-                for v, k, steps in low_rank
+                Recipe(f"projUNN-{v}, k = {k}", descents.METHODS[f"projUNN-{v}"], MATRIX, k, LONGEST, {"steps": trial})
+                for v, k, trial in low_rank
             ),
             *(Recipe(name, method, MATRIX, 0, LIMIT, {"steps": 25}) for name, method in DENSE.items()),
             Recipe("frozen", descents.METHODS["frozen"], seconds=1.0),
