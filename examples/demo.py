@@ -89,6 +89,8 @@ def trained(panel: Panel, recipe: Recipe, rate: float | None, seed: int) -> Row:
         "rate": rate,
         "steps": len(runs[0].losses),
         "seconds": fmean(run.seconds[-1] for run in runs),
+        "goal": runs[0].goal,
+        "measure": runs[0].measure,
         "loss": fmean(run.final_loss for run in runs),
         "scores": [run.score for run in runs],
         "reached": runs[0].solved,  # None where a task has no goal

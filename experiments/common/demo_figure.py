@@ -30,8 +30,8 @@ def draw(path: Path, rows: list[Row]) -> None:
     figure = Figure(figsize=(12, 8.6), layout="constrained")
     (point, cost), (nothing_lost, times) = figure.subplots(2, 2)
     _losses(point, of(rows, "rotation"))
-    _accuracies(cost, of(rows, "deep network"), "seconds", "Ten layers of n = {n}: what a step costs")
-    _accuracies(nothing_lost, of(rows, "narrow network"), "step", "A recurrent network of n = {n}: nothing is lost")
+    _scores(cost, of(rows, "deep network"), "seconds", "Ten layers of n = {n}: what a step costs")
+    _scores(nothing_lost, of(rows, "narrow network"), "step", "A recurrent network of n = {n}: nothing is lost")
     _times(times, of(rows, "step times"))
     cost.set(xscale="log", xlabel="seconds of training")
     for panel in (point, cost, nothing_lost, times):
@@ -45,17 +45,18 @@ def _losses(panel: Axes, rows: dict[str, Row]) -> None:
     for name, row in rows.items():
         (curve,) = row["curves"]
         panel.plot(curve["seconds"], curve["loss"], label=name, **STYLES[name])
+    panel.axhline(row["goal"], color="black", linewidth=0.8, linestyle=(0, (1, 4)))
     panel.set(xlabel="seconds of training", ylabel="loss", yscale="log", title=f"An unknown rotation, n = {row['n']}")
 
 
-def _accuracies(panel: Axes, rows: dict[str, Row], axis: str, title: str) -> None:
-    """Draw test accuracies, the mean of all seeds over their range."""
+def _scores(panel: Axes, rows: dict[str, Row], axis: str, title: str) -> None:
+    """Draw scores on held-out data, the mean of all seeds over their range."""
     for name, row in rows.items():
         x = np.mean([curve["looks"][axis] for curve in row["curves"]], axis=0)
         scores = np.array([curve["looks"]["score"] for curve in row["curves"]])
         panel.plot(x, scores.mean(0), label=name, **STYLES[name])
         panel.fill_between(x, scores.min(0), scores.max(0), color=STYLES[name]["color"], alpha=0.15, linewidth=0)
-    panel.set(xlabel=axis, ylabel="test accuracy", ylim=(0, 1), title=title.format(n=row["n"]))
+    panel.set(xlabel=axis, ylabel=row["measure"], ylim=(0, 1), title=title.format(n=row["n"]))
 
 
 def _times(panel: Axes, rows: dict[str, Row]) -> None:

@@ -8,9 +8,10 @@ from .demo_verdict import Row
 from .report import markdown
 
 CAPTION = (
-    "Rate: of the square weights.  Result: loss, or share of the test images that are recognised, with the range of\n"
-    "three seeds.  Step: the optimiser's, median.  Whole step: forward, backward and step.  Memory: weights,\n"
-    "gradients and the optimiser's state."
+    "Rate: of the square weights.  Result: the loss; the share of test images that are recognised; the share of the\n"
+    "variance that the answers explain, with the range of three seeds; the whole step at a larger n.  Step: the\n"
+    "optimiser's.  Whole step: forward, backward and step.  Both are medians.  Memory: weights, gradients and the\n"
+    "optimiser's state."
 )
 HEADER = ["panel", "method", "rate", "steps", "seconds", "result", "step, ms", "whole step, ms", "memory, MB"]
 

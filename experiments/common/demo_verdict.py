@@ -26,7 +26,7 @@ class Claim:
     @property
     def told(self) -> str:
         """The sentence, after what came of it."""
-        return f"{'ok' if self.holds else 'FAILED'}: {self.words}"
+        return f"{'ok' if self.holds else 'FAILED'}: {self.panel}: {self.words}"
 
 
 def verdict(rows: list[Row]) -> list[Claim]:
@@ -60,7 +60,7 @@ def _point(rows: list[Row]) -> list[Claim]:
         Claim(
             "rotation",
             LOWER * _loss_at(row, soonest) <= lowest,
-            f"rotation: after {soonest:.3g} s the loss of {name} is {_loss_at(row, soonest):.2g}, the best dense "
+            f"after {soonest:.3g} s the loss of {name} is {_loss_at(row, soonest):.2g}, the best dense "
             f"method's {lowest:.2g} (at least {LOWER} times as much)",
         )
         for name, row in ours.items()
@@ -71,7 +71,7 @@ def _point(rows: list[Row]) -> list[Claim]:
         Claim(
             "rotation",
             row["reached"] and SOONER * row["seconds"] <= soonest,
-            f"rotation: {quickest} {arrival}, no dense method within {soonest:.3g} s (at least {SOONER} times as long)",
+            f"{quickest} {arrival}, no dense method within {soonest:.3g} s (at least {SOONER} times as long)",
         )
     )
     return claims
@@ -95,15 +95,14 @@ def _cost(rows: list[Row]) -> list[Claim]:
                 Claim(
                     "deep network",
                     ours >= theirs - POINT,
-                    f"deep network: {name} at equal steps recognises {ours:.1%}, Stiefel {theirs:.1%} "
-                    "(at most one point less)",
+                    f"{name} at equal steps recognises {ours:.1%}, Stiefel {theirs:.1%} (at most one point less)",
                 )
             )
             claims.append(
                 Claim(
                     "deep network",
                     CHEAPER * row["whole_ms"] <= stiefel["whole_ms"],
-                    f"deep network: a whole step of {name} takes {row['whole_ms']:.3g} ms, Stiefel's "
+                    f"a whole step of {name} takes {row['whole_ms']:.3g} ms, Stiefel's "
                     f"{stiefel['whole_ms']:.3g} ms (at most 1/{CHEAPER})",
                 )
             )
@@ -122,7 +121,7 @@ def _nothing_lost(rows: list[Row]) -> list[Claim]:
                 Claim(
                     "narrow network",
                     fmean(scores) >= min(fmean(stiefel) - POINT, *stiefel),
-                    f"narrow network: {name} recognises {_range(scores)}, Stiefel {_range(stiefel)} "
+                    f"{name} explains {_range(scores)}, Stiefel {_range(stiefel)} "
                     "(at most one point less, or within the range of its seeds)",
                 )
             )
@@ -130,7 +129,7 @@ def _nothing_lost(rows: list[Row]) -> list[Claim]:
                 Claim(
                     "narrow network",
                     fmean(scores) >= fmean(frozen) + MARGIN and min(scores) > max(frozen),
-                    f"narrow network: {name} recognises {_range(scores)}, a frozen transition {_range(frozen)} "
+                    f"{name} explains {_range(scores)}, a frozen transition {_range(frozen)} "
                     f"(at least {100 * MARGIN:.0f} points less, the ranges apart)",
                 )
             )
@@ -150,7 +149,7 @@ def _step_times(rows: list[Row]) -> list[Claim]:
         Claim(
             "step times",
             CHEAPER * ours["whole_ms"] <= dense["whole_ms"],
-            f"step times: at n = {ours['n']} a whole step takes {ours['whole_ms']:.3g} ms, and "
+            f"at n = {ours['n']} a whole step takes {ours['whole_ms']:.3g} ms, and "
             f"{dense['whole_ms']:.3g} ms with {name}, the quickest dense method (at most 1/{CHEAPER})",
         )
     ]
