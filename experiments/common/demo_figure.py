@@ -15,7 +15,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "projUNN-D, k = 1": {"color": "tab:blue"},
     "projUNN-D, k = 4": {"color": "tab:blue", "linestyle": "--"},
     "projUNN-D, k = 16": {"color": "tab:blue", "linestyle": ":"},
-    "projUNN-T, k = 1": {"color": "tab:orange"},
+    "projUNN-T, k = 4": {"color": "tab:orange", "linestyle": "--"},
     "projUNN-T, k = 16": {"color": "tab:orange", "linestyle": ":"},
     "Stiefel-euclidean": {"color": "0.35"},
     "Stiefel-canonical": {"color": "0.35", "linestyle": "--"},

@@ -83,6 +83,7 @@ class Panel:
 
 
 MATRIX = (1.0, 2.0, 4.0)  # rates in units of the inverse curvature
+SPHERE = (0.001, 0.003, 0.01, 0.03)  # rates of Adam, which takes the length of a whole matrix
 LIMIT, LONGEST = 25.0, 30.0  # seconds for a dense method, and for one of ours
 DENSE = {
     "Stiefel-euclidean": descents.METHODS["Stiefel-euclidean"],
@@ -110,7 +111,7 @@ def point(n: int, steps: int) -> Panel:
                 Recipe(f"projUNN-{v}, k = {k}", descents.METHODS[f"projUNN-{v}"], MATRIX, k, LONGEST, {"steps": trial})
                 for v, k, trial in low_rank
             ),
-            *(Recipe(name, method, MATRIX, 0, LIMIT, {"steps": 25}) for name, method in DENSE.items()),
+            *(Recipe(name, method, (*MATRIX, 8.0), 0, LIMIT, {"steps": 25}) for name, method in DENSE.items()),
             Recipe("frozen", descents.METHODS["frozen"], seconds=1.0),
         ),
     )
@@ -123,8 +124,8 @@ def cost(n: int) -> Panel:
         Pixels(64, 2, 0, permuted=False),
         Choices(n, lr=1e-3),
         (
-            Recipe("projUNN-D, k = 1", deep.METHODS["projUNN-D"], (0.001, 0.003, 0.01), 1, trial={"epochs": 1}),
-            Recipe("Stiefel-euclidean", deep.METHODS["Stiefel-euclidean"], (0.001, 0.003, 0.01), trial={"epochs": 1}),
+            Recipe("projUNN-D, k = 1", deep.METHODS["projUNN-D"], SPHERE, 1, trial={"epochs": 1}),
+            Recipe("Stiefel-euclidean", deep.METHODS["Stiefel-euclidean"], SPHERE, trial={"epochs": 1}),
             Recipe("unconstrained", deep.METHODS["unconstrained"], (1e-5, 1e-4, 1e-3), trial={"epochs": 1}),
             Recipe("frozen", deep.METHODS["frozen"]),
         ),
