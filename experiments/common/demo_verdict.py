@@ -78,9 +78,10 @@ def _point(rows: list[Row]) -> list[Claim]:
 
 
 def _loss_at(row: Row, seconds: float) -> float:
-    """Return the loss that a training had after so many seconds, or at its end."""
+    """Return the loss that a training had after so many seconds, or at its end; its first one before that."""
     (curve,) = row["curves"]
-    return [loss for loss, at in zip(curve["loss"], curve["seconds"], strict=True) if at <= seconds][-1]
+    before = [loss for loss, at in zip(curve["loss"], curve["seconds"], strict=True) if at <= seconds]
+    return [curve["loss"][0], *before][-1]
 
 
 def _cost(rows: list[Row]) -> list[Claim]:
