@@ -35,6 +35,8 @@ from common.report import environment, thinned
 from common.step_times import step_times
 from common.training import NonFiniteError, Run
 
+from projunn_manifold import warm_up
+
 RATES = Path(__file__).parents[1] / "docs" / "results" / "demo_rates.json"
 STUDY_SEED = 100  # apart from those of the demo
 
@@ -43,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo, or the study of its learning rates, and return the exit status."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    compile_loops()
+    print("compiling the package's loops, once on this machine: up to half a minute", flush=True)
+    warm_up(torch.float32)
     if options.study:
         return study(options)
     rates = json.loads(RATES.read_text(encoding="utf-8"))["rates"]
@@ -66,15 +69,6 @@ def main(arguments: list[str] | None = None) -> int:
     claims = verdict(rows)
     print("\n".join(claim.told for claim in claims))
     return 0 if all(claim.holds for claim in claims) else 1
-
-
-def compile_loops() -> None:
-    """Train small networks, so that nothing that counts is timed while numba compiles."""
-    print("compiling the package's loops, once on this machine", flush=True)
-    for panel in panels(quick=True):
-        for recipe in panel.recipes:
-            if recipe.k:
-                panel.train(recipe, 0.01, 0, quiet=True)
 
 
 def trained(panel: Panel, recipe: Recipe, rate: float | None, seed: int) -> Row:
