@@ -20,7 +20,7 @@ from .tasks import Task
 DEPTH = 10
 PIXELS = 64
 
-Square = Callable[[int, Choices], nn.Module]
+Square = Callable[[UnitaryLinear], nn.Module]  # what stands in for such a layer
 Moved = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of the parameters' groups: others, square layers
 
 
@@ -30,8 +30,9 @@ class Deep(nn.Module):
     def __init__(self, square: Square, choices: Choices, outputs: int) -> None:
         super().__init__()
         n = choices.hidden
-        self.squares = nn.Sequential(*(square(n, choices) for _ in range(DEPTH)))
         self.first, self.last = nn.Linear(PIXELS, n), nn.Linear(n, outputs)
+        layers = [UnitaryLinear(n, n, k=choices.k or None) for _ in range(DEPTH)]  # all draws, before others draw more
+        self.squares = nn.Sequential(*map(square, layers))
 
     def forward(self, pixels: Tensor) -> Tensor:  # (pixels, B, 1) -> (B, outputs)
         """Return the outputs."""
@@ -64,30 +65,30 @@ class DeepMethod:
         return network, [self.optimizer(groups)]
 
 
-def _unitary(n: int, choices: Choices) -> nn.Module:
-    return UnitaryLinear(n, n, k=choices.k or None)
-
-
-def _stiefel(n: int, choices: Choices) -> nn.Module:
-    layer = _unitary(n, choices).to_plain()
-    layer.weight = geoopt.ManifoldParameter(layer.weight.detach(), manifold=geoopt.Stiefel(canonical=False))
+def _same(layer: UnitaryLinear) -> nn.Module:
     return layer
 
 
-def _frozen(n: int, choices: Choices) -> nn.Module:
-    return _unitary(n, choices).to_plain().requires_grad_(False)
+def _stiefel(layer: UnitaryLinear) -> nn.Module:
+    plain = layer.to_plain()
+    plain.weight = geoopt.ManifoldParameter(plain.weight.detach(), manifold=geoopt.Stiefel(canonical=False))
+    return plain
 
 
-def _plain(n: int, choices: Choices) -> nn.Module:
-    return nn.Linear(n, n)
+def _frozen(layer: UnitaryLinear) -> nn.Module:
+    return layer.to_plain().requires_grad_(False)
+
+
+def _from_torch(layer: UnitaryLinear) -> nn.Module:
+    return nn.Linear(layer.in_features, layer.out_features)
 
 
 METHODS = {
     method.name: method
     for method in (
-        DeepMethod("projUNN-D", _unitary, RiemannianAdam),
+        DeepMethod("projUNN-D", _same, RiemannianAdam),
         DeepMethod("Stiefel-euclidean", _stiefel, geoopt.optim.RiemannianAdam),
-        DeepMethod("unconstrained", _plain, torch.optim.Adam),
+        DeepMethod("unconstrained", _from_torch, torch.optim.Adam),
         DeepMethod("frozen", _frozen, torch.optim.Adam),
     )
 }
