@@ -22,7 +22,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python $(INSTALL) -e ".[$*]"
 	@touch $@
 
-demo: $(VENV)/.examples ## train with projUNN and with Stiefel, print a table, draw a plot (under 10 minutes)
+demo: $(VENV)/.examples ## see what projUNN is for: a table, a verdict, a plot (under 8 minutes)
 	$(BIN)/python examples/demo.py
 
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)

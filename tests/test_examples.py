@@ -14,21 +14,135 @@ pytestmark = pytest.mark.site
 
 
 def test_the_demo_writes_table_json_and_plot(tmp_path):
-    result = run_script("examples/demo.py", "--quick", "--out", tmp_path)
+    result = run_script("examples/demo.py", "--quick", "--threads", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "projUNN-T, RAdam" in result.stdout
-    assert recorded(tmp_path / "results.json")
-    assert (tmp_path / "compare_stiefel.png").read_bytes().startswith(b"\x89PNG")
+    record = recorded(tmp_path / "demo.json")
+    assert {row["panel"] for row in record["rows"]} == {"rotation", "deep network", "narrow network", "step times"}
+    assert all(f"| {row['method']}" in result.stdout for row in record["rows"])
+    assert "A smoke run" in result.stdout
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [(["--task", "nothing"], "invalid choice"), (["--steps", "-1"], "--steps"), (["--lr"], "--lr")],
+    ("arguments", "message"), [(["--threads", "two"], "--threads"), (["--seed"], "--seed"), (["--lr"], "--lr")]
 )
 def test_the_demo_refuses_wrong_options(arguments, message):
     result = run_script("examples/demo.py", *arguments)
     assert result.returncode == 2
     assert message in result.stderr
+
+
+@pytest.fixture
+def demo(monkeypatch):
+    """The demo's module, its tasks those of a smoke run."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    threads = torch.get_num_threads()
+    module = importlib.import_module("demo")
+    small, few = module.panels(True), module.timed(True)
+    monkeypatch.setattr(module, "panels", lambda quick: small)
+    monkeypatch.setattr(module, "timed", lambda quick: few)
+    yield module
+    torch.set_num_threads(threads)
+
+
+def test_the_demo_fails_where_a_claim_fails(demo, tmp_path, capsys):
+    assert demo.main(["--threads", "1", "--out", str(tmp_path)]) == 1
+    assert "FAILED: narrow network" in capsys.readouterr().out
+
+
+def test_the_study_of_the_demo_takes_the_rate_of_the_least_loss(demo, tmp_path, monkeypatch):
+    panel = demo.panels(True)[-1]
+    monkeypatch.setattr(demo, "panels", lambda quick: (panel,))
+    assert demo.main(["--study", "--threads", "1", "--out", str(tmp_path)]) == 0
+    rates = recorded(tmp_path / "demo_rates.json")["rates"][panel.name]
+    assert set(rates) == {recipe.name for recipe in panel.recipes} - {"frozen"}
+    for best in rates.values():
+        assert best["rate"] == float(min(best["tried"], key=best["tried"].get))
+
+
+def test_every_recipe_of_the_demo_has_the_best_of_the_rates_that_it_names(demo):
+    rates = recorded(demo.RATES)["rates"]
+    for panel in demo.panels(False):
+        named = {recipe.name: recipe.rates for recipe in panel.recipes if recipe.rates}
+        assert set(named) == set(rates[panel.name])
+        for name, best in rates[panel.name].items():
+            tried = {float(rate): loss for rate, loss in best["tried"].items() if loss is not None}
+            assert best["rate"] == min(tried, key=tried.get)
+            assert {float(rate) for rate in best["tried"]} == set(named[name])
+
+
+def rotation(method, reached, seconds, loss):
+    curves = [{"seconds": [0.1, seconds / 2, seconds], "loss": [1.0, loss**0.5, loss]}]
+    own = {"method": method, "reached": reached, "seconds": seconds, "loss": loss, "curves": curves}
+    return {"panel": "rotation", **own}
+
+
+def network(panel, method, *scores, whole_ms=5.0):
+    return {"panel": panel, "method": method, "scores": list(scores), "whole_ms": whole_ms}
+
+
+def rows_of_a_demo():
+    """Rows of a demo whose claims hold."""
+    times = (("projUNN-D, k = 1", 4.0), ("Stiefel-euclidean", 300.0), ("Cayley", 200.0))
+    return [
+        rotation("projUNN-D, k = 1", True, 22.0, 1e-4),
+        rotation("projUNN-T, k = 16", True, 6.0, 1e-4),
+        rotation("Stiefel-euclidean", False, 25.0, 0.05),
+        rotation("Cayley", False, 25.1, 0.4),
+        rotation("frozen", False, 1.0, 1.0),
+        network("deep network", "projUNN-D, k = 1", 0.91, whole_ms=60),
+        network("deep network", "Stiefel-euclidean", 0.915, whole_ms=1000),
+        network("deep network", "frozen", 0.92, whole_ms=30),
+        network("narrow network", "projUNN-D, k = 4", 0.97, 0.98, 0.99),
+        network("narrow network", "projUNN-T, k = 4", 0.96, 0.98, 0.985),
+        network("narrow network", "Stiefel-euclidean", 0.975, 0.99, 0.985),
+        network("narrow network", "frozen", 0.5, 0.6, 0.7),
+        *({"panel": "step times", "method": name, "n": 1024, "whole_ms": ms} for name, ms in times),
+    ]
+
+
+def judged(demo, rows):
+    return [(claim.panel, claim.words) for claim in demo.verdict(rows) if not claim.holds]
+
+
+def test_the_claims_of_the_demo_hold_where_its_rows_say_so(demo):
+    assert not judged(demo, rows_of_a_demo())
+    assert len(demo.verdict(rows_of_a_demo())) == 3 + 2 + 4 + 1
+
+
+@pytest.mark.parametrize("panel", ["rotation", "narrow network"])
+def test_every_claim_of_learning_fails_for_the_frozen_row(demo, panel):
+    rows = rows_of_a_demo()
+    (frozen,) = (row for row in rows if row["panel"] == panel and row["method"] == "frozen")
+    ours = [row["method"] for row in rows if row["panel"] == panel and row["method"].startswith("projUNN")]
+    swapped = [{**frozen, "method": r["method"]} if r["panel"] == panel and r["method"] in ours else r for r in rows]
+    claims = [claim for claim in demo.verdict(swapped) if claim.panel == panel]
+    assert claims
+    assert not any(claim.holds for claim in claims)
+    for one in ours:
+        swapped = [{**frozen, "method": one} if (r["panel"], r["method"]) == (panel, one) else r for r in rows]
+        assert any(one in words for _, words in judged(demo, swapped))
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "panel"),
+    [
+        (0, {"curves": [{"seconds": [1, 24, 26], "loss": [1.0, 0.006, 1e-4]}]}, "rotation"),
+        (1, {"seconds": 9.0}, "rotation"),
+        (5, {"scores": [0.9]}, "deep network"),
+        (5, {"whole_ms": 130}, "deep network"),
+        (8, {"scores": [0.95, 0.96, 0.97]}, "narrow network"),
+        (11, {"scores": [0.5, 0.6, 0.965]}, "narrow network"),
+        (11, {"scores": [0.9, 0.9, 0.9]}, "narrow network"),
+        (12, {"whole_ms": 26.0}, "step times"),
+    ],
+)
+def test_a_claim_fails_with_its_figure(demo, place, change, panel):
+    rows = rows_of_a_demo()
+    rows[place] = {**rows[place], **change}
+    failed = judged(demo, rows)
+    assert failed
+    assert {name for name, _ in failed} == {panel}
 
 
 @pytest.mark.parametrize("section", ["ops", "batch"])

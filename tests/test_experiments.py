@@ -1,6 +1,7 @@
 """Experiments train, write, and go on where they were interrupted: each on sizes of a few seconds."""
 
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,11 +75,11 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, module
         if step == 7:
             raise KeyboardInterrupt
 
-    whole = training.train(task, method, choices, quiet=True)
+    whole = training.train(task, method, choices, decay=True, quiet=True)
     file = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        training.train(task, method, choices, checkpoint=file, every=5, observe=interrupt, quiet=True)
-    resumed = training.train(task, method, choices, checkpoint=file, every=5, quiet=True)
+        training.train(task, method, choices, decay=True, checkpoint=file, every=5, observe=interrupt, quiet=True)
+    resumed = training.train(task, method, choices, decay=True, checkpoint=file, every=5, quiet=True)
     assert resumed.losses == whole.losses
     assert resumed.score == whole.score
     for other in ((task, networks.Choices(16, lr=0.1)), (tasks.Copying(11, 4, 12, 0), choices)):
@@ -110,13 +111,6 @@ def test_a_training_that_diverges_leaves_no_result_and_stops_no_other(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "no result" in result.stdout
-
-
-def test_the_comparison_of_a_longer_run_is_written(tmp_path):
-    sizes = ["--steps", "230", "--length", "5", "--hidden", "8", "--batch", "4"]
-    result = run_script("examples/demo.py", "--task", "copying", *sizes, "--out", tmp_path)
-    assert (tmp_path / "results.json").exists(), result.stderr
-    assert (tmp_path / "compare_stiefel.png").exists()
 
 
 def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, module, monkeypatch):
@@ -232,3 +226,40 @@ def test_a_frozen_transition_does_not_move(module):
     moved = {name for name, p in network.named_parameters() if not torch.equal(p, start[name])}
     assert moved == {name for name in start if "weight_hh" not in name}
     assert training.train(task, method, choices, quiet=True).unitarity[-1] < bound(torch.float32)
+
+
+class Rated(torch.optim.SGD):
+    """SGD that writes down its rates."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.seen = []
+
+    def step(self, closure=None):
+        self.seen.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+def test_decaying_rates_fall_along_a_line_and_what_is_held_is_counted(module):
+    training, networks, tasks = module("common.training"), module("common.networks"), module("common.tasks")
+    made = []
+
+    def optimizers(network, choices):
+        made.append(Rated(network.parameters(), 0.1))
+        return made
+
+    method = replace(networks.METHODS["RNN"], optimizers=optimizers)
+    run = training.train(tasks.Adding(5, 4, 4, 0), method, networks.Choices(8), decay=True, quiet=True)
+    assert made[0].seen == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert run.held == 2 * 4 * run.parameters  # weights and gradients in single precision
+
+
+def test_deep_networks_of_all_kinds_start_alike_but_the_unconstrained(module):
+    deep, networks, tasks = module("common.deep"), module("common.networks"), module("common.tasks")
+    task, choices = tasks.Pixels(64, 1, 0, permuted=False), networks.Choices(24, k=1, unitary_lr=0.01)
+    inputs, _ = next(iter(task.batches()))
+    outputs = {name: method.build(task, choices)[0](inputs) for name, method in deep.METHODS.items()}
+    for name in ("Stiefel-euclidean", "frozen"):
+        torch.testing.assert_close(outputs[name], outputs["projUNN-D"])
+    assert torch.dist(outputs["unconstrained"], outputs["projUNN-D"]) > 0.1
+    assert len(deep.METHODS["frozen"].build(task, choices)[0].squares) == 10

@@ -143,5 +143,6 @@ METHODS: dict[str, Descent] = {
         Descent(
             "unconstrained", lambda layer, choices, rate: [torch.optim.SGD(layer.parameters(), lr=rate)], "tab:gray"
         ),
+        Descent("frozen", lambda layer, choices, rate: [torch.optim.SGD(layer.parameters(), lr=0.0)], "tab:gray"),
     )
 }

@@ -188,11 +188,16 @@ def _of_transition(network: Reader) -> tuple[list[nn.Parameter], list[nn.Paramet
     return own, [p for p in network.parameters() if all(p is not q for q in own)]
 
 
-def rmsprop(network: Reader, choices: Choices, *, feedback: bool = False) -> Optimizers:
-    """One RMSprop, the transition at its own rate; what is on UnitaryLowRank is constrained: the paper's training."""
+def rmsprop(network: Reader, choices: Choices) -> Optimizers:
+    """One RMSprop, the transition at its own rate."""
     own, others = _of_transition(network)
     groups = [{"params": others, "lr": choices.lr}, {"params": own, "lr": choices.unitary_lr}]
-    optimizer = torch.optim.RMSprop([group for group in groups if group["params"]])
+    return [torch.optim.RMSprop([group for group in groups if group["params"]])]
+
+
+def constrained(network: Reader, choices: Choices, *, feedback: bool = False) -> Optimizers:
+    """RMSprop as above, its moves of the transition made of rank k: the paper's training."""
+    (optimizer,) = rmsprop(network, choices)
     constrain(optimizer, feedback=feedback)
     return [optimizer]
 
@@ -266,9 +271,9 @@ _SCORNN = {"copying": (1e-3, 1e-4)}
 METHODS = {
     method.name: method
     for method in (
-        Method("projUNN-D", on_manifold(_d), rmsprop, "tab:blue", low_rank=True),
-        Method("projUNN-T", on_manifold(_t), rmsprop, "tab:orange", low_rank=True),
-        Method("projUNN-D, feedback", on_manifold(_d), partial(rmsprop, feedback=True), "navy", low_rank=True),
+        Method("projUNN-D", on_manifold(_d), constrained, "tab:blue", low_rank=True),
+        Method("projUNN-T", on_manifold(_t), constrained, "tab:orange", low_rank=True),
+        Method("projUNN-D, feedback", on_manifold(_d), partial(constrained, feedback=True), "navy", low_rank=True),
         Method("projUNN-D, RAdam", on_manifold(_d), riemannian, "tab:cyan", low_rank=True, riemannian_lr=0.03),
         Method("projUNN-T, RAdam", on_manifold(_t), riemannian, "goldenrod", low_rank=True, riemannian_lr=0.03),
         Method("Stiefel-canonical, RAdam", on_manifold(_canonical), riemannian, "tab:red", riemannian_lr=0.01),

@@ -47,6 +47,7 @@ class Run:
     optimiser_ms: list[float] = field(default_factory=list)  # the step of the last optimiser: the transition's own
     looks: list[dict[str, float]] = field(default_factory=list)
     score: float | None = None
+    held: int = 0  # bytes of weights, gradients and the optimisers' state after the last step
 
     @property
     def final_loss(self) -> float:
@@ -91,6 +92,7 @@ def train(
     every: int = 100,
     stop_when_solved: bool = False,
     seconds: float | None = None,
+    decay: bool = False,
     observe: Observer | None = None,
     look: Look | None = None,
     quiet: bool = False,
@@ -107,6 +109,8 @@ def train(
         Whether to end at the goal.
     seconds : float, optional
         Time of training after which to end.
+    decay : bool
+        Whether all learning rates fall along a line to zero, which they would reach after the last step.
     observe : callable, optional
         Called in each step between backward pass and optimisers, outside the time taken.
     look : callable, optional
@@ -125,6 +129,7 @@ def train(
         task.measure,
         sum(p.numel() for p in network.parameters()),
     )
+    rates = [group["lr"] for group in _groups(optimizers)]
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, run, network, optimizers)
     done, elapsed = len(run.losses), run.seconds[-1] if run.seconds else 0.0
@@ -144,6 +149,9 @@ def train(
                 elapsed += perf_counter() - start
                 observe(step, network, inputs)
                 start = perf_counter()
+            if decay:
+                for group, rate in zip(_groups(optimizers), rates, strict=True):
+                    group["lr"] = rate * (1 - step / task.steps)
             for optimizer in optimizers[:-1]:
                 optimizer.step()
             before = perf_counter()
@@ -164,10 +172,23 @@ def train(
             if seconds is not None and elapsed >= seconds:
                 break
     run.unitarity[-1:] = [network.unitarity_error()]
+    run.held = _held(network, optimizers)
     run.score = task.score(network, device)
     if not quiet:
         print(f"{label}: loss {run.final_loss:.4g}, {task.measure} {run.score:.4g}, {elapsed:.1f} s", flush=True)
     return run
+
+
+def _held(network: Reader, optimizers: list[torch.optim.Optimizer]) -> int:
+    """Return the bytes of weights, gradients and the optimisers' state."""
+    weights = list(network.parameters())
+    gradients = [p.grad for p in weights if p.grad is not None]
+    states = [value for optimizer in optimizers for state in optimizer.state.values() for value in state.values()]
+    return sum(t.nbytes for t in (*weights, *gradients, *states) if isinstance(t, Tensor))
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def settings_of(task: Task, choices: Choices, device: torch.device | str) -> dict[str, Any]:
