@@ -109,8 +109,8 @@ class UnitaryLowRank(Geometry):
     -----
     The first manifold of a process registers hooks on the steps of all optimisers.  They tell the manifold how much
     weight decay geoopt's optimisers add, and warn of optimisers that would move a parameter off its manifold.  It also
-    keeps the steps of geoopt's optimisers outside the graphs of ``torch.compile``, for which ``torch._dynamo`` is
-    imported, in about a second.
+    keeps the steps of geoopt's optimisers outside the graphs of ``torch.compile``, whose compiler is imported for this,
+    in about a second.
 
     References
     ----------
