@@ -140,6 +140,7 @@ def test_weights_stay_in_their_precision_and_unitary_under_mixed_precision():
     assert_unitary(model)
 
 
+@pytest.mark.filterwarnings("ignore:unitary weights become torch.bfloat16:RuntimeWarning")
 def test_weights_in_half_precision_are_refused():
     with pytest.raises(TypeError, match=r"torch\.bfloat16; keep the parameter in float32"):
         trainer(1, precision="bf16-true").fit(regression(), batches())
