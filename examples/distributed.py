@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common.data import digits
 from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 
+from projunn_manifold import unitarity_error
 from projunn_manifold.distributed import data_parallel
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import RiemannianSGD
 
 BATCH = 64

@@ -10,8 +10,7 @@ import geoopt
 import matplotlib.pyplot as plt
 import torch
 
-from projunn_manifold import UnitaryLowRank
-from projunn_manifold.linalg.dense import unitarity_error
+from projunn_manifold import UnitaryLowRank, unitarity_error
 
 N, BATCH, STEPS = 32, 16, 500
 

@@ -10,8 +10,8 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
+from projunn_manifold import unitarity_error
 from projunn_manifold.layers import UnitaryLinear
-from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import RiemannianAdam
 
 from .networks import Choices, Optimizers

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 from torch.nn.utils.parametrize import cached
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, unitarity_error
 from projunn_manifold.layers import UnitaryRNN, plain_
-from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.optim import constrain
 
 from .rivals import RSDM, MomentumStiefel

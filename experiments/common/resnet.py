@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from projunn_manifold import UnitaryLowRank
+from projunn_manifold import UnitaryLowRank, unitarity_error
 from projunn_manifold.layers import OrthogonalConv2d
-from projunn_manifold.linalg.dense import unitarity_error
 
 Convolution = Callable[[int, int, int], nn.Module]  # of channels in, channels out, and the side of the images
 

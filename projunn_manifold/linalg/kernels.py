@@ -418,17 +418,22 @@ def normalise(y: Any, z: Any) -> Any:  # pragma: no cover
             _divide(y[t, c], norm)
         for c in range(z.shape[1]):
             _divide(z[t, c], norm)
-        smallest = norm if norm < smallest or norm != norm else smallest
-        largest = norm if norm > largest or norm != norm else largest
+        smallest, largest = _widened(smallest, largest, norm, norm)
+    return smallest, largest
+
+
+@_compiled
+def _widened(smallest: float, largest: float, low: float, high: float) -> Any:  # pragma: no cover
+    """Return a range that holds both ranges; NaN stays NaN."""
+    smallest = low if low < smallest or low != low else smallest
+    largest = high if high > largest or high != high else largest
     return smallest, largest
 
 
 @_compiled
 def _norm(y: Any) -> float:  # pragma: no cover
     """Norm of all rows together, safe at the ends of the range; 1 for zero."""
-    total = 0.0
-    for c in range(y.shape[0]):
-        total += _squared_norm(y[c], 1.0)
+    total = _squared_norms(y, 1.0)
     if 1e-280 < total < 1e280 or total != total:
         return float(np.sqrt(total))
     unit = 0.0
@@ -437,10 +442,15 @@ def _norm(y: Any) -> float:  # pragma: no cover
             unit = max(unit, abs(y[c, j].real), abs(y[c, j].imag))
     if unit == 0:
         return 1.0
+    return float(unit * np.sqrt(_squared_norms(y, unit)))
+
+
+@_compiled
+def _squared_norms(y: Any, unit: float) -> float:  # pragma: no cover
     total = 0.0
     for c in range(y.shape[0]):
         total += _squared_norm(y[c], unit)
-    return float(unit * np.sqrt(total))
+    return total
 
 
 @_compiled
@@ -513,11 +523,11 @@ def sketched_tangent_of_rank_k(
     for t in range(batch):
         left[t, :k], left[t, k:] = a[t], xb[t]
         right[t, :k], right[t, k:] = back[t, k:], back[t, :k]
-        size = _squared_norms(xb[t])
+        size = _squared_norms(xb[t], 1.0)
         _inner_products(a[t], xb[t], inside[t])
         _subtract(left[t, k:], inside[t], a[t])
         _subtract(right[t, k:], inside[t], right[t, :k])
-        if not _squared_norms(left[t, k:]) >= size / 64:  # the difference has lost digits
+        if not _squared_norms(left[t, k:], 1.0) >= size / 64:  # the difference has lost digits
             _inner_products(a[t], left[t, k:], triangle[t])
             _subtract(left[t, k:], triangle[t], a[t])
             right[t, k:] = 0
@@ -545,9 +555,7 @@ def sketched_frame(g: Any, x: Any, test: Any, p: Any, q: Any, outside: Any, h: A
         here, frame = x[t : t + 1], q[t : t + 1]
         b = np.zeros((1, k, m), p.dtype)
         _any_products(g[t : t + 1], test[t : t + 1], a, nothing, b, k == 1)
-        low, high = normalise(a, b)
-        smallest = low if low < smallest or low != low else smallest
-        largest = high if high > largest or high != high else largest
+        smallest, largest = _widened(smallest, largest, *normalise(a, b))
         if k > 1:
             _orthonormalise(a[0], triangle)
             _any_products(g[t : t + 1], no_image, nothing, a, b, False)
@@ -592,9 +600,7 @@ def reduced_frame(u: Any, x: Any, basis: Any, power: int, p: Any, q: Any, inside
     for _ in range(power):
         z = np.zeros(q.shape, p.dtype)
         _any_products(u, q, y, nothing, z, True)
-        low, high = normalise(y, z)
-        smallest = low if low < smallest or low != low else smallest
-        largest = high if high > largest or high != high else largest
+        smallest, largest = _widened(smallest, largest, *normalise(y, z))
         normalise(z, nothing)
         q[:] = z
         for t in range(batch):
@@ -664,14 +670,6 @@ def _subtract(y: Any, c: Any, a: Any) -> None:  # pragma: no cover
         for i in range(a.shape[0]):
             for l in range(a.shape[1]):
                 y[j, l] -= c[i, j] * a[i, l]
-
-
-@_compiled
-def _squared_norms(y: Any) -> float:  # pragma: no cover
-    total = 0.0
-    for c in range(y.shape[0]):
-        total += _squared_norm(y[c], 1.0)
-    return total
 
 
 @_compiled

@@ -290,8 +290,7 @@ class CompiledMatrix(_TensorMatrix):
             return None
         x, k = self.like, test.shape[-1]
         (p, q), (outside, _) = self._room(2 * k), self._room(k)
-        h = np.empty((len(p), 2 * k, 2 * k), np.complex128 if x.is_complex() else np.float64)
-        c = np.empty((len(p), k, 2 * k), h.dtype)
+        h, c = self._small_room(2 * k), self._small_room(k, 2 * k)
         if not self._is_in_range(*compiled.sketched_frame(*given, p, q, outside, h, c)):
             return None
         inside, rest = (torch.from_numpy(core).view(*x.shape[:-2], *core.shape[1:]) for core in (h, c))
@@ -322,9 +321,11 @@ class CompiledMatrix(_TensorMatrix):
         x = self.like  # PyTorch's memory is aligned, for the update
         return [x.new_empty(x.shape[:-2].numel(), rows, side).numpy() for side in x.shape[-2:]]
 
-    def _small_room(self, k: int) -> Any:
+    def _small_room(self, rows: int, columns: int | None = None) -> Any:
+        """Return a new small matrix for each of X, square if only its rows are given."""
         x = self.like
-        return np.empty((x.shape[:-2].numel(), k, k), np.complex128 if x.is_complex() else np.float64)
+        shape = (x.shape[:-2].numel(), rows, rows if columns is None else columns)
+        return np.empty(shape, np.complex128 if x.is_complex() else np.float64)
 
     def _small(self, array: Any) -> Small:
         """Return one small matrix for each of X."""

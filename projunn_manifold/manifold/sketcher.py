@@ -15,7 +15,7 @@ from torch import Tensor
 from projunn_manifold import validation
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg import dense
-from projunn_manifold.linalg.products import LinearOperator, Matrix, matrix
+from projunn_manifold.linalg.products import CompiledMatrix, LinearOperator, Matrix, matrix
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.frame import FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
@@ -72,7 +72,7 @@ class Sketcher:
         """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
         if self.k is None or self.is_dense(x.like):
             return _full_rank_gradient(x, as_plain(u))
-        if self._is_plain and not decay and not isinstance(u, FactoredTensor):
+        if self._is_plain and isinstance(x, CompiledMatrix) and not decay and not isinstance(u, FactoredTensor):
             test = samplers.draw_columns(x.shape[-1], self.k, x.like, self._generator(x.like.device))
             found = sketched_tangent(x, matrix(u), test)
             if found is not None:
@@ -123,7 +123,7 @@ class Sketcher:
             return _full_rank_tangent(x, u)
         test = samplers.draw_columns(x.shape[-1], 2 * self.k, u, self._state.generator(u.device, _MOVE))
         known = matrix(u)
-        if x.shape[-2] == x.shape[-1]:
+        if isinstance(x, CompiledMatrix) and x.shape[-2] == x.shape[-1]:
             found = FramedTangent.of_reduced(x, known, test, _POWER)
             if found is not None:
                 return found

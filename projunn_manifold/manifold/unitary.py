@@ -2,9 +2,9 @@ r"""The manifold of unitary, orthogonal and orthonormal-column matrices with ran
 
 A step of geoopt's ``RiemannianSGD`` from top to bottom:
 
-1. ``egrad2rgrad``: the sketcher (:mod:`~projunn_manifold.manifold.sketcher`) makes a tangent of the gradient, at k = 1
-   in one call of the compiled loops where these can (:mod:`~projunn_manifold.linalg.products`), else from the sampler's
-   rank-k factors (:mod:`~projunn_manifold.sketching.samplers`);
+1. ``egrad2rgrad``: the sketcher (:mod:`~projunn_manifold.manifold.sketcher`) makes a tangent of the gradient, in one
+   call of the compiled loops where these can (:mod:`~projunn_manifold.linalg.products`), else from the sampler's rank-k
+   factors (:mod:`~projunn_manifold.sketching.samplers`);
 2. geoopt scales it, and travels with it as with any tensor (:mod:`~projunn_manifold.sketching.factored_tensor`);
 3. ``retr``: the tangent becomes a move (``Tangent.move``, :mod:`~projunn_manifold.moves.rank_one` at k = 1), which D
    and T make with different angles (:mod:`~projunn_manifold.moves.angle`), and the move is applied
@@ -25,7 +25,7 @@ from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.dense import Scalar
-from projunn_manifold.linalg.products import matrix
+from projunn_manifold.linalg.products import Matrix, matrix
 from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.hooks import watch_optimizers
@@ -212,7 +212,7 @@ class UnitaryLowRank(Geometry):
         self.warn_if_far_off(x)
         decay = take_added_decay(x)
         point, u = validation.broadcast(x, u)
-        tangent = self.finiteness.checked_gradient(point, self.sketcher.tangent(matrix(point), u, decay), u)
+        tangent = self._sketched(matrix(point), u, decay)
         self._state.count_gradient(point)
         if torch.is_grad_enabled():
             left, right = tangent.outer()
@@ -350,6 +350,10 @@ class UnitaryLowRank(Geometry):
 
     # -- the parts of a step ----------------------------------------------------------------------------
 
+    def _sketched(self, x: Matrix, grad: Tensor, decay: float = 0.0) -> Tangent:
+        """Return the Riemannian gradient as a tangent, checked."""
+        return self.finiteness.checked_gradient(x.like, self.sketcher.tangent(x, grad, decay), grad)
+
     def _reduced(self, x: Tensor, u: Tensor) -> Tangent:
         """Return u as a tangent of rank at most 2k (all of u where 2k >= m)."""
         self._accept(x, u, "u")
@@ -443,7 +447,7 @@ class UnitaryLowRank(Geometry):
         """Return what ``egrad2rgrad`` does, as a tangent."""
         validation.check_in_place(x, grad, "gradient")
         self.warn_if_far_off(x)
-        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(matrix(x), grad), grad)
+        tangent = self._sketched(matrix(x), grad)
         self._state.count_gradient(x)
         return tangent
 
@@ -453,7 +457,7 @@ class UnitaryLowRank(Geometry):
         lr = validation.check_rate(lr, "lr", x)
         self.warn_if_far_off(x)
         point = matrix(x)
-        tangent = self.finiteness.checked_gradient(x, self.sketcher.tangent(point, grad), grad)
+        tangent = self._sketched(point, grad)
         move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
         self._state.count_gradient(x)
         move.apply_(point)

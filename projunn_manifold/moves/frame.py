@@ -99,9 +99,9 @@ class FramedTangent(Tangent):
         return FramedStep.of_factors(x, factors).tangent()
 
     @classmethod
-    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> FramedTangent | None:
+    def of_sketch(cls, x: CompiledMatrix, g: Matrix, test: Tensor) -> FramedTangent | None:
         """Return the tangent of a (G^H a)^H, a = orth(G test), at tall X, in one call, or None where that cannot be."""
-        found = x.sketched_frame(g, test) if isinstance(x, CompiledMatrix) else None
+        found = x.sketched_frame(g, test)
         return None if found is None else FramedStep(Footpoint.of(x.like), *found).tangent()
 
     @classmethod
@@ -127,9 +127,9 @@ class FramedTangent(Tangent):
         return cls(footpoint, p, q, b, omega, c.to(wide))
 
     @classmethod
-    def of_reduced(cls, x: Matrix, u: Matrix, test: Tensor, power: int) -> FramedTangent | None:
+    def of_reduced(cls, x: CompiledMatrix, u: Matrix, test: Tensor, power: int) -> FramedTangent | None:
         """Return what :meth:`of_dense` does for q = orth((u^H u)^power test), in one call, or None if impossible."""
-        found = x.reduced_frame(u, test, power) if isinstance(x, CompiledMatrix) else None
+        found = x.reduced_frame(u, test, power)
         if found is None:
             return None
         p, q, inside = found

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision
-from projunn_manifold.linalg.products import Matrix, matrix
+from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
 from projunn_manifold.moves.frame import FramedStep, FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
@@ -36,16 +36,16 @@ __all__ = [
 def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
     """Return ``½(a b^H - X b a^H X)``: in closed form on square X, in an orthonormal frame on tall X.
 
-    Factors of more than m/2 columns save nothing on square X; there the tangent is that of their product.
+    Factors of m/2 columns or more save nothing on square X; there the tangent is that of their product.
     """
     if x.shape[-2] != x.shape[-1]:
         return FramedTangent.of_gradient(x, factors)
-    if 1 < factors.rank >= x.shape[-1] / 2:
+    if factors.rank > 1 and 2 * factors.rank >= x.shape[-1]:
         return FullRankTangent.of_vector(x, factors.dense())
     return (RankOneTangent if factors.rank == 1 else RankKTangent).of_gradient(x, factors)
 
 
-def sketched_tangent(x: Matrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
+def sketched_tangent(x: CompiledMatrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
     """Return the tangent of a (G^H a)^H, a = orth(G test), in one call, or None where that cannot be."""
     if x.shape[-2] != x.shape[-1]:
         return FramedTangent.of_sketch(x, g, test)

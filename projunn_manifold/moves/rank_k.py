@@ -78,9 +78,9 @@ class RankKTangent(Tangent):
         )
 
     @classmethod
-    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> RankKTangent | None:
+    def of_sketch(cls, x: CompiledMatrix, g: Matrix, test: Tensor) -> RankKTangent | None:
         """Return the tangent of a (G^H a)^H, a = orth(G test), in one call, or None where that cannot be."""
-        found = x.sketched_tangent_of_rank_k(g, test) if isinstance(x, CompiledMatrix) else None
+        found = x.sketched_tangent_of_rank_k(g, test)
         if found is None:
             return None
         left, right, inside, r = found

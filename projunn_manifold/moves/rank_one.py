@@ -55,9 +55,9 @@ class RankOneTangent(Tangent):
         return cls._of_parts(x, *x.rank_one_tangent(*factors))
 
     @classmethod
-    def of_sketch(cls, x: Matrix, g: Matrix, test: Tensor) -> RankOneTangent | None:
+    def of_sketch(cls, x: CompiledMatrix, g: Matrix, test: Tensor) -> RankOneTangent | None:
         """Return the tangent of y (G^H y)^H, y = G test at unit norm, in one call, or None where that cannot be."""
-        found = x.sketched_tangent(g, test) if isinstance(x, CompiledMatrix) else None
+        found = x.sketched_tangent(g, test)
         return None if found is None else cls._of_parts(x, *found)
 
     @classmethod

@@ -7,6 +7,14 @@ many small ones as a stack (``foreach``); all other parameters are left to geoop
 
 Weight decay is a multiple of X, which is normal to the manifold: it does not move a point and is not
 added to its gradient here.
+
+``foreach`` says whether parameters of one kind step as one stack, with the results of stepping one by one (to
+rounding), their manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes,
+dtypes, devices, settings of their manifolds, moments and counts of steps.  None: where it pays on CPU, for at least 4
+of at most 128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
+which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this package's
+manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters, gradients of other classes,
+and groups with ``stabilize`` or with numbers for each matrix.
 """
 
 from __future__ import annotations
@@ -129,13 +137,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     stabilize : int, optional
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
     foreach : bool, optional
-        Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
-        manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
-        devices, settings of their manifolds and moments.  None: where it pays on CPU, for at least 4 of at most
-        128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
-        which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
-        package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,
-        gradients of other classes, and groups with ``stabilize`` or with numbers for each matrix.
+        Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
 
     Raises
     ------
@@ -201,13 +203,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     stabilize : int, optional
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
     foreach : bool, optional
-        Whether parameters of one kind step as one stack, with the results of stepping one by one (to rounding), their
-        manifolds' own draws and counts included.  Of one kind are those of one group with equal shapes, dtypes,
-        devices, settings of their manifolds and counts of steps.  None: where it pays on CPU, for at least 4 of at most
-        128 KiB each (32 KiB if their moves are of full rank); True: wherever it is possible; False: never.  A stack,
-        which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this
-        package's manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters,
-        gradients of other classes, and groups with ``stabilize`` or with numbers for each matrix.
+        Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
 
     Raises
     ------
