@@ -25,7 +25,7 @@ $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 demo: $(VENV)/.examples ## see what projUNN is for: a table, a verdict, a plot (under 8 minutes)
 	$(BIN)/python examples/demo.py
 
-bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 20 minutes)
+bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 40 minutes)
 	$(BIN)/python benchmarks/run.py
 
 compare: $(VENV)/.bench ## every system of the field on the same six tasks, with tables and plots (under 60 minutes)

@@ -15,7 +15,7 @@ from typing import Any
 from suite.plots import draw
 from suite.tables import tables
 
-PLACE = re.compile(r"(<!-- benchmark: (.+?) -->\n).*?(\n<!-- /benchmark -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- benchmark: (.+?) -->\n).*?(<!-- /benchmark -->)", re.DOTALL)
 
 
 def text(record: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def machine(record: dict[str, Any]) -> str:
 def filled(page: str, record: dict[str, Any]) -> str:
     """Return the page with the record's tables in their places."""
     parts = tables(record) | {"machine": machine(record)}
-    return PLACE.sub(lambda place: f"{place[1]}{parts[place[2]]}{place[3]}", page)
+    return PLACE.sub(lambda place: f"{place[1]}{parts[place[2]]}\n{place[3]}", page)
 
 
 def main() -> None:

@@ -170,7 +170,8 @@ class Runner:
         _check(subject, problem)
         trial = subject.build(problem)
         seconds = one_step(trial)
-        self._last[subject.name] = problem.n, seconds
+        if problem.x.dim() == 2:
+            self._last[subject.name] = problem.n, seconds
         if rival and 3 * seconds > cap:
             return {"not_run": f"not run: a step takes {seconds:.2g} s"}
         beside = {name: yard for name, yard in yards.items() if subject.adam or name != "adam"}
@@ -179,7 +180,7 @@ class Runner:
     def _expected(self, subject: Subject, problem: Problem) -> float:
         """Extrapolate from the last size, by n³."""
         n, seconds = self._last.get(subject.name, (problem.n, 0.0))
-        return seconds * (problem.n / n) ** 3 if problem.x.dim() == 2 else 0.0
+        return seconds * (problem.n / n) ** 3 if problem.x.dim() == 2 else 0.0  # of stacks nothing is known
 
 
 def _check(subject: Subject, problem: Problem) -> None:
