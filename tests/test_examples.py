@@ -177,6 +177,24 @@ def test_explain_draws_the_plane_and_counts_the_passes_of_the_page(tmp_path):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_of_concepts_are_drawn_of_what_holds(tmp_path):
+    result = run_script("benchmarks/concepts.py", "--steps", "60", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    record = recorded(tmp_path / "concepts.json")
+    angles = {letter: torch.tensor(found) for letter, found in record["angles"].items()}
+    assert torch.allclose(angles["D"].tan(), angles["T"], atol=1e-6)
+    assert (angles["T"].abs() > 1e-6).sum() == 4
+    for kept in record["shares"].values():
+        assert all(torch.tensor(kept["svd"]).ge(torch.tensor(kept[name]) - 1e-9).all() for name in kept)
+    for found in record["errors of a step"].values():
+        for letter in ("D", "T"):
+            assert all(e <= 50 * max(1, length) for e, length in zip(found[letter], found["length"], strict=True))
+    stays = {name for name, off in record["largest errors"].items() if off < 1e-6}
+    assert stays == {"optim.RiemannianSGD", "torch's Adam under constrain", "averaging.AveragedModel"}
+    for name in ("d_and_t", "samplers", "exactness", "leaving"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_recurrent_speed_runs_and_the_page_shows_its_record(tmp_path):
     result = run_script("benchmarks/recurrent_speed.py", "--quick", "--rounds", "1", "--out", tmp_path)
     assert result.returncode == 0, result.stderr

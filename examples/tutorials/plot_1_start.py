@@ -2,6 +2,10 @@ r"""
 Start in five minutes
 =====================
 
+.. image:: /tutorials/images/sphx_glr_plot_1_start_001.png
+   :alt: What this page makes
+   :class: sphx-glr-single-img
+
 At the end you will have a network of 30 layers that has learnt to read digits, without
 shortcuts and without normalisation.  The same network of ``torch.nn.Linear`` learns
 almost nothing.

@@ -2,6 +2,10 @@ r"""
 A recurrent network that remembers
 ==================================
 
+.. image:: /tutorials/images/sphx_glr_plot_2_recurrent_001.png
+   :alt: What this page makes
+   :class: sphx-glr-single-img
+
 At the end you will have a recurrent network that is shown eight symbols, waits for a
 hundred steps, and repeats them. ``torch.nn.RNN`` learns nothing of it in the same time.
 

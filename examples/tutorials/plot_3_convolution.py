@@ -2,6 +2,10 @@ r"""
 A convolution with a certificate
 ================================
 
+.. image:: /tutorials/images/sphx_glr_plot_3_convolution_001.png
+   :alt: What this page makes
+   :class: sphx-glr-single-img
+
 At the end you will have a convolutional network whose answers come with a proof: no
 change of the image below a known size can change the answer.
 

@@ -2,6 +2,10 @@ r"""
 A trained network made unitary
 ==============================
 
+.. image:: /tutorials/images/sphx_glr_plot_4_pretrained_001.png
+   :alt: What this page makes
+   :class: sphx-glr-single-img
+
 At the end you will have taken a trained network of plain layers, made its hidden weights
 orthogonal, trained it a little more, and turned it back into plain PyTorch.
 

@@ -2,6 +2,10 @@ r"""
 Fine-tuning by a rotation
 =========================
 
+.. image:: /tutorials/images/sphx_glr_plot_5_finetuning_001.png
+   :alt: What this page makes
+   :class: sphx-glr-single-img
+
 At the end you will have adapted a trained network to new data with a few examples of each
 class.  All trained weights stay as they are.  Only a rotation in front of the first layer
 learns.
