@@ -2,9 +2,9 @@ r"""
 An orthogonal convolution and its singular values
 =================================================
 
-An orthogonal convolution preserves norms, :math:`\|y\| = \|x\|`: all its singular values are one, and stay one while it
-learns.  Here it learns from noisy samples to move images and to permute their channels, beside torch's convolution,
-which may learn anything.
+An orthogonal convolution preserves norms, :math:`\|y\| = \|x\|`: all its singular values are one, and stay one during
+training.  Here it learns from noisy samples to shift images and to permute their channels.  For comparison, an
+unconstrained torch convolution learns the same task.
 """
 
 import matplotlib.pyplot as plt
@@ -22,9 +22,9 @@ def moved(x):
 
 
 # %%
-# Both kernels are as large as the image.  ``to_plain`` makes torch's convolution of an orthogonal one, so that both
-# start as the same map.  Determinants of real blocks cannot change sign in training, so the task has to be one of
-# determinant one, as an odd number of channels makes it.
+# Both kernels are as large as the image.  ``to_plain`` turns an orthogonal convolution into a torch convolution, so
+# that both start as the same map.  In the Fourier domain, some blocks of the convolution are real.  Their determinants
+# cannot change sign in training, so the task must have determinant one, which it has with an odd number of channels.
 
 torch.manual_seed(0)
 orthogonal = OrthogonalConv2d(CHANNELS, CHANNELS, image_size=SIDE, bias=False, k=1)
@@ -52,8 +52,9 @@ losses = {
 }
 
 # %%
-# The noise reaches every entry of the plain kernel and spreads its singular values.  Those of the orthogonal
-# convolution are one to rounding, before, during and after.  How far the losses fall is a matter of the rates.
+# The noise reaches every entry of the plain kernel and spreads its singular values.  The singular values of the
+# orthogonal convolution are one up to rounding, before, during and after training.  How far the losses fall depends
+# on the learning rates.
 
 values = {
     "OrthogonalConv2d": orthogonal.singular_values(),

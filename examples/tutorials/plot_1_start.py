@@ -6,9 +6,9 @@ Start in five minutes
    :alt: What this page makes
    :class: sphx-glr-single-img
 
-At the end you will have a network of 30 layers that has learnt to read digits, without
-shortcuts and without normalisation.  The same network of ``torch.nn.Linear`` learns
-almost nothing.
+At the end of this tutorial you will have a network of 30 layers that has learnt to
+classify digits, without shortcuts and without normalisation.  The same network made of
+``torch.nn.Linear`` learns almost nothing.
 
 Install the package from a checkout:
 
@@ -19,9 +19,9 @@ Install the package from a checkout:
 With the extra ``fast``, the first run compiles a few loops and takes up to a minute
 longer; later runs find them on disk.
 
-The idea fits in one line.  A ``UnitaryLinear`` is a ``torch.nn.Linear`` whose weight is
-an orthogonal matrix, and stays one while it is trained.  So it turns a vector, but never
-makes it longer or shorter: :math:`\|Wx\| = \|x\|`.
+The idea is simple.  A ``UnitaryLinear`` is a ``torch.nn.Linear`` whose weight is an
+orthogonal matrix, and stays orthogonal during training.  So it rotates or reflects a
+vector, but never makes it longer or shorter: :math:`\|Wx\| = \|x\|`.
 """
 
 import matplotlib.pyplot as plt
@@ -39,7 +39,8 @@ WIDTH, DEPTH, BATCH, EPOCHS = 64, 30, 64, 8
 # %%
 # The data
 # --------
-# scikit-learn brings 1797 digits of 8 × 8 pixels.  360 of them are kept for the test.
+# scikit-learn includes 1797 images of digits with 8 × 8 pixels.  We keep 360 of them as
+# test images.
 
 digits = load_digits()
 images = torch.tensor(digits.data, dtype=torch.float32)
@@ -51,13 +52,13 @@ train, test = order[:-360], order[-360:]
 # %%
 # The networks
 # ------------
-# Both are the same 30 layers with tanh between them.  Only the class of the layers
-# differs.  ``k`` says how much of a gradient one step follows: a step of rank ``k`` costs
-# :math:`O(kn^2)` for an :math:`n \times n` weight.
+# Both networks have 30 layers with tanh after each.  Only the class of the layers
+# differs.  Each step follows a part of the gradient that has rank ``k``.  Such a step
+# costs :math:`O(kn^2)` for an :math:`n \times n` weight.
 
 
 def deep(linear):
-    """Return a network of 30 layers, and one that gives the ten scores."""
+    """Return a network of 30 layers and an output layer for the ten classes."""
     torch.manual_seed(0)
     hidden = [layer for _ in range(DEPTH) for layer in (linear(), nn.Tanh())]
     return nn.Sequential(*hidden, nn.Linear(WIDTH, 10))
@@ -69,13 +70,13 @@ plain = deep(lambda: nn.Linear(WIDTH, WIDTH))
 # %%
 # What happens to a signal
 # ------------------------
-# We send one batch through each network and back.  The signal is what tells one image
-# from another, so at every layer we note how far the images are from their mean.  We also
-# note the size of the gradient that arrives there.
+# We run one batch through each network, forward and backward.  The signal is what
+# distinguishes one image from another, so at every layer we record how far the images
+# are from their mean.  We also record the size of the gradient at that layer.
 
 
 def sizes(network):
-    """Return the sizes of the signal and of the gradient behind each hidden layer."""
+    """Return the sizes of the signal and of the gradient after each hidden layer."""
     x, states = images[train[:256]], []
     for layer in network[:-1]:
         x = layer(x)
@@ -92,13 +93,14 @@ at_start = {"UnitaryLinear": sizes(orthogonal), "nn.Linear": sizes(plain)}
 # %%
 # Training
 # --------
-# One optimiser serves all parameters.  ``RiemannianAdam`` is Adam for ordinary weights,
-# and keeps orthogonal ones orthogonal.  The rate of an orthogonal weight is about the
-# angle of a step, so it needs a rate of its own: ``param_groups`` makes the two groups.
+# One optimiser trains all parameters.  ``RiemannianAdam`` is Adam for ordinary weights,
+# and keeps orthogonal weights orthogonal.  The learning rate of an orthogonal weight is
+# about the angle of a step, so these weights need a learning rate of their own.
+# ``param_groups`` makes the two parameter groups.
 
 
 def accuracy_of(network, lr, unitary_lr):
-    """Train a network, and return the share of test images that it reads."""
+    """Train a network, and return its accuracy on the test images."""
     torch.manual_seed(1)
     groups = param_groups(network, lr=lr, unitary_lr=unitary_lr)
     optimizer = RiemannianAdam(groups, lr=lr)
@@ -112,9 +114,9 @@ def accuracy_of(network, lr, unitary_lr):
 
 
 # %%
-# A third network keeps its orthogonal weights as they were drawn.  Only its biases and
-# its last layer learn.  The rate of the plain network is the best of 0.0003, 0.001 and
-# 0.003.
+# A third network keeps its orthogonal weights at their initial values.  Only its biases
+# and its last layer learn.  The learning rate of the plain network, the one made of
+# ``nn.Linear``, is the best of 0.0003, 0.001 and 0.003.
 
 frozen = deep(lambda: UnitaryLinear(WIDTH, WIDTH))
 for layer in frozen:
@@ -126,12 +128,12 @@ accuracy_frozen = accuracy_of(frozen, lr=0.01, unitary_lr=0.03)
 accuracy_plain = accuracy_of(plain, lr=0.001, unitary_lr=0.03)
 
 # %%
-# The picture
-# -----------
-# Every ``nn.Linear`` shrinks the signal on its way forwards, and the gradient on its way
-# back.  After 30 layers almost nothing is left of either: all images look the same.
-# Orthogonal layers keep both, before training and after it.  The slow decline of the
-# signal is due to tanh alone.
+# The picture: signals and gradients
+# ----------------------------------
+# Every ``nn.Linear`` shrinks the signal in the forward pass, and the gradient in the
+# backward pass.  After 30 layers almost nothing is left of either: all images look the
+# same.  Orthogonal layers preserve both, before training and after it.  The slow decline
+# of the signal is due to tanh alone.
 
 curves = {
     "nn.Linear": (at_start["nn.Linear"], "gray", "-"),
@@ -148,13 +150,14 @@ axes[1].set(title="size of the gradient", xlabel="layer")
 axes[0].legend(loc="lower left")
 
 # %%
-# The number
-# ----------
-# It is the accuracy on the test images.  Note the middle row: a network whose orthogonal
-# weights never move does nearly as well on these digits.  Here most of the gain comes
-# from the signal that arrives, and the last layer does the rest. Training the weights
-# pays where a random turn is not enough: narrow layers, recurrent networks (the next
-# tutorial), new tasks for an old network (the last one).
+# The number: test accuracy
+# -------------------------
+# The number is the accuracy on the test images.  Note the middle row: a network whose
+# orthogonal weights never move does nearly as well on these digits.  Here most of the
+# gain comes from the signal that reaches the last layer, and the last layer does the
+# rest.  Training the weights pays off where a random rotation is not enough: in narrow
+# layers, in recurrent networks (the next tutorial), or if a trained network has to learn
+# a new task (the last tutorial).
 
 print(f"UnitaryLinear, trained  {accuracy:.1%}")
 print(f"UnitaryLinear, frozen   {accuracy_frozen:.1%}")

@@ -6,13 +6,13 @@ A recurrent network that remembers
    :alt: What this page makes
    :class: sphx-glr-single-img
 
-At the end you will have a recurrent network that is shown eight symbols, waits for a
-hundred steps, and repeats them. ``torch.nn.RNN`` learns nothing of it in the same time.
+At the end of this tutorial you will have a recurrent network that is shown eight symbols,
+waits for a hundred steps, and repeats the symbols.  ``torch.nn.RNN`` learns nothing of
+this in the same number of steps.
 
 A recurrent network multiplies its state by the same matrix again and again.  If the
-matrix shrinks the state, the state is soon forgotten; if the matrix stretches it, the
-state explodes.  The matrix of a ``UnitaryRNN`` does neither, and that holds all the time
-while it learns.
+matrix shrinks the state, the state is soon forgotten.  If the matrix stretches the state,
+the state explodes.  The matrix of a ``UnitaryRNN`` does neither, throughout training.
 """
 
 import math
@@ -33,8 +33,8 @@ BLANK, ASK = SYMBOLS, SYMBOLS + 1
 # %%
 # The task
 # --------
-# An input is one of eight symbols, blank, or the request to answer.  A network without
-# memory answers blank until it is asked, and then guesses.  Its loss is known.
+# Each input is one of eight symbols, a blank, or the request to answer.  The best network
+# without memory answers blank until it is asked, and then guesses.  Its loss is known.
 
 
 def sequences():
@@ -51,9 +51,9 @@ without_memory = SHOWN * math.log(SYMBOLS) / (2 * SHOWN + WAIT)
 # %%
 # The networks
 # ------------
-# ``UnitaryRNN`` takes the arguments of ``nn.RNN`` and returns the same things.  Its
-# nonlinearity, modReLU, has a bias that is learnt.  A second ``UnitaryRNN`` is frozen:
-# its matrix stays as it was drawn, and everything around it learns.
+# ``UnitaryRNN`` takes the arguments of ``nn.RNN`` and returns outputs in the same form.
+# Its nonlinearity, modReLU, has a learnable bias.  A second ``UnitaryRNN`` is frozen: its
+# recurrent matrix stays at its initial value, and everything else learns.
 
 
 class Network(nn.Module):
@@ -72,13 +72,13 @@ class Network(nn.Module):
 
 
 def frozen(recurrent):
-    """Keep the matrix of a recurrent network as it is."""
+    """Keep the recurrent matrix at its initial value."""
     recurrent.weight_hh_l0.requires_grad_(False)
     return recurrent
 
 
 def networks(inputs, hidden, outputs, **options):
-    """Return the three networks, drawn from the same seed."""
+    """Return the three networks, initialised from the same seed."""
     recurrent = {
         "UnitaryRNN": lambda: UnitaryRNN(inputs, hidden, **options),
         "UnitaryRNN, frozen": lambda: frozen(UnitaryRNN(inputs, hidden, **options)),
@@ -92,9 +92,9 @@ def networks(inputs, hidden, outputs, **options):
 # %%
 # Training
 # --------
-# One optimiser moves everything.  The recurrent matrix has a rate of its own, which is
-# about the angle of a step.  The rate of all else is the best of 0.001, 0.003 and 0.01
-# for ``nn.RNN``.
+# One optimiser trains all parameters.  The recurrent matrix has a learning rate of its
+# own, which is about the angle of a step.  The learning rate of all other parameters is
+# the best of 0.001, 0.003 and 0.01 for ``nn.RNN``.
 
 losses = {}
 for name, network in networks(SYMBOLS + 2, 64, SYMBOLS + 1, k=1):
@@ -109,14 +109,14 @@ for name, network in networks(SYMBOLS + 2, 64, SYMBOLS + 1, k=1):
         losses[name].append(loss.item())
 
 # %%
-# When the matrix has to learn
-# ----------------------------
-# The frozen network remembers nearly as well as the trained one.  What this task needs is
+# A task for which the matrix has to learn
+# ----------------------------------------
+# The frozen network remembers nearly as well as the trained one.  This task only needs
 # that nothing is lost, and a random orthogonal matrix loses nothing.  So copying shows
-# what the constraint is for, not what training is for.
+# why the constraint helps, not why training the matrix helps.
 #
-# Here is a task where the matrix must learn: to read a digit whose 64 pixels come one by
-# one, in a shuffled order, with only 32 hidden units.
+# Here is a task for which the matrix must learn: to classify a digit whose 64 pixels
+# arrive one by one, in a shuffled order, with only 32 hidden units.
 
 digits = load_digits()
 torch.manual_seed(0)
@@ -143,11 +143,11 @@ for name, network in networks(1, 32, 10, k=4, nonlinearity="relu"):
         accuracy[name] = right.double().mean().item()
 
 # %%
-# The picture
-# -----------
-# Above, only the plain network stays above the dotted line, the loss without
-# memory.  Below, the frozen network is far behind, and the plain one is not: 64
-# steps are few, and the task does not need a long memory.
+# The picture: both tasks
+# -----------------------
+# In the upper panel, only ``nn.RNN`` stays above the dotted line, which is the loss
+# without memory.  In the lower panel the frozen network is far behind, but ``nn.RNN`` is
+# not: 64 steps are few, and the task does not need a long memory.
 
 COLOURS = {"UnitaryRNN": "tab:blue", "UnitaryRNN, frozen": "gray", "nn.RNN": "black"}
 figure, axes = plt.subplots(
@@ -166,9 +166,9 @@ axes[1].set(title="shuffled digits: test accuracy, %", xlim=(0, 100))
 axes[1].invert_yaxis()
 
 # %%
-# The number
-# ----------
-# It is the loss of the last steps, as a share of the loss without memory.
+# The number: loss relative to a network without memory
+# -----------------------------------------------------
+# The number is the loss of the last steps, as a percentage of the loss without memory.
 
 shares = {name: sum(curve[-20:]) / 20 / without_memory for name, curve in losses.items()}
 for name, share in shares.items():

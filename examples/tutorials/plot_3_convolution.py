@@ -6,11 +6,11 @@ A convolution with a certificate
    :alt: What this page makes
    :class: sphx-glr-single-img
 
-At the end you will have a convolutional network whose answers come with a proof: no
-change of the image below a known size can change the answer.
+At the end of this tutorial you will have a convolutional network whose predictions come
+with a proof: no change of the image below a known size can change the prediction.
 
-Every layer of the network is orthogonal.  So the network has Lipschitz constant 1: it
-moves two outputs apart by no more than the two images are apart, :math:`\|f(x) - f(x')\|
+Every layer of the network is orthogonal.  So the network has Lipschitz constant 1: two
+outputs are no further apart than the two images are, :math:`\|f(x) - f(x')\|
 \le \|x - x'\|`.
 """
 
@@ -29,8 +29,8 @@ torch.set_num_threads(1)
 CHANNELS, BATCH, EPOCHS = 8, 64, 8
 
 # %%
-# The data are scikit-learn's digits, with pixels from 0 to 1.  A typical image has norm
-# 4.
+# The data are scikit-learn's digits, with pixels scaled to the range from 0 to 1.  A
+# typical image has a norm of 4.
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
@@ -41,10 +41,10 @@ train, test = order[:-360], order[-360:]
 # %%
 # Two networks
 # ------------
-# ``OrthogonalConv2d`` takes the place of a circular ``nn.Conv2d``; it has to know the
-# size of the images.  Its outputs are as long as its inputs, or shorter where it has
-# fewer of them.  ReLU would throw half of the signal away.  MaxMin does not: it sorts the
-# channels in pairs.  Sorting preserves norms, and moves no two signals further apart.
+# ``OrthogonalConv2d`` replaces a circular ``nn.Conv2d``; it has to know the size of the
+# images.  Its outputs have the same norm as its inputs, or a smaller norm if the layer
+# reduces their number.  ReLU would discard half of the signal.  MaxMin does not: it sorts
+# the channels in pairs.  Sorting preserves norms, and moves no two signals further apart.
 
 
 class MaxMin(nn.Module):
@@ -82,12 +82,12 @@ plain = nn.Sequential(
 # %%
 # Training
 # --------
-# The outputs of the orthogonal network cannot grow.  Its loss multiplies them by 4, and
-# so asks for a wide margin.
+# The outputs of the orthogonal network cannot grow.  Its loss multiplies the outputs by
+# 4, which makes the network learn a wide margin.
 
 
 def fit(network, scale):
-    """Train a network; its parameters on manifolds have a rate of their own."""
+    """Train a network; its parameters on manifolds have their own learning rate."""
     torch.manual_seed(1)
     optimizer = RiemannianAdam(param_groups(network, lr=0.003, unitary_lr=0.1), lr=0.003)
     for _ in range(EPOCHS):
@@ -103,16 +103,16 @@ fit(plain, scale=1)
 # %%
 # The certificate
 # ---------------
-# The margin of an image is the score of its class minus the best of the others.  If the
-# output moves by a length :math:`r`, the difference of two scores changes by :math:`\sqrt
-# 2\, r` at most.  So no change of the image below margin :math:`/ \sqrt 2` makes the
-# answer wrong.  For a network of Lipschitz constant :math:`L` it is margin :math:`/
-# (\sqrt 2 L)`.
+# The margin of an image is the score of its class minus the best score of the other
+# classes.  If the output moves by a distance :math:`r`, the difference of two scores
+# changes by at most :math:`\sqrt 2\, r`.  So no change of the image below margin
+# :math:`/ \sqrt 2` makes the prediction wrong.  For a network with Lipschitz constant
+# :math:`L` this size is margin :math:`/ (\sqrt 2 L)`.
 
 
 @torch.no_grad()
 def radii(network, lipschitz):
-    """Return sizes below which no change makes an answer wrong; negative if it is."""
+    """Return sizes below which no change makes a prediction wrong; negative if it is."""
     scores, own = network(images[test]), labels[test, None]
     margin = scores.gather(1, own)[:, 0] - scores.scatter(1, own, -math.inf).amax(1)
     return margin / (math.sqrt(2) * lipschitz)
@@ -140,12 +140,13 @@ for name, bound in bounds.items():
 # An attack
 # ---------
 # A certificate is a promise about the worst case.  An attack looks for bad cases: it
-# climbs the loss by gradient steps within a ball around each image.  What an attack
-# leaves is an upper bound, so the truth lies between the two.
+# increases the loss by gradient steps within a ball around each image.  The accuracy
+# under attack is an upper bound of the accuracy in the worst case, and the certified
+# accuracy is a lower bound.
 
 
 def accuracy_under_attack(network, radius, steps=10):
-    """Return the share of test images that is still read after changes of this size."""
+    """Return the test accuracy after changes of this size."""
     clean, own = images[test], labels[test]
     change = torch.zeros_like(clean)
     for _ in range(steps):
@@ -160,11 +161,12 @@ def accuracy_under_attack(network, radius, steps=10):
 
 
 # %%
-# The picture
-# -----------
-# The solid lines are proofs, the dotted ones attacks.  Both networks read clean images
-# equally well.  The certificate of the plain network is worth nothing.  What the attack
-# leaves of it is about what is proved of the orthogonal one.
+# The picture: certified and attacked accuracy
+# --------------------------------------------
+# The solid lines are certified accuracies, and the dotted lines are accuracies under
+# attack.  Both networks classify clean images equally well.  The certificate of the plain
+# network is worthless.  Under attack, the plain network is about as accurate as the
+# orthogonal network is certified to be.
 
 SIZES = [i / 10 for i in range(9)]
 NETWORKS = {"orthogonal": (orthogonal, "tab:blue"), "plain": (plain, "gray")}
@@ -185,9 +187,10 @@ axis.grid(alpha=0.3)
 figure.legend(loc="outside upper center", ncols=2)
 
 # %%
-# The number
-# ----------
-# It is the share of test images that is certified against every change of norm 0.3.
+# The number: certified accuracy
+# ------------------------------
+# The number is the percentage of test images that are certified against every change of
+# norm 0.3.
 
 for name in certified:
     print(f"{name}, clean images: {certified[name][0]:.1%}")

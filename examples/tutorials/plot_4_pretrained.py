@@ -6,12 +6,13 @@ A trained network made unitary
    :alt: What this page makes
    :class: sphx-glr-single-img
 
-At the end you will have taken a trained network of plain layers, made its hidden weights
-orthogonal, trained it a little more, and turned it back into plain PyTorch.
+At the end of this tutorial you will have taken a trained network of plain layers, made
+its hidden weights orthogonal, trained it a little further, and turned it back into plain
+PyTorch.
 
-``unitarize`` replaces each weight by the orthogonal matrix closest to it.  That changes
-what the network computes, so it has to learn on.  The question is whether it learns
-faster than from the beginning.
+``unitarize`` replaces each weight by the orthogonal matrix closest to it.  This changes
+what the network computes, so the network has to be trained further.  The question is
+whether it then learns faster than from scratch.
 """
 
 import copy
@@ -38,11 +39,11 @@ train, test = order[:-360], order[-360:]
 # %%
 # The plain network
 # -----------------
-# It has four hidden layers, and is trained with torch's Adam.
+# The plain network has four hidden layers, and is trained with torch's Adam.
 
 
 def fresh():
-    """Return a network of torch's layers, with torch's first weights."""
+    """Return a network of torch's layers, with torch's initial weights."""
     torch.manual_seed(0)
     hidden = [layer for _ in range(4) for layer in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
     return nn.Sequential(*hidden, nn.Linear(WIDTH, 10))
@@ -50,12 +51,12 @@ def fresh():
 
 @torch.no_grad()
 def accuracy(network):
-    """Return the share of test images that are read."""
+    """Return the accuracy on the test images."""
     return (network(images[test]).argmax(-1) == labels[test]).double().mean().item()
 
 
 def fit(network, optimizer, epochs):
-    """Train a network; return its accuracy before, and after every epoch."""
+    """Train a network; return its accuracy before training and after every epoch."""
     scores = [accuracy(network)]
     for _ in range(epochs):
         for chosen in train[torch.randperm(len(train))].split(BATCH):
@@ -73,7 +74,7 @@ before = fit(plain, torch.optim.Adam(plain.parameters()), 2 * EPOCHS)
 # Make it unitary
 # ---------------
 # The report shows how far each weight moved, and its singular values before and after.
-# The last layer is not selected, and stays a plain layer.
+# We do not select the last layer, so it stays a plain layer.
 
 HIDDEN = ["0.weight", "2.weight", "4.weight", "6.weight"]
 converted = copy.deepcopy(plain)
@@ -82,8 +83,8 @@ print(report)
 
 # %%
 # The weights moved by about their own norm, since trained weights are far from
-# orthogonal.  Most of the accuracy is gone, and much of it comes back in one epoch.
-# Build the optimiser after the conversion: the weights are new parameters.
+# orthogonal.  Most of the accuracy is lost, but much of it comes back in one epoch.
+# Build the optimiser after the conversion, because the weights are new parameters.
 
 
 def fit_on_manifold(network):
@@ -95,8 +96,8 @@ def fit_on_manifold(network):
 after = fit_on_manifold(converted)
 
 # %%
-# For comparison, the same from the beginning: torch's first weights, made orthogonal and
-# trained as long.
+# For comparison, we train a network from scratch for the same number of epochs: torch's
+# initial weights, made orthogonal.
 
 scratch = fresh()
 unitarize(scratch, HIDDEN, k=4)
@@ -105,9 +106,9 @@ from_scratch = fit_on_manifold(scratch)
 # %%
 # Fold it back
 # ------------
-# ``fold`` makes plain parameters of the orthogonal ones.  The result is a network of
-# torch alone: save it, export it, run it where this package is not installed.  It
-# computes the same as before.
+# ``fold`` turns the orthogonal weights into plain parameters.  The result is a plain
+# PyTorch network: you can save it, export it, and run it where this package is not
+# installed.  It computes the same function as before.
 
 outputs = converted(images[test]).detach()
 error = max(
@@ -120,9 +121,9 @@ print(f"same outputs: {torch.equal(folded(images[test]), outputs)}")
 print(f"class of a weight: {type(folded[0].weight).__name__}")
 
 # %%
-# The picture
-# -----------
-# The dashed line is where the plain network was.
+# The picture: accuracy after the conversion
+# ------------------------------------------
+# The dashed line is the accuracy of the plain network before the conversion.
 
 figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
 axis.plot(
@@ -151,12 +152,12 @@ axis.grid(alpha=0.3)
 axis.legend(loc="lower right")
 
 # %%
-# The number
-# ----------
-# It is the accuracy one epoch after the conversion.  The plain network stays ahead by a
-# few points: the constraint costs something on this task, and buys nothing that the task
-# needs.  Convert a network when you need what orthogonal weights give: a bound on how far
-# outputs move, or depth without loss of the signal.
+# The number: accuracy after one epoch
+# ------------------------------------
+# The number is the accuracy one epoch after the conversion.  The plain network stays
+# ahead by a few points: the constraint costs some accuracy on this task, and gives
+# nothing that the task needs.  Convert a network if you need what orthogonal weights
+# give: a bound on how far outputs move, or depth without loss of the signal.
 
 print(f"plain network: {before[-1]:.1%}")
 print(f"made unitary, before training: {after[0]:.1%}")

@@ -6,19 +6,19 @@ Fine-tuning by a rotation
    :alt: What this page makes
    :class: sphx-glr-single-img
 
-At the end you will have adapted a trained network to new data with a few examples of each
-class.  All trained weights stay as they are.  Only a rotation in front of the first layer
-learns.
+At the end of this tutorial you will have adapted a trained network to new data with a few
+examples of each class.  All trained weights stay as they are.  Only a rotation in front
+of the first layer learns.
 
 The first layer of a network computes :math:`y = Wx + b`.  We put an orthogonal matrix in
 front,
 
 .. math:: y = W R x + b,
 
-and train nothing but :math:`R`.  It starts at the identity, so the adapted network starts
-as the old one.  All neurons (the rows of :math:`W`) turn together: their lengths, and the
-angles between them, stay what the first training made them.  This is known as orthogonal
-fine-tuning.
+and train only :math:`R`.  It starts at the identity, so the adapted network starts as the
+trained one.  All neurons (the rows of :math:`W`) rotate together: their lengths, and the
+angles between them, stay as the first training left them.  This method is known as
+orthogonal fine-tuning.
 """
 
 import copy
@@ -40,7 +40,7 @@ SHOTS = (1, 3, 10)
 # %%
 # A trained network
 # -----------------
-# It reads scikit-learn's digits.  600 images are kept for the tests.
+# The network classifies scikit-learn's digits.  We keep 600 images as test images.
 
 digits = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32) / 16
@@ -51,7 +51,7 @@ train, test = order[:-600], order[-600:]
 
 
 def fit(network, optimizer, pixels, targets, steps):
-    """Train a network by batches drawn at random."""
+    """Train a network on batches drawn at random."""
     for _ in range(steps):
         chosen = torch.randint(len(targets), (min(BATCH, len(targets)),))
         optimizer.zero_grad()
@@ -61,7 +61,7 @@ def fit(network, optimizer, pixels, targets, steps):
 
 @torch.no_grad()
 def accuracy(network, pixels, targets):
-    """Return the share of images that are read."""
+    """Return the accuracy on the images."""
     return (network(pixels).argmax(-1) == targets).double().mean().item()
 
 
@@ -80,9 +80,9 @@ print(f"turned by 90 degrees: {accuracy(base, turned[test], labels[test]):.1%}")
 # %%
 # Three ways to adapt it
 # ----------------------
-# The rotation, all weights, or the last layer alone.  Each way has a rate chosen
-# among a few.  The rank ``k = 4`` lets one step turn the rotation in several planes at
-# once.
+# We train the rotation, all weights, or the last layer alone.  The learning rate of each
+# way is the best of a few.  With rank ``k = 4`` one step can turn the rotation in several
+# planes at once.
 
 
 def rotation(network):
@@ -119,9 +119,9 @@ def adapted(way, pixels, targets, shots):
 # %%
 # Turned digits
 # -------------
-# To turn an image is to permute its pixels, and a permutation is an orthogonal matrix.
-# So some :math:`R` undoes it exactly.  The network is not told which one: it must find
-# :math:`R` from the examples.
+# Turning an image by 90 degrees permutes its pixels, and a permutation is an orthogonal
+# matrix.  So some :math:`R` undoes the turn exactly.  The network is not told which one:
+# it must find :math:`R` from the examples.
 
 WAYS = {
     "rotation in front": rotation,
@@ -134,9 +134,10 @@ turned_scores = {
 }
 
 # %%
-# The picture
-# -----------
-# A line is the mean of three draws of the examples, and the dots are the draws.
+# The picture: accuracy with few examples
+# ---------------------------------------
+# Each line is the mean of three random draws of the examples, and the dots are the single
+# draws.
 
 figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
 colours = {"rotation in front": "tab:blue", "all weights": "black", "last layer": "gray"}
@@ -158,13 +159,13 @@ axis.grid(alpha=0.3)
 axis.legend()
 
 # %%
-# The number
-# ----------
-# It is what the rotation gains over training all weights, with three examples of each
-# class.  The rotation wins here because it fits the task: it can do what is needed, and
-# not much else.  It does not always win.  In a second task the images are upright, and
-# the classes have new names.  There the last layer alone is the right thing to train, and
-# the rotation is far behind it.
+# The number: gain over training all weights
+# ------------------------------------------
+# The number is the accuracy that the rotation gains over training all weights, with three
+# examples of each class.  The rotation wins here because it fits the task: it can do what
+# is needed, and not much else.  It does not always win.  In a second task the images are
+# upright, and the classes have new names.  There it is best to train the last layer
+# alone, and the rotation is far behind.
 
 renamed = (labels + 3) % 10
 for name, way in WAYS.items():
