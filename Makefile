@@ -31,6 +31,9 @@ bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, 
 compare: $(VENV)/.bench ## every system of the field on the same six tasks, with tables and plots (under 60 minutes)
 	$(BIN)/python benchmarks/systems.py
 
+device: $(VENV)/.test ## prove the package on the device at hand, or on DEVICE=..., and time its steps (under 2 minutes)
+	$(BIN)/python -m projunn_manifold.selftest $(if $(DEVICE),--device $(DEVICE))
+
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
