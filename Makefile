@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 CORE := tests/moves tests/manifold tests/optim/test_in_place.py --ignore tests/moves/test_drift.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench compare test test-all integration lint hooks docs dist clean
+.PHONY: help demo bench compare device test test-all integration lint hooks docs dist clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
