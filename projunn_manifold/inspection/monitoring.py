@@ -78,7 +78,7 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
     >>> round(numbers["0.weight/share_kept"], 3)  # a batch of two: a gradient of rank 2
     1.0
     """
-    numbers = {}
+    numbers: dict[str, float] = {}
     for weight in weights_of(model, optimizer):
         numbers |= {f"{weight.name}/{key}": value for key, value in _numbers(weight).items()}
     return numbers
