@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 CORE := tests/moves tests/manifold tests/optim/test_in_place.py --ignore tests/moves/test_drift.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo bench compare test test-all integration lint hooks docs dist clean
+.PHONY: help demo bench compare device test test-all integration lint hooks docs dist clean
 
 help: ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, 
 
 compare: $(VENV)/.bench ## every system of the field on the same six tasks, with tables and plots (under 60 minutes)
 	$(BIN)/python benchmarks/systems.py
+
+device: $(VENV)/.test ## prove the package on the device at hand, or on DEVICE=..., and time its steps (under 2 minutes)
+	$(BIN)/python -m projunn_manifold.selftest $(if $(DEVICE),--device $(DEVICE))
 
 lint: $(VENV)/.test ## ruff and mypy
 	$(BIN)/ruff check .

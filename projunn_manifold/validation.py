@@ -18,6 +18,7 @@ __all__ = [
     "broadcast",
     "check_count",
     "check_dtype",
+    "check_feedback",
     "check_finite",
     "check_foreach",
     "check_full_rank",
@@ -142,6 +143,12 @@ def check_foreach(value: object) -> None:
     """Raise TypeError unless an optimiser's ``foreach`` is True, False or None."""
     if value is not None and not isinstance(value, bool):
         raise TypeError(f"`foreach` must be True, False or None, got {value!r} of type {type(value).__name__}")
+
+
+def check_feedback(value: object) -> None:
+    """Raise TypeError unless an optimiser's ``feedback`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`feedback` must be True or False, got {value!r} of type {type(value).__name__}")
 
 
 def _whole(value: object) -> int | None:

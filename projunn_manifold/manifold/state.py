@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import EllipsisType
 from typing import Any, NamedTuple
 
@@ -120,6 +121,17 @@ class State:
     def forget_faults(self) -> None:
         """Reset the counts of faults."""
         self._faults = {}
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Leave all counts as they are, and new parameters new."""
+        gradients, known, sharers = self.gradients, self._known_sharers, list(self._sharers)
+        faults = {device: counts.clone() for device, counts in self._faults.items()}
+        try:
+            yield
+        finally:
+            self.gradients, self._known_sharers, self._faults = gradients, known, faults
+            self._sharers = weakref.WeakSet(sharers)
 
     def catch_up(self, other: State) -> None:
         """Take the larger counts of gradients and of sharers: an average goes on where the one ahead would."""

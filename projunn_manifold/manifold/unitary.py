@@ -38,7 +38,7 @@ from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
-from projunn_manifold.moves.projunn import move_d, move_t
+from projunn_manifold.moves.projunn import move_d, move_t, tangent_of_gradient
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
@@ -451,6 +451,26 @@ class UnitaryLowRank(Geometry):
         self._state.count_gradient(x)
         return tangent
 
+    def gradient_tangent_and_rest(self, x: Tensor, grad: Tensor, residual: Tensor) -> tuple[Tangent, Tensor]:
+        """Return the tangent of ``grad + residual``, and what its sketch leaves out, ``grad + residual - a b^H``.
+
+        A matrix whose gradient is skipped keeps its residual.
+        """
+        for u, what in ((grad, "gradient"), (residual, "residual")):
+            validation.check_in_place(x, u, what)
+        validation.check_writable(residual, "residual")
+        self.warn_if_far_off(x)
+        total = residual + as_plain(grad)
+        factors = self.sketcher.factors(matrix(x), total)
+        tangent = tangent_of_gradient(matrix(x), factors)
+        kept = self.finiteness.kept(x, tangent.squared_norm(), torch.finfo(x.dtype).max, total, "gradient")
+        self._state.count_gradient(x)
+        matrix(total).add_product_(-factors.a, factors.b)
+        if kept is not None:
+            tangent, here = tangent.masked(kept), sharded.local_shard(total)
+            here.copy_(torch.where(kept[..., None, None], here, sharded.local_shard(residual)))
+        return tangent, total
+
     def descend_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
         """Do what :meth:`step_` does."""
         validation.check_in_place(x, grad, "gradient")
@@ -473,8 +493,14 @@ class UnitaryLowRank(Geometry):
             validation.check_writable(v, "v")
         return self._follow_(x, self._reduced(x, u), u, vectors, scale)
 
-    def follow_sum_(self, x: Tensor, u: Tensor, c: Scalar, tangent: Tangent, scale: float | Tensor) -> Tensor:
-        """Move x along ``scale (c u + tangent)``, and make of u that sum, carried along."""
+    def follow_tangent_(self, x: Tensor, tangent: Tangent, vectors: Iterable[Tensor], scale: float | Tensor) -> Tensor:
+        """Move x along ``scale`` times a tangent, and carry the vectors along."""
+        return self._follow_(x, tangent, None, vectors, validation.check_rate(scale, "scale", x))
+
+    def follow_sum_(
+        self, x: Tensor, u: Tensor, c: Scalar, tangent: Tangent, scale: float | Tensor, vectors: Iterable[Tensor] = ()
+    ) -> Tensor:
+        """Move x along ``scale (c u + tangent)``, make of u that sum, and carry it and the vectors along."""
         scale = validation.check_rate(scale, "scale", x)
         validation.check_writable(u, "u")
         if isinstance(tangent, FullRankTangent):
@@ -482,12 +508,12 @@ class UnitaryLowRank(Geometry):
         else:
             matrix(u.mul_(c)).add_product_(*tangent.outer())
             total = self._reduced(x, u)
-        return self._follow_(x, total, u, (u,), scale)
+        return self._follow_(x, total, u, (u, *vectors), scale)
 
     def _follow_(
-        self, x: Tensor, tangent: Tangent, u: Tensor, vectors: Iterable[Tensor], scale: float | Tensor
+        self, x: Tensor, tangent: Tangent, u: Tensor | None, vectors: Iterable[Tensor], scale: float | Tensor
     ) -> Tensor:
-        """Follow the tangent that u was reduced to."""
+        """Follow a tangent, to which u was reduced, if there is one."""
         move = self.finiteness.checked_step(x, tangent.scaled(scale), u).move(self.angle)
         move.apply_(matrix(x))
         for v in vectors:

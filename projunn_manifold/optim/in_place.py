@@ -1,4 +1,4 @@
-"""geoopt's optimisers with the step made in place, for the fastest steps.
+r"""geoopt's optimisers with the step made in place, for the fastest steps.
 
 :class:`RiemannianSGD` and :class:`RiemannianAdam` take the arguments, keep the state and make the steps of geoopt's
 classes of the same names, of which they are subclasses; a state_dict of one can be loaded by the other.
@@ -15,6 +15,15 @@ of at most 128 KiB each (32 KiB if their moves are of full rank); True: wherever
 which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone are subclasses of this package's
 manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters, gradients of other classes,
 and groups with ``stabilize`` or with numbers for each matrix.
+
+``feedback`` is error feedback: what the rank-k sketch leaves out of the gradient is added to the next gradient,
+
+.. math:: M = G + R,\qquad M \approx a b^H,\qquad R \leftarrow g\,(M - a b^H),
+
+where the unitary g of the step carries the residual R along with the point.  R is one more dense matrix for each
+parameter, ``state[p]["residual"]``, which travels with ``state_dict``.  It costs 8 to 10 passes more, and a gradient
+that is kept as factors is multiplied out to be added.  Where moves are of full rank nothing is left out, and there is
+no residual.
 """
 
 from __future__ import annotations
@@ -37,7 +46,7 @@ from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.optim.optimizers import keepers, parameters_of
 from projunn_manifold.optim.stacked import Member, move_all_
-from projunn_manifold.validation import check_foreach, check_number, check_same_matrix
+from projunn_manifold.validation import check_feedback, check_foreach, check_number, check_same_matrix
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
@@ -69,22 +78,24 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     _geoopt: type[torch.optim.Optimizer]
     _numbers: tuple[str, ...]  # hyper-parameters that are real numbers, or pairs of them
 
-    def __init__(self, *args: Any, foreach: bool | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, foreach: bool | None, feedback: bool, **kwargs: Any) -> None:
         check_foreach(foreach)
+        check_feedback(feedback)
         super().__init__(*args, **kwargs)
-        self.defaults["foreach"] = foreach
-        self._fill_in_foreach()
+        self.defaults |= {"foreach": foreach, "feedback": feedback}
+        self._fill_in_choices()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
         super().__setstate__(state)
-        self._fill_in_foreach()
+        self._fill_in_choices()
 
-    def _fill_in_foreach(self) -> None:
-        """Give this optimiser's own choice to groups without one, as those of geoopt's optimisers are."""
+    def _fill_in_choices(self) -> None:
+        """Give this optimiser's own choices to groups without any, as those of geoopt's optimisers are."""
         for group in self.param_groups:
-            if group.get("foreach") is None:
-                group["foreach"] = self.defaults.get("foreach")
+            for name, otherwise in (("foreach", None), ("feedback", False)):
+                if group.get(name) is None:
+                    group[name] = self.defaults.get(name, otherwise)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
@@ -98,6 +109,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
             group.update(_numbers(group, self._numbers))
             check_foreach(group["foreach"])
+            check_feedback(group["feedback"])
         check_attached(parameters_of(self))
         stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
         if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
@@ -115,6 +127,28 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
             inspect.unwrap(self._geoopt.step)(self)
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Make the step of one parameter, or of a stack."""
+        x, grad = local_view(point), gradient_of(point)
+        if not group["feedback"] or manifold.is_dense(x):  # then nothing is left out
+            self._follow_(point, manifold, manifold.gradient_tangent(x, grad), (), group, state)
+            return
+        kept = {"residual": state["residual"] if "residual" in state else torch.zeros_like(point, requires_grad=False)}
+        residual = _moment(kept, "residual", x)
+        gradient, rest = manifold.gradient_tangent_and_rest(x, grad, residual)
+        self._follow_(point, manifold, gradient, (rest,), group, state)
+        residual.copy_(rest)
+        state.update(kept)  # not before a step has been made
+
+    def _follow_(
+        self,
+        point: Any,
+        manifold: UnitaryLowRank,
+        gradient: Tangent,
+        carried: tuple[Tensor, ...],
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        """Move a point by its gradient and its moments, and take what is carried along with it."""
         raise NotImplementedError
 
 
@@ -138,6 +172,8 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
     foreach : bool, optional
         Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
+    feedback : bool, optional
+        Whether what a sketch leaves out of a gradient is added to the next one.  See the module's text.
 
     Raises
     ------
@@ -161,26 +197,42 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         stabilize: int | None = None,
         *,
         foreach: bool | None = None,
+        feedback: bool = False,
     ) -> None:
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, stabilize=stabilize, foreach=foreach)
+        options: dict[str, Any] = {"stabilize": stabilize, "foreach": foreach, "feedback": feedback}
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
-        momentum, x, grad = group["momentum"], local_view(point), gradient_of(point)
+        if group["momentum"] == 0 and not group["feedback"]:
+            manifold.descend_(local_view(point), gradient_of(point), group["lr"])
+        else:
+            super()._move_(point, manifold, group, state)
+
+    def _follow_(
+        self,
+        point: Any,
+        manifold: UnitaryLowRank,
+        gradient: Tangent,
+        carried: tuple[Tensor, ...],
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        x, momentum, scale = local_view(point), group["momentum"], -group["lr"]
         if momentum == 0:
-            manifold.descend_(x, grad, group["lr"])
+            manifold.follow_tangent_(x, gradient, carried, scale)
             return
-        gradient = manifold.gradient_tangent(x, grad)
-        if not state:
-            sizes = sharded.sum_over_shards(x, dense.squared_norm(sharded.local_shard(grad)))[..., None, None]
+        if "momentum_buffer" not in state:
+            grad = sharded.local_shard(gradient_of(point))
+            sizes = sharded.sum_over_shards(x, dense.squared_norm(grad))[..., None, None]
             finite = sizes <= torch.finfo(point.dtype).max  # as the manifold has it: anything else counts as zero
             state["momentum_buffer"] = point.grad.clone()  # geoopt starts from the Euclidean gradient
             sharded.local_shard(state["momentum_buffer"]).masked_fill_(~finite, 0)
         buffer, weighted = _moment(state, "momentum_buffer", x), gradient.scaled(1 - group["dampening"])
         if not group["nesterov"]:
-            manifold.follow_sum_(x, buffer, momentum, weighted, -group["lr"])
+            manifold.follow_sum_(x, buffer, momentum, weighted, scale, carried)
             return
         _add_(buffer.mul_(momentum), weighted)
-        manifold.follow_(x, _add_(buffer * momentum, gradient), (buffer,), -group["lr"])
+        manifold.follow_(x, _add_(buffer * momentum, gradient), (buffer, *carried), scale)
 
 
 class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
@@ -204,6 +256,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         Steps between two exact projections; the manifold's own drift correction makes it unnecessary.
     foreach : bool, optional
         Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
+    feedback : bool, optional
+        Whether what a sketch leaves out of a gradient is added to the next one.  See the module's text.
 
     Raises
     ------
@@ -228,17 +282,30 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         stabilize: int | None = None,
         *,
         foreach: bool | None = None,
+        feedback: bool = False,
     ) -> None:
         options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options.update(_numbers(options, self._numbers))
-        super().__init__(params, amsgrad=amsgrad, stabilize=stabilize, foreach=foreach, **options)
+        options |= {"amsgrad": amsgrad, "stabilize": stabilize, "foreach": foreach, "feedback": feedback}
+        super().__init__(params, **options)
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
-        x, lr, beta1, beta2 = local_view(point), *map(_wide, (group["lr"], *group["betas"]))
-        if not state and not is_dtensor(point) and _projects(self._geoopt):
+        if "step" not in state and not is_dtensor(point) and _projects(self._geoopt):
             point.copy_(manifold.projx(point))
-        gradient, one = manifold.gradient_tangent(x, gradient_of(point)), (*x.shape[:-2], 1, 1)
-        if not state:
+        super()._move_(point, manifold, group, state)
+
+    def _follow_(
+        self,
+        point: Any,
+        manifold: UnitaryLowRank,
+        gradient: Tangent,
+        carried: tuple[Tensor, ...],
+        group: dict[str, Any],
+        state: dict[str, Any],
+    ) -> None:
+        x, lr, beta1, beta2 = local_view(point), *map(_wide, (group["lr"], *group["betas"]))
+        one = (*x.shape[:-2], 1, 1)
+        if "step" not in state:
             state["step"] = 0
             state["exp_avg"] = torch.zeros_like(point)
             state["exp_avg_sq"] = sharded.local_shard(x).new_zeros(one).real
@@ -255,7 +322,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
         length = (second / (1 - beta2 ** state["step"])) ** 0.5 + _wide(group["eps"])
         scale = -lr / (length * (1 - beta1 ** state["step"]))
-        manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale)
+        manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale, carried)
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
             point.copy_(manifold.projx(point))
             direction.copy_(manifold.proju(point, direction))

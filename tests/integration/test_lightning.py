@@ -9,7 +9,7 @@ from network import Network, assert_same, assert_unitary, batches, seeded, unita
 from torch import nn
 from torch.utils.data import DistributedSampler
 
-from projunn_manifold import averaging, check_manifolds, manifolds_of, optim
+from projunn_manifold import averaging, check_manifolds, manifolds_of, monitor, optim
 
 pytestmark = [
     pytest.mark.integration,
@@ -30,6 +30,12 @@ class Regression(lightning.LightningModule):
 
     def configure_optimizers(self):
         return optim.RiemannianAdam(self.parameters(), lr=0.05)
+
+
+class Watched(Regression):
+    def on_train_batch_end(self, outputs, batch, index):
+        if index % self.trainer.log_every_n_steps == 0:
+            self.log_dict(monitor(self, self.optimizers()))
 
 
 class ByHand(Regression):
@@ -131,6 +137,18 @@ def test_a_fit_makes_the_steps_of_a_plain_loop_with_accumulated_and_clipped_grad
                 optimizer.zero_grad()
     assert_unitary(plain)
     assert_same(model.network.state_dict(), plain.state_dict())
+
+
+def test_numbers_of_all_weights_are_logged():
+    torch.manual_seed(0)
+    model = Watched()
+    fit = trainer(1)
+    fit.fit(model, batches())
+    numbers = monitor(model, model.optimizers())
+    assert set(numbers) == set(fit.logged_metrics)
+    for name in ("gradient_norm", "share_kept", "step_length"):
+        key = f"network.linear.weight/{name}"
+        assert fit.logged_metrics[key].item() == pytest.approx(numbers[key])
 
 
 def test_weights_stay_in_their_precision_and_unitary_under_mixed_precision():

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from projunn_manifold import optim
+from projunn_manifold import monitor, optim
 from projunn_manifold.layers import UnitaryRNN
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
@@ -20,6 +20,29 @@ def write_histograms(folder, model):
         for name, p in model.named_parameters():
             writer.add_histogram(name, p)
             writer.add_histogram(f"{name}.grad", p.grad)
+
+
+def write_numbers(writer, model, optimizer, step):
+    """Write what `monitor` returns."""
+    for name, value in monitor(model, optimizer).items():
+        writer.add_scalar(name, value, step)
+
+
+def test_the_numbers_of_a_run_are_written(tmp_path):
+    model = seeded()
+    optimizer = optim.RiemannianSGD(model.parameters(), lr=0.05)
+    expected = []
+    with SummaryWriter(tmp_path) as writer:
+        for step, (x, y) in enumerate(batches()):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+            write_numbers(writer, model, optimizer, step)
+            expected.append(monitor(model, optimizer))
+    read = EventAccumulator(str(tmp_path)).Reload()
+    assert set(read.Tags()["scalars"]) == set(expected[0])
+    for name in expected[0]:
+        assert [event.value for event in read.Scalars(name)] == pytest.approx([each[name] for each in expected])
 
 
 def test_histograms_are_those_of_the_dense_gradients(tmp_path):

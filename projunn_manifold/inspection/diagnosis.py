@@ -1,0 +1,297 @@
+r"""How much rank the unitary weights of a network need, from a few of its own training steps.
+
+A step of steepest descent along a rank-k part :math:`G_k` of the gradient lowers the loss in proportion to
+:math:`\|G_k\|^2`, and costs the time of the whole training step.  The recommended k has the largest
+:math:`(\|G_k\| / \|G\|)^2` per second.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from projunn_manifold.inspection.gradients import best_shares, gradient_operator, length_of_descent
+from projunn_manifold.inspection.unchanged import unchanged
+from projunn_manifold.inspection.weights import Weight, weights_of
+from projunn_manifold.linalg.dense import unitarity_error
+from projunn_manifold.manifold.parameters import is_dtensor
+from projunn_manifold.manifold.unitary import UnitaryLowRank
+from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
+from projunn_manifold.optim.optimizers import inner_optimizer
+from projunn_manifold.validation import check_positive
+
+__all__ = ["Diagnosis", "Need", "diagnose"]
+
+RANKS = (1, 2, 4, 8, 16, 32)
+_REPETITIONS = 5
+_LONG = 1000.0  # milliseconds after which a time is not measured again
+_RULE = "the k with the largest share² per second of the whole training step"
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is known of a unitary weight's gradients and of its steps; k is None for a step of full rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    #: The rank that its manifold has.
+    k: int | None
+    #: The rank that is recommended.
+    recommended: int | None
+    #: For each k, the median share of the gradient's norm that the best factors of rank k keep.
+    shares: dict[int | None, float]
+    #: For each k, milliseconds of the weight's own step.
+    step_ms: dict[int | None, float]
+    #: For each k, the part of the whole training step that this is.
+    parts: dict[int | None, float]
+    #: The largest :func:`~projunn_manifold.unitarity_error` of its matrices.
+    error: float
+    #: Median of :math:`\|X' - X\|_F / \|X\|_F` over the steps; without an optimiser, of steepest descent at rate 1.
+    update: float
+
+
+class Diagnosis(list[Need]):
+    """One entry for each unitary weight; printed, a table.
+
+    Attributes
+    ----------
+    closure_ms : float
+        Median time of the closure in milliseconds.
+    has_optimizer : bool
+        Whether updates are those of an optimiser.
+    """
+
+    rule = _RULE
+
+    def __init__(self, needs: list[Need], closure_ms: float, has_optimizer: bool) -> None:
+        super().__init__(needs)
+        self.closure_ms, self.has_optimizer = closure_ms, has_optimizer
+
+    def __str__(self) -> str:
+        lines = [f"closure: {self.closure_ms:.3g} ms; recommended: {self.rule}"]
+        for need in self:
+            update = "update" if self.has_optimizer else "update at rate 1"
+            lines.append(
+                f"\n{need.name}  {'x'.join(map(str, need.shape))}  k={need.k}, recommended k={need.recommended}  "
+                f"error {need.error:.1e}  {update} {need.update:.1e}"
+            )
+            ranks = list(need.shares)
+            rows = [
+                ("k", [str(k) for k in ranks]),
+                ("share of the gradient", [f"{need.shares[k]:.2f}" for k in ranks]),
+                ("step, ms", [f"{need.step_ms[k]:.3g}" for k in ranks]),
+                ("part of a training step", [f"{need.parts[k]:.0%}" for k in ranks]),
+            ]
+            lines += [f"{title:24}" + "".join(cell.rjust(8) for cell in cells) for title, cells in rows]
+        return "\n".join(lines)
+
+    def draw(self, path: str | Path | None = None) -> Any:
+        """Return a ``matplotlib`` figure of shares and times against k; with a path, save it there."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for need in self:
+            ranks = [k for k in need.shares if k is not None]
+            (line,) = left.plot(ranks, [need.shares[k] for k in ranks], "o-", label=need.name)
+            right.plot(ranks, [need.step_ms[k] for k in ranks], "o-", color=line.get_color())
+            right.axhline(need.step_ms[None], color=line.get_color(), linestyle="--")
+            if need.recommended is not None:
+                left.axvline(need.recommended, color=line.get_color(), linestyle=":")
+        left.set(xlabel="k", ylabel="share of the gradient's norm", ylim=(0, 1.05), title="dotted: recommended k")
+        right.set(xlabel="k", ylabel="step, ms", yscale="log", title="dashed: full rank")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.grid(alpha=0.3)
+        figure.legend(loc="outside lower center", ncols=3)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+
+def diagnose(
+    model: nn.Module,
+    closure: Callable[[], Any],
+    optimizer: Any = None,
+    steps: int = 20,
+    *,
+    verbose: bool = True,
+) -> Diagnosis:
+    r"""Run a few training steps of a network, and report what rank its unitary weights need.
+
+    For every unitary weight, and for k = 1, 2, 4, 8, 16, 32 and full rank: the share of the gradient's norm that the
+    best factors of rank k keep (the median over the steps, from a sketch with two power iterations), the milliseconds
+    of the weight's own step, and which part of the whole training step these are.  Also its distance from the manifold
+    and the length of an update in units of X.
+
+    The recommended k has the largest share² per second of the whole training step.  This is the rate at which steepest
+    descent lowers the loss; momentum and rates of your own for each k may shift it by a factor of two.
+
+    Afterwards parameters, gradients, buffers, modes, the optimiser's state, the manifolds' counts and the global random
+    numbers are bit for bit as they were.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        With unitary weights, none of them sharded.
+    closure : callable
+        Computes the loss of a batch and calls ``backward()``, nothing else.  It need not zero gradients.  A new batch
+        in every call makes the shares those of the training.
+    optimizer : torch.optim.Optimizer, optional
+        Makes the steps.  Without one the parameters stay where they are, and updates are those of steepest descent at
+        rate 1.  An optimiser of Adam's kind has its steps timed as :class:`~projunn_manifold.optim.RiemannianAdam`, any
+        other as :class:`~projunn_manifold.optim.RiemannianSGD` without momentum.
+    steps : int
+        Training steps to run.
+    verbose : bool
+        Whether to print the table.
+
+    Returns
+    -------
+    Diagnosis
+        A list of :class:`~projunn_manifold.inspection.diagnosis.Need`; ``draw`` makes a picture of it.
+
+    Raises
+    ------
+    TypeError
+        A model that is no module, an optimiser that is none, a closure that cannot be called.
+    ValueError
+        No unitary weights, a sharded one, or none that has a gradient after the closure; ``steps`` below 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold import diagnose, layers
+    >>> model = torch.nn.Sequential(layers.UnitaryLinear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 2))
+    >>> def closure():
+    ...     model(torch.randn(4, 64)).square().sum().backward()
+    >>> [need] = diagnose(model, closure, steps=3, verbose=False)
+    >>> need.name, need.shape, f"{need.shares[4]:.2f}"  # a batch of four: gradients of rank 4
+    ('0.weight', (64, 64), '1.00')
+    """
+    weights = list(weights_of(model, optimizer))
+    if not weights:
+        raise ValueError("the model has no unitary weights, whose rank could be chosen")
+    if any(is_dtensor(weight.p) for weight in weights):
+        raise ValueError("sharded weights cannot be diagnosed: take the model before it is sharded")
+    if not callable(closure):
+        raise TypeError(f"`closure` must be a function that calls backward(), got {type(closure).__name__}")
+    check_positive("steps", steps)
+    with unchanged(model, optimizer, (weight.manifold.memory for weight in weights)):
+        records = [_Record(weight) for weight in weights]
+        closure_ms = statistics.median([_step(records, model, closure, optimizer) for _ in range(steps)])
+        found = [record for record in records if record.shares]
+        if not found:
+            raise ValueError("no unitary weight has a gradient after the closure: it must call backward()")
+        is_adam = optimizer is not None and "Adam" in type(inner_optimizer(optimizer)).__name__
+        report = Diagnosis(_needs(found, closure_ms, is_adam), closure_ms, optimizer is not None)
+    if verbose:
+        print(report)
+    return report
+
+
+class _Record:
+    """What the steps have shown of a weight."""
+
+    def __init__(self, weight: Weight) -> None:
+        self.weight = weight
+        own, m = weight.manifold.k, weight.p.shape[-1]
+        low = {k for k in (*RANKS, own) if k is not None and 2 * k < m}
+        self.ranks: tuple[int, ...] = tuple(sorted(low))
+        self.own: int | None = own if own in low else None  # what its steps are at present
+        self.error = unitarity_error(weight.p.detach()).max().item()
+        self.shares: list[dict[int, float]] = []
+        self.descents: list[float] = []
+        self.updates: list[float] = []
+        self.gradient: Tensor | None = None  # the last
+
+    def see_gradient(self) -> None:
+        """Note what the gradient of this step is like."""
+        p = self.weight.p
+        gradient = gradient_operator(p)
+        if gradient is not None:
+            self.gradient = p.grad
+            self.shares.append(best_shares(gradient, self.ranks))
+            self.descents.append(length_of_descent(self.weight.manifold, p, gradient))
+
+    def median_shares(self) -> dict[int | None, float]:
+        """Return for each k the median share of the gradients' norms that the best factors keep."""
+        shares: dict[int | None, float] = {k: statistics.median(each[k] for each in self.shares) for k in self.ranks}
+        return shares | {None: 1.0}
+
+    def times(self, is_adam: bool) -> dict[int | None, float]:
+        """Return for each k the milliseconds of a step, which moves a copy by a hundredth of its length."""
+        length = self.descents[-1]
+        lr = 0.01 * (math.sqrt(self.weight.p.shape[-1]) if is_adam else 1 / length if length else 1.0)
+        found: dict[int | None, float] = {}
+        for k in (*self.ranks, None):
+            copied: Any = geoopt.ManifoldParameter(self.weight.p.detach().clone(), manifold=UnitaryLowRank(k))
+            copied.grad = self.gradient
+            step = (RiemannianAdam if is_adam else RiemannianSGD)([copied], lr).step
+            step()  # makes the state
+            found[k] = _timed(step, copied.device)
+        return found
+
+
+def _step(found: list[_Record], model: nn.Module, closure: Callable[[], Any], optimizer: Any) -> float:
+    """Make a training step, and return the milliseconds of the closure."""
+    for p in model.parameters():
+        p.grad = None
+    ms = _timed(closure, found[0].weight.p.device, repetitions=1)
+    for record in found:
+        record.see_gradient()
+    if optimizer is not None:
+        before = [record.weight.p.detach().clone() for record in found]
+        optimizer.step()
+        for record, x in zip(found, before, strict=True):
+            moved = torch.linalg.vector_norm(record.weight.p.detach() - x) / torch.linalg.vector_norm(x)
+            record.updates.append(moved.item())
+    return ms
+
+
+def _timed(function: Callable[[], Any], device: torch.device, repetitions: int = _REPETITIONS) -> float:
+    """Return the median milliseconds of a call, of fewer calls where they take long."""
+    found: list[float] = []
+    while len(found) < repetitions and sum(found) < _LONG:
+        _wait_for(device)
+        start = time.perf_counter()
+        function()
+        _wait_for(device)
+        found.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(found)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _needs(found: list[_Record], closure_ms: float, is_adam: bool) -> list[Need]:
+    times = [record.times(is_adam) for record in found]
+    now = closure_ms + sum(step_ms[record.own] for record, step_ms in zip(found, times, strict=True))
+    return [_need(record, step_ms, now - step_ms[record.own]) for record, step_ms in zip(found, times, strict=True)]
+
+
+def _need(record: _Record, step_ms: dict[int | None, float], rest: float) -> Need:
+    """Weigh shares against times, ``rest`` that of the training step without this weight's own."""
+    shares = record.median_shares()
+    return Need(
+        name=record.weight.name,
+        shape=tuple(record.weight.p.shape),
+        k=record.weight.manifold.k,
+        recommended=max(shares, key=lambda k: shares[k] ** 2 / (rest + step_ms[k])),
+        shares=shares,
+        step_ms=step_ms,
+        parts={k: ms / (rest + ms) for k, ms in step_ms.items()},
+        error=record.error,
+        update=statistics.median(record.updates or record.descents),
+    )

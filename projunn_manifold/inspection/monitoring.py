@@ -1,0 +1,103 @@
+"""Numbers of a training for a logger: distance from the manifold, what sketches keep, lengths of steps, faults."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from projunn_manifold.context import in_full_precision, outside_graphs
+from projunn_manifold.inspection.gradients import (
+    gradient_norm,
+    gradient_operator,
+    last_sketch,
+    length_of_descent,
+    norm_of,
+)
+from projunn_manifold.inspection.weights import Weight, rate_of, weights_of
+from projunn_manifold.linalg import dense
+from projunn_manifold.manifold.parameters import is_dtensor
+
+__all__ = ["monitor"]
+
+
+@outside_graphs
+@in_full_precision
+def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
+    r"""Return numbers about every unitary weight, ``{"name/number": value}``, for a logger.
+
+    ``unitarity_error``
+        An estimate of :math:`\|X^H X - I\|_F / \sqrt m` from four columns; of a stack, the largest.
+    ``gradient_norm``
+        :math:`\|G\|_F` of ``.grad``; an estimate from eight columns where the gradient is not formed.
+    ``share_kept``
+        The part of this norm that the last step's sketch has kept, :math:`\|a b^H\|_F / \|G\|_F`; 1 where the step is
+        of full rank.
+    ``step_length``
+        The length of the step of steepest descent along this sketch, in units of X, :math:`\|u\|_F / \|X\|_F`: at the
+        learning rate that ``optimizer`` has for this weight, or per unit of it.  Momentum and Adam turn and scale
+        that step, which is not seen here; :func:`~projunn_manifold.diagnose` measures it.
+    ``skipped``, ``uncorrected``
+        The counts of :meth:`~projunn_manifold.UnitaryLowRank.pop_faults`, which are left as they are; weights that
+        share a manifold share them.
+
+    Call it after the step and before ``zero_grad``.  The middle three are missing where there is no gradient.  A
+    sharded weight has only its counts.
+
+    Cost: :math:`O(k n m)`, no factorisation of a large matrix; waits for the device.  Nothing is added to a step, and
+    no random number is drawn that a step would draw.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    optimizer : torch.optim.Optimizer, optional
+        Or a wrapper of one.
+
+    Returns
+    -------
+    dict
+        Of Python's floats.
+
+    Raises
+    ------
+    TypeError
+        A model that is no module, or an optimiser that is none.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from projunn_manifold import layers, monitor, optim
+    >>> model = torch.nn.Sequential(layers.UnitaryLinear(64, 64, k=2), torch.nn.Linear(64, 2))
+    >>> optimizer = optim.RiemannianSGD(model.parameters(), lr=0.1)
+    >>> model(torch.randn(2, 64)).square().sum().backward()
+    >>> optimizer.step()
+    >>> numbers = monitor(model, optimizer)
+    >>> sorted(name for name in numbers)[:3]
+    ['0.weight/gradient_norm', '0.weight/share_kept', '0.weight/skipped']
+    >>> round(numbers["0.weight/share_kept"], 3)  # a batch of two: a gradient of rank 2
+    1.0
+    """
+    numbers: dict[str, float] = {}
+    for weight in weights_of(model, optimizer):
+        numbers |= {f"{weight.name}/{key}": value for key, value in _numbers(weight).items()}
+    return numbers
+
+
+def _numbers(weight: Weight) -> dict[str, float]:
+    _, p, manifold, _ = weight
+    faults = {key: float(count) for key, count in manifold.memory.faults()._asdict().items()}
+    if is_dtensor(p) or p.is_meta or not p.numel():
+        return faults
+    found = {"unitarity_error": dense.probed_unitarity_error(p.detach()).max().item()}
+    gradient = gradient_operator(p)
+    if gradient is not None:
+        norm = gradient_norm(gradient)
+        found["gradient_norm"] = norm
+        found["share_kept"] = 1.0
+        if not manifold.is_dense(p) and norm:
+            kept = norm_of(*last_sketch(manifold, gradient))
+            found["share_kept"] = kept / norm if math.isnan(kept / norm) else min(1.0, kept / norm)
+        rate = rate_of(weight)
+        found["step_length"] = length_of_descent(manifold, p, gradient) * (1.0 if rate is None else rate)
+    return found | faults

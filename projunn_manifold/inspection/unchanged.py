@@ -1,0 +1,117 @@
+"""A few steps of training that leave everything as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from projunn_manifold.manifold.state import State
+from projunn_manifold.optim.optimizers import inner_optimizer
+
+__all__ = ["unchanged"]
+
+
+@contextmanager
+def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iterator[None]:
+    """Leave model, optimiser, manifolds and the global random numbers bit for bit as they are.
+
+    Parameters, gradients, buffers, modes and all other attributes of modules are put back, and the state, groups and
+    other attributes of the optimiser; inside, parameters have no gradients.  What a closure reads from elsewhere, such
+    as the next batches of an iterator, stays read.
+    """
+    inner = None if optimizer is None else inner_optimizer(optimizer)
+    held = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
+    parameters = list({id(p): p for p in (*model.parameters(), *held)}.values())
+    before = _Snapshot()
+    for module in model.modules():
+        before.take(vars(module))
+    for holder in (inner, optimizer):
+        if holder is not None:
+            before.take(vars(holder))
+    gradients = [p.grad for p in parameters]
+    with ExitStack() as kept:
+        kept.enter_context(_same_random_numbers(parameters))
+        for state in {id(state): state for state in states}.values():
+            kept.enter_context(state.unchanged())
+        try:
+            for p in parameters:
+                p.grad = None
+            yield
+        finally:
+            before.put_back()
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+
+
+class _Snapshot:
+    """Values of tensors, and what containers hold, to be put back in place."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[Any, Any]] = {}
+        self._versions: dict[int, int] = {}
+
+    def take(self, value: Any) -> None:
+        """Remember a tensor, or a container and everything in it."""
+        if id(value) in self._kept:
+            return
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                self._kept[id(value)] = value, value.detach().clone()
+                if not value.is_inference():
+                    self._versions[id(value)] = value._version
+        elif isinstance(value, MutableMapping):
+            self._kept[id(value)] = value, dict(value)
+            for each in (*value.keys(), *value.values()):
+                self.take(each)
+        elif isinstance(value, list):
+            self._kept[id(value)] = value, list(value)
+            for each in value:
+                self.take(each)
+        elif isinstance(value, tuple):
+            for each in value:
+                self.take(each)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Give every tensor its values and every container what it held."""
+        for value, before in self._kept.values():
+            if isinstance(value, Tensor):
+                if self._was_written(value, before):
+                    value.copy_(before)
+            elif isinstance(value, list):
+                value[:] = before
+            elif not _holds_the_same(value, before):
+                value.clear()
+                value.update(before)
+
+    def _was_written(self, value: Tensor, before: Tensor) -> bool:
+        """Return whether a tensor may have other values: it was written to, or what it shows was, as by ``.data``."""
+        return value.is_inference() or self._versions[id(value)] != value._version or not torch.equal(value, before)
+
+
+def _holds_the_same(value: MutableMapping[Any, Any], before: dict[Any, Any]) -> bool:
+    pairs = zip(value.items(), before.items(), strict=False)
+    return len(value) == len(before) and all(k is j and v is w for (k, v), (j, w) in pairs)
+
+
+@contextmanager
+def _same_random_numbers(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Put the global generators back: Python's, NumPy's, PyTorch's on CPU and on the devices of the parameters."""
+    devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
+    kept, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with ExitStack() as forks:
+        forks.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices}:
+            indices = sorted({device.index or 0 for device in devices if device.type == kind})
+            forks.enter_context(torch.random.fork_rng(devices=indices, device_type=kind))
+        try:
+            yield
+        finally:
+            random.setstate(kept)
+            np.random.set_state(legacy)  # noqa: NPY002

@@ -1,0 +1,51 @@
+"""The unitary weights of a model, each once, with the optimiser's group that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from projunn_manifold.manifold.unitary import UnitaryLowRank
+from projunn_manifold.optim.optimizers import inner_optimizer
+from projunn_manifold.optim.plan import manifolds_of
+
+__all__ = ["Weight", "rate_of", "weights_of"]
+
+
+class Weight(NamedTuple):
+    """A unitary weight of a model."""
+
+    name: str
+    p: Tensor
+    manifold: UnitaryLowRank
+    #: The optimiser's group that holds it, or None.
+    group: dict[str, Any] | None
+
+
+def weights_of(model: object, optimizer: object = None) -> Iterator[Weight]:
+    """Iterate over a model's unitary weights, also those that have lost their manifold; shared ones come once.
+
+    Raises
+    ------
+    TypeError
+        A model that is no module, or an optimiser that is none and wraps none.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
+    groups: dict[int, dict[str, Any]] = {}
+    for holder in () if optimizer is None else (inner_optimizer(optimizer), optimizer):
+        for group in getattr(holder, "param_groups", ()):
+            groups |= {id(p): group for p in group["params"]}
+    plan, seen = manifolds_of(model), set[int]()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        manifold = plan.get(name)
+        if isinstance(manifold, UnitaryLowRank) and id(p) not in seen:
+            yield Weight(name, p, manifold, groups.get(id(p)))
+        seen.add(id(p))
+
+
+def rate_of(weight: Weight) -> float | None:
+    """Return the learning rate of a weight, or None where no optimiser holds it or its group has none."""
+    return None if weight.group is None or "lr" not in weight.group else float(weight.group["lr"])
