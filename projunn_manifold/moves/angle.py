@@ -32,6 +32,8 @@ class Angle(ABC):
 
     #: Whether θ may be a NumPy array; arrays are faster for a single matrix on CPU.
     takes_arrays = False
+    #: Whether the compiled loops know this class as D (True) or as T (False); None: they do not know it.
+    polar: bool | None = None
 
     def suited(self, x: Small) -> Small:
         """Return a small matrix in a form whose eigenvalues this class takes."""
@@ -62,6 +64,7 @@ class Angle(ABC):
 @final
 class _Geodesic(Angle):
     takes_arrays = True
+    polar = False
 
     def alpha(self, theta: Any) -> Any:
         return theta
@@ -80,6 +83,7 @@ class _Geodesic(Angle):
 @final
 class _Polar(Angle):
     takes_arrays = True
+    polar = True
 
     def alpha(self, theta: Any) -> Any:
         return namespace(theta).arctan(theta)
