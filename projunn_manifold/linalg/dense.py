@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from projunn_manifold import context
+
 __all__ = [
     "DTYPES",
     "Scalar",
@@ -24,6 +26,7 @@ __all__ = [
     "log_unitary",
     "newton_schulz",
     "normalized",
+    "normalized_columns",
     "per_matrix",
     "plus_product",
     "polar",
@@ -131,13 +134,43 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     A linearly dependent column leaves only rounding error, the next one the rounding error of that, until LAPACK
     divides by the remainder (complex routines overflow there).  So each column gets its rounding error, eps times its
     norm, as a floor.
+
+    Where the host cannot look, columns are made orthogonal one after the other, twice, by products alone; a dependent
+    column becomes zero.
     """
+    if not context.readable(y):
+        return _gram_schmidt(y)
     y = y.clone(memory_format=torch.contiguous_format)
     norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))
     floor = (torch.finfo(y.dtype).eps * norms[..., : min(y.shape[-2:])]).to(y.dtype)
     y.diagonal(dim1=-2, dim2=-1).add_(floor)
     q, r = torch.linalg.qr(y)
     return q.contiguous(), r
+
+
+def _gram_schmidt(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
+    """QR factorisation by classical Gram-Schmidt with a second pass, after which Q is orthonormal to rounding.
+
+    A column of which the first pass leaves nothing but rounding, eps times its norm, depends on those before it.
+    """
+    units = normalized_columns(y)
+    rounding = 8 * y.shape[-2] ** 0.5 * torch.finfo(y.dtype).eps
+    q = units[..., :1]
+    for j in range(1, y.shape[-1]):
+        rest = units[..., j : j + 1]
+        rest = rest - q @ (q.mH @ rest)
+        size = torch.linalg.vector_norm(rest, dim=-2, keepdim=True)
+        rest = torch.where(size > rounding, rest / size, 0)
+        q = torch.cat((q, normalized_columns(rest - q @ (q.mH @ rest))), -1)
+    return q, q.mH @ y
+
+
+def normalized_columns(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
+    """Columns at unit norm; zero ones stay zero."""
+    largest = y.detach().abs().amax(-2, keepdim=True)
+    y = torch.where(largest > 0, y / largest, 0)  # squares must not leave the range of the precision
+    norms = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    return torch.where(norms > 0, y / norms, 0)
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

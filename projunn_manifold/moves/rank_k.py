@@ -113,13 +113,16 @@ class RankKTangent(Tangent):
         return LowRankMove(self.left, core, self.right, core)
 
     def _core(self, angle: Angle) -> Small:
-        """Return F from the eigenvectors of E."""
+        """Return F from eigenvectors of E, or where the host cannot look from products."""
         k = self.r.shape[-1]
         omega, r = angle.suited(self.omega), angle.suited(self.r)
         omega, half = small.multiple(self.scale, omega), small.multiple(self.scale / 2, r)
         lift = small.block(omega, small.adjoint(half), -half, 0 * half)
-        theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
-        phi, psi = angle.complex_phi(theta), angle.psi(theta)
-        f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
+        if isinstance(lift, Tensor) and not context.readable(self.left):
+            psi11, phi11, f11 = (t[..., :k, :k] for t in angle.functions(lift))
+        else:
+            theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
+            phi, psi = angle.complex_phi(theta), angle.psi(theta)
+            f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
         phi11, psi11 = small.multiple(self.scale / 2, phi11), small.multiple(self.scale**2 / -4, psi11)
         return small.block(f11, phi11, -phi11, psi11)
