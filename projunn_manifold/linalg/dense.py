@@ -26,7 +26,6 @@ __all__ = [
     "log_unitary",
     "newton_schulz",
     "normalized",
-    "normalized_columns",
     "per_matrix",
     "plus_product",
     "polar",
@@ -135,11 +134,11 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     divides by the remainder (complex routines overflow there).  So each column gets its rounding error, eps times its
     norm, as a floor.
 
-    Where the host cannot look, columns are made orthogonal one after the other, twice, by products alone; a dependent
-    column becomes zero.
+    Where the host cannot look, it is made of products and Cholesky factors of k x k matrices; there a zero column stays
+    zero.
     """
     if not context.readable(y):
-        return _gram_schmidt(y)
+        return _cholesky_qr(y)
     y = y.clone(memory_format=torch.contiguous_format)
     norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))
     floor = (torch.finfo(y.dtype).eps * norms[..., : min(y.shape[-2:])]).to(y.dtype)
@@ -148,29 +147,24 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     return q.contiguous(), r
 
 
-def _gram_schmidt(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
-    """QR factorisation by classical Gram-Schmidt with a second pass, after which Q is orthonormal to rounding.
+def _cholesky_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n, k), (*batch, k, k)
+    """QR factorisation by Cholesky factors of Gram matrices, in double precision (Fukaya et al. 2020).
 
-    A column of which the first pass leaves nothing but rounding, eps times its norm, depends on those before it.
+    Each pass divides the columns by the factor of their Gram matrix, whose diagonal is enlarged by more than its
+    rounding, so that dependent columns do no harm: what rounding leaves of them grows to unit norm from pass to pass,
+    and a column that is zero stays so.  The last pass enlarges nothing.
     """
-    units = normalized_columns(y)
-    rounding = 8 * y.shape[-2] ** 0.5 * torch.finfo(y.dtype).eps
-    q = units[..., :1]
-    for j in range(1, y.shape[-1]):
-        rest = units[..., j : j + 1]
-        rest = rest - q @ (q.mH @ rest)
-        size = torch.linalg.vector_norm(rest, dim=-2, keepdim=True)
-        rest = torch.where(size > rounding, rest / size, 0)
-        q = torch.cat((q, normalized_columns(rest - q @ (q.mH @ rest))), -1)
-    return q, q.mH @ y
-
-
-def normalized_columns(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
-    """Columns at unit norm; zero ones stay zero."""
     largest = y.detach().abs().amax(-2, keepdim=True)
-    y = torch.where(largest > 0, y / largest, 0)  # squares must not leave the range of the precision
-    norms = torch.linalg.vector_norm(y, dim=-2, keepdim=True)
-    return torch.where(norms > 0, y / norms, 0)
+    q = (y / torch.where(largest == 0, 1, largest)).to(high_precision(y.dtype))
+    rounding = 8 * torch.finfo(q.dtype).eps * (q.shape[-2] ** 0.5 + q.shape[-1])
+    for enlarged in (rounding,) * (2 if q.dtype != y.dtype else 3) + (0.0,):
+        gram = q.mH @ q
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        diagonal.copy_(torch.where(diagonal == 0, 1, diagonal * (1 + enlarged)))
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        q = torch.linalg.solve_triangular(factor, q.mH, upper=False).mH
+    q = q.to(y.dtype).contiguous()
+    return q, q.mH @ y
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

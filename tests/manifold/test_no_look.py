@@ -124,22 +124,25 @@ def test_gradients_of_deficient_rank_and_of_any_size(device, k, make, gradient):
     assert dense.unitarity_error(p.detach()).max() <= 3 * bound(torch.float64, LONGEST)  # three steps, some that long
 
 
-def test_a_column_that_depends_on_others_becomes_zero(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_thin_matrices_of_any_rank_and_size_have_an_orthonormal_factor(device, dtype):
     draw = torch.Generator().manual_seed(0)
-    y = torch.randn(2, 20, 5, dtype=torch.float64, generator=draw)
-    y[..., 1] = 3 * y[..., 0]
-    y[..., 3] = 0
-    y[0, :, 4] = y[0, :, 2] - y[0, :, 0]
-    y[1] *= 1e-200
+    y = torch.randn(4, 200, 6, dtype=dtype, generator=draw)
+    y[0, :, 1] = 3 * y[0, :, 0]  # parallel to rounding
+    y[1, :, 1] = 2 * y[1, :, 0]  # exactly
+    y[1, :, 5] = y[1, :, 2] - y[1, :, 0]
+    y[2] = y[2, :, :1] * torch.arange(1, 7)  # of rank one
+    y[3] *= torch.tensor([1e-30, 1e30, 1, 1e-10, 1e10, 1e-20]).to(dtype)
+    y[:, :, 3] = 0
     q, r = dense.thin_qr(y)
-    assert error(q @ r / y.abs().amax((-2, -1), keepdim=True), y / y.abs().amax((-2, -1), keepdim=True)) <= bound(
-        y.dtype
-    )
-    gram = q.mT @ q
-    kept = gram.diagonal(dim1=-2, dim2=-1)
-    assert torch.allclose(gram, torch.diag_embed(kept), atol=bound(y.dtype))
-    expected = torch.tensor([[1.0, 0, 1, 0, 0], [1, 0, 1, 0, 1]], dtype=y.dtype)
-    assert torch.allclose(kept, expected, atol=bound(y.dtype))
+    sizes = y.abs().amax(-2, keepdim=True).clamp_min(1e-37)
+    assert error(q @ (r / sizes), y / sizes) <= bound(dtype, 20)
+    gram = q.mH @ q
+    kept = gram.diagonal(dim1=-2, dim2=-1).real
+    assert torch.equal(kept[:, 3], torch.zeros(4, dtype=kept.dtype))
+    assert (kept - kept.round()).abs().max() <= bound(dtype)
+    assert error(gram, torch.diag_embed(kept)) <= bound(dtype)
+    assert (kept.round()[3] == torch.tensor([1, 1, 1, 0, 1, 1])).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
