@@ -9,6 +9,7 @@ from torch import Tensor
 
 from projunn_manifold.linalg import products
 from projunn_manifold.linalg.dense import Scalar
+from projunn_manifold.linalg.loops import NOT_YET
 from projunn_manifold.linalg.small import Small
 
 __all__ = ["phases", "rank_k"]
@@ -37,4 +38,4 @@ def phases(e: Small, polar: bool | None) -> Small | None:  # (r, r) -> (r, r)
 def _loops_for(x: Small, polar: bool | None) -> Any:
     """Return the loops where they are loaded and x is an array."""
     is_known = polar is not None and isinstance(x, np.ndarray)
-    return products.compiled if is_known and products.compiled is not products.NOT_YET else None
+    return products.compiled if is_known and products.compiled is not NOT_YET else None

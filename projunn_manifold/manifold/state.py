@@ -108,7 +108,7 @@ class State:
         """Return how many parameters share this state."""
         return max(self._known_sharers, len(self._sharers))
 
-    def count_faults(self, device: torch.device, members: Members = ..., **faults: Tensor | int) -> None:
+    def count_faults(self, device: torch.device, members: Members = ..., /, **faults: Tensor | int) -> None:
         """Add to the faults, by their names, numbers or tensors with many, without waiting for the device."""
         if device not in self._faults:
             self._faults[device] = torch.zeros(len(Faults._fields), dtype=torch.int64, device=device)

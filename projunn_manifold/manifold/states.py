@@ -57,7 +57,7 @@ class States(State):
             yield turn, slice(start, stop)
             start = stop
 
-    def count_faults(self, device: torch.device, members: Members = ..., **faults: Tensor | int) -> None:
+    def count_faults(self, device: torch.device, members: Members = ..., /, **faults: Tensor | int) -> None:
         """Note the faults of these members, tensors with some for each."""
         self._unsettled.append((device, members, faults))
 
