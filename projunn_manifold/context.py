@@ -70,8 +70,8 @@ def traced() -> bool:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether the host may read x's values: not on a GPU, where it would wait, nor while they are abstract."""
-    return not (x.is_cuda or traced())
+    """Return whether the host may read x's values: on CPU, where it need not wait, unless they are abstract."""
+    return x.is_cpu and not traced()
 
 
 def transformed() -> bool:

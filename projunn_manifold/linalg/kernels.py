@@ -15,12 +15,14 @@ would not notice a change of a function in another file that it calls.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numba.extending
 import numpy as np
+from numpy.polynomial import chebyshev
 
 _FLAGS = {"nsz", "arcp", "contract", "reassoc"}
 _CACHE = 2**15  # bytes of the first-level cache
@@ -702,3 +704,106 @@ def rank_one_tangent(a: Any, xb: Any, back: Any, left: Any, right: Any, numbers:
         if aa < smallest * size:
             smallest = aa / size
     return smallest
+
+
+# -- cores: functions of a small skew-Hermitian E with ‖E‖_F <= 1, by products, in double precision --------------
+
+
+def _polar_series() -> Any:
+    """Return the coefficients of χ(s) = (1 - (1 + s)^(-1/2)) / s in powers of t = 2 s - 1, exact on 0 <= s <= 1."""
+
+    def chi(t: Any) -> Any:
+        root = np.sqrt(1 + (t + 1) / 2)
+        return 1 / (root * (1 + root))
+
+    return chebyshev.cheb2poly(chebyshev.chebinterpolate(chi, 21))
+
+
+_POLAR = _polar_series()
+_EXPONENTIAL = np.array([1 / math.factorial(j + 2) for j in range(18)])
+
+
+@_compiled
+def core_of_phases(e: Any, polar: bool, increment: Any) -> bool:  # pragma: no cover
+    """Write f(E), the increment of D (``polar``) or of T, or return False where E is too long."""
+    psi, phi = np.empty_like(e), np.empty_like(e)
+    return _functions(e, polar, psi, phi, increment)
+
+
+@_compiled
+def core_of_rank_k(omega: Any, r: Any, scale: float, polar: bool, core: Any) -> bool:  # pragma: no cover
+    """Write the core of a rank-k move on square X, ``[[f, τ/2 φ], [-τ/2 φ, -τ²/4 ψ]]``, all their blocks ₁₁.
+
+    They are functions of ``E = τ [[Ω, R^H / 2], [-R / 2, 0]]``.  Return False where E is too long.
+    """
+    k = len(r)
+    e = np.zeros((2 * k, 2 * k), r.dtype)
+    for i in range(k):
+        for j in range(k):
+            e[i, j] = scale * omega[i, j]
+            e[k + i, j] = -scale / 2 * r[i, j]
+            e[j, k + i] = scale / 2 * np.conj(r[i, j])
+    psi, phi, f = np.empty_like(e), np.empty_like(e), np.empty_like(e)
+    if not _functions(e, polar, psi, phi, f):
+        return False
+    for i in range(k):
+        for j in range(k):
+            core[i, j] = f[i, j]
+            core[i, k + j] = scale / 2 * phi[i, j]
+            core[k + i, j] = -scale / 2 * phi[i, j]
+            core[k + i, k + j] = -scale * scale / 4 * psi[i, j]
+    return True
+
+
+@_compiled
+def _functions(e: Any, polar: bool, psi: Any, phi: Any, f: Any) -> bool:  # pragma: no cover
+    """Write ψ(E), φ = I + E ψ and f = E φ; return False where ‖E‖_F > 1.
+
+    For T, ψ is the series Σ E^j / (j + 2)!; for D it is (I + E) χ(-E²).
+    """
+    size = 0.0
+    for i in range(len(e)):
+        size += _squared_norm(e[i], 1.0)
+    if not size <= 1:
+        return False
+    if polar:
+        for i in range(len(e)):  # φ holds t = -2 E² - I
+            phi[i] = 0
+            phi[i, i] = -1
+        _add_small_product(-2.0, e, e, phi)
+        _horner(_POLAR, phi, f, psi)
+        psi[:] = f
+        _add_small_product(1.0, e, f, psi)
+    else:
+        _horner(_EXPONENTIAL, e, psi, phi)
+    for i in range(len(e)):
+        phi[i] = 0
+        phi[i, i] = 1
+    _add_small_product(1.0, e, psi, phi)
+    f[:] = 0
+    _add_small_product(1.0, e, phi, f)
+    return True
+
+
+@_compiled
+def _horner(coefficients: Any, x: Any, y: Any, other: Any) -> None:  # pragma: no cover
+    """Write Σ c_j X^j to y; ``other`` is overwritten."""
+    y[:] = 0
+    for i in range(len(x)):
+        y[i, i] = coefficients[-1]
+    for step in range(len(coefficients) - 2, -1, -1):
+        other[:] = y
+        y[:] = 0
+        for i in range(len(x)):
+            y[i, i] = coefficients[step]
+        _add_small_product(1.0, x, other, y)
+
+
+@_compiled
+def _add_small_product(c: float, a: Any, b: Any, y: Any) -> None:  # pragma: no cover
+    """``y += c a b``."""
+    for i in range(len(a)):
+        for l in range(len(b)):
+            factor = c * a[i, l]
+            for j in range(b.shape[1]):
+                y[i, j] += factor * b[l, j]

@@ -28,7 +28,15 @@ from torch import Tensor
 from projunn_manifold import context
 from projunn_manifold.linalg import dense, small
 
-__all__ = ["LONGEST", "exponential_increment", "increment_of_phases", "polar_increment"]
+__all__ = [
+    "LONGEST",
+    "exponential_functions",
+    "exponential_increment",
+    "increment_of_phases",
+    "polar_functions",
+    "polar_increment",
+    "within_reach",
+]
 
 LONGEST = 64.0  # ‖Ω‖₂ that a fixed number of products is good for
 _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
@@ -85,6 +93,45 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
             )
         shrink = _inverse_root_increment(square, fourth, bound)
     return dense.plus_product(omega + shrink, omega, shrink)
+
+
+def exponential_functions(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, r) -> the same, three times
+    r"""Return ψ, φ = I + Eψ and f = Eφ = :math:`e^E - I` for any skew-Hermitian E up to ``LONGEST``, without a look.
+
+    ψ is the series of :math:`1/2! + z/3! + z^2/4! + \dots`, of E divided by a power of two;
+    :math:`\psi(2z) = \tfrac14(\varphi(z)^2 + 2\psi(z))` and :math:`\varphi(2z) = \varphi(z)(1 + \tfrac z2\varphi(z))`.
+    """
+    squarings = math.ceil(math.log2(2 * LONGEST))
+    x = e * 0.5**squarings
+    psi = _polynomial([1 / math.factorial(j + 2) for j in range(_terms(e.dtype))], x, None)
+    phi = _plus_identity(x @ psi, 1.0)
+    for _ in range(squarings):
+        psi = dense.plus_product(psi / 2, phi / 4, phi)
+        phi = dense.plus_product(phi, phi / 2, x @ phi)
+        x = 2 * x
+    return psi, phi, e @ phi
+
+
+def polar_functions(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, r) -> the same, three times
+    r"""Return ψ, φ = I + Eψ and f = Eφ = :math:`(I + E)C - I`, :math:`C = (I - E^2)^{-1/2}`, likewise.
+
+    C is the Hermitian part of the polar factor of I + E, and :math:`\chi = C^2(I + C)^{-1}` a polynomial in C.  Then
+    :math:`\psi = (I + E)\chi` and :math:`\varphi = C + E\chi`; to multiply by E more often would multiply the rounding
+    of C.
+    """
+    longest = math.sqrt(1 + LONGEST**2)
+    increment = _by_iteration(e, longest)
+    cosine = _plus_identity(dense.sym(increment), 1.0)
+    middle, half = (1 + 1 / longest) / 2, (1 - 1 / longest) / 2
+    chi = _polynomial(_chi(longest, torch.finfo(e.dtype).eps), _plus_identity(cosine / half, -middle / half), None)
+    turned = e @ chi
+    return chi + turned, cosine + turned, increment
+
+
+def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (*batch, n, n), (*batch,)
+    """Return Ω, shortened where a fixed number of products would not do, and where that is."""
+    scale = _shrinkage(omega @ omega)
+    return omega * scale, scale[..., 0, 0] < 1
 
 
 def increment_of_phases(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
@@ -196,6 +243,26 @@ def _plus_identity(x: Tensor, c: float) -> Tensor:
     if c:
         x.diagonal(dim1=-2, dim2=-1).add_(c)
     return x
+
+
+@functools.cache
+def _terms(dtype: torch.dtype) -> int:
+    """Return how many terms of ψ's series are exact to rounding up to θ = 1/2."""
+    return next(j for j in range(2, 30) if 0.5**j / math.factorial(j + 2) < torch.finfo(dtype).eps / 8)
+
+
+@functools.cache
+def _chi(longest: float, eps: float) -> list[float]:
+    """Return the coefficients of c² / (1 + c) in powers of t for c from 1 / longest (t = -1) to 1 (t = 1)."""
+    middle, half = (1 + 1 / longest) / 2, (1 - 1 / longest) / 2
+
+    def chi(t: Any) -> Any:
+        c = middle + half * t
+        return c * c / (1 + c)
+
+    pole = (1 + middle) / half
+    degree = math.ceil(-math.log(eps) / math.acosh(pole))
+    return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(chi, degree))]
 
 
 # -- large angles --------------------------------------------------------------------------------------------

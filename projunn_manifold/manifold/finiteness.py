@@ -47,9 +47,18 @@ class Finiteness:
         return self._checked(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
 
     def checked_step(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
-        """Return a step (made from u), with zero for matrices that are not finite or too long for their precision."""
+        """Return a step (made from u), with zero for matrices that are not finite or too long for their precision.
+
+        Where the host cannot look, longer ones than a fixed number of products is good for are shortened and counted.
+        """
         limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
-        return self._checked(x, tangent, limit, tangent if u is None else u, "step")
+        tangent = self._checked(x, tangent, limit, tangent if u is None else u, "step")
+        if context.readable(x):
+            return tangent
+        tangent, shortened = tangent.within_reach()
+        if not context.traced():
+            self._state.count_faults(x.device, shortened=shortened)
+        return tangent
 
     def _checked(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
         kept = self.kept(x, tangent.squared_norm(), limit, u, what)

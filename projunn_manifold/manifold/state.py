@@ -35,6 +35,10 @@ class Faults(NamedTuple):
 
     skipped: int  # matrices whose gradient or step was not finite
     uncorrected: int  # columns too far off the manifold for the drift correction
+    shortened: int  # matrices whose step was shortened, where the host cannot look at its length
+
+
+_LEAST = (0, 1, *(0 for _ in Faults._fields))  # of gradients, sharers and faults
 
 
 class _Sharer:
@@ -105,18 +109,18 @@ class State:
         """Return how many parameters share this state."""
         return max(self._known_sharers, len(self._sharers))
 
-    def count_faults(
-        self, device: torch.device, members: Members = ..., *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0
-    ) -> None:
-        """Add to the faults, numbers or tensors with many, without waiting for the device."""
+    def count_faults(self, device: torch.device, members: Members = ..., /, **faults: Tensor | int) -> None:
+        """Add to the faults, by their names, numbers or tensors with many, without waiting for the device."""
         if device not in self._faults:
-            self._faults[device] = torch.zeros(2, dtype=torch.int64, device=device)
-        for slot, number in zip(self._faults[device], (skipped, uncorrected), strict=True):
+            self._faults[device] = torch.zeros(len(Faults._fields), dtype=torch.int64, device=device)
+        for name, number in faults.items():
+            slot = self._faults[device][Faults._fields.index(name)]
             slot.add_(number.sum() if isinstance(number, Tensor) else number)
 
     def faults(self) -> Faults:
         """Return all faults; waits for the devices."""
-        return Faults(*map(sum, zip((0, 0), *(counts.tolist() for counts in self._faults.values()), strict=True)))
+        nothing = [0] * len(Faults._fields)
+        return Faults(*map(sum, zip(nothing, *(counts.tolist() for counts in self._faults.values()), strict=True)))
 
     def forget_faults(self) -> None:
         """Reset the counts of faults."""
@@ -138,16 +142,16 @@ class State:
         self.gradients = max(self.gradients, other.gradients)
         self._known_sharers = max(self._sharing(), other._sharing())
 
-    def counts(self) -> tuple[int, int, int, int]:
+    def counts(self) -> tuple[int, ...]:
         """Return gradients, sharers and faults; waits for the devices."""
         return self.gradients, self._sharing(), *self.faults()
 
     def adopt(self, counts: Iterable[int]) -> None:
         """Take over what :meth:`counts` returned, here or elsewhere."""
-        self.gradients, self._known_sharers, skipped, uncorrected = counts
+        self.gradients, self._known_sharers, *faults = counts
         self._forget_sharers()
         self.forget_faults()
-        self.count_faults(torch.device("cpu"), skipped=skipped, uncorrected=uncorrected)
+        self.count_faults(torch.device("cpu"), **dict(zip(Faults._fields, faults, strict=True)))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along: integers, from which the rest follows."""
@@ -194,8 +198,8 @@ def counts_of(digits: object, name: str) -> list[int]:
     ValueError
         Digits of no numbers (:func:`numbers_of`), or counts beyond 63 bits.
     """
-    numbers = numbers_of(digits, len(Faults._fields) + 2, name)
-    counts = [max(math.ceil(number), least) for number, least in zip(numbers, (0, 1, 0, 0), strict=True)]
+    numbers = numbers_of(digits, len(_LEAST), name)
+    counts = [max(math.ceil(number), least) for number, least in zip(numbers, _LEAST, strict=True)]
     if max(counts) >= 2**63:
         raise ValueError(f"{name!r} must hold counts of gradients, sharers and faults, got {counts}")
     return counts

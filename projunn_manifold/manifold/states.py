@@ -40,7 +40,7 @@ class States(State):
     def __init__(self, places: Sequence[Place], dims: int) -> None:
         super().__init__(0)
         self._places, self._dims = places, dims
-        self._unsettled: list[tuple[torch.device, Members, Tensor | int, Tensor | int]] = []
+        self._unsettled: list[tuple[torch.device, Members, dict[str, Tensor | int]]] = []
 
     def generator(self, device: torch.device, purpose: int, ahead: int = 0) -> Generators:  # type: ignore[override]
         """Return the members' generators, each seeded as its state would."""
@@ -57,18 +57,17 @@ class States(State):
             yield turn, slice(start, stop)
             start = stop
 
-    def count_faults(
-        self, device: torch.device, members: Members = ..., *, skipped: Tensor | int = 0, uncorrected: Tensor | int = 0
-    ) -> None:
+    def count_faults(self, device: torch.device, members: Members = ..., /, **faults: Tensor | int) -> None:
         """Note the faults of these members, tensors with some for each."""
-        self._unsettled.append((device, members, skipped, uncorrected))
+        self._unsettled.append((device, members, faults))
 
     def settle(self) -> None:
         """Count the step and its faults in the members' own states."""
-        for device, members, *faults in self._unsettled:
+        for device, members, faults in self._unsettled:
             places = self._places if members is ... else self._places[members]
-            for (state, _), skipped, uncorrected in zip(places, *(_each(f, len(places)) for f in faults), strict=True):
-                state.count_faults(device, skipped=skipped, uncorrected=uncorrected)
+            for name, many in faults.items():
+                for (state, _), own in zip(places, _each(many, len(places)), strict=True):
+                    state.count_faults(device, **{name: own})
         for state, gradients in self._places:
             state.gradients = gradients + self.gradients
 

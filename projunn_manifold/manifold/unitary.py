@@ -401,19 +401,20 @@ class UnitaryLowRank(Geometry):
     # -- state --------------------------------------------------------------------------------------------
 
     def pop_faults(self) -> Faults:
-        """Return how many matrices were skipped and how many columns left uncorrected, and set both counts to zero.
+        """Return how many matrices were skipped, columns left uncorrected and steps shortened, and forget them.
 
-        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or CUDA).  Left are
-        columns too far off the manifold for the drift correction, of which CPU also warns.  Waits for the device.
+        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or not on CPU).  Left
+        are columns too far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps
+        with angles beyond 64, where the host does not look at them.  Waits for the device.
         """
         faults = self._state.faults()
         self._state.forget_faults()
         return faults
 
-    def get_extra_state(self) -> Tensor:  # (4, 8) int64
+    def get_extra_state(self) -> Tensor:  # (5, 8) int64
         """Return the state of sketches, drift correction and faults, for ``state_dict``; waits for the device.
 
-        These are four counts, as digits to the base 256: gradients, parameters that share the manifold, and the two
+        These are five counts, as digits to the base 256: gradients, parameters that share the manifold, and the three
         of :meth:`pop_faults`.
         """
         return digits_of(self._state.counts())

@@ -18,7 +18,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from projunn_manifold.linalg import phases
+from projunn_manifold import context
+from projunn_manifold.linalg import phases, small
 from projunn_manifold.linalg.small import Small, namespace
 
 __all__ = ["GEODESIC", "POLAR", "Angle"]
@@ -32,6 +33,8 @@ class Angle(ABC):
 
     #: Whether θ may be a NumPy array; arrays are faster for a single matrix on CPU.
     takes_arrays = False
+    #: Whether the compiled loops know this class as D (True) or as T (False); None: they do not know it.
+    polar: bool | None = None
 
     def suited(self, x: Small) -> Small:
         """Return a small matrix in a form whose eigenvalues this class takes."""
@@ -58,10 +61,19 @@ class Angle(ABC):
         """Return f(Ω) - I for a skew-Hermitian Ω of any size, where f(Ω) has the eigenvalues e^{iα(θ)}."""
         return phases.increment_of_phases(omega, self.alpha)
 
+    def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, r) -> the same, three times
+        """Return ψ(E), φ(E) and f(E) - I for a small skew-Hermitian tensor E."""
+        theta, basis = torch.linalg.eigh(-1j * e)
+        phi = self.complex_phi(theta)
+        found = (small.spectral(basis, values) for values in (self.psi(theta), phi, 1j * theta * phi))
+        psi, phi, increment = (t if e.is_complex() else t.real for t in found)
+        return psi, phi, increment
+
 
 @final
 class _Geodesic(Angle):
     takes_arrays = True
+    polar = False
 
     def alpha(self, theta: Any) -> Any:
         return theta
@@ -76,10 +88,14 @@ class _Geodesic(Angle):
     def increment(self, omega: Tensor) -> Tensor:
         return phases.exponential_increment(omega)
 
+    def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().functions(e) if context.readable(e) else phases.exponential_functions(e)
+
 
 @final
 class _Polar(Angle):
     takes_arrays = True
+    polar = True
 
     def alpha(self, theta: Any) -> Any:
         return namespace(theta).arctan(theta)
@@ -94,6 +110,9 @@ class _Polar(Angle):
 
     def increment(self, omega: Tensor) -> Tensor:
         return phases.polar_increment(omega)
+
+    def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return super().functions(e) if context.readable(e) else phases.polar_functions(e)
 
 
 GEODESIC: Angle = _Geodesic()

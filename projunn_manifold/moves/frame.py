@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import dense, small
+from projunn_manifold.linalg import cores, dense, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
 from projunn_manifold.linalg.small import Small
@@ -165,7 +165,11 @@ class FramedTangent(Tangent):
         if angle is POLAR and self.c is not None:
             core, _, _ = _polar_increment(self.omega, self.c)
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
-        group = small.to(small.phase_core(angle.suited(self._lift()), angle.alpha), p)
+        lift = self._lift()
+        group = cores.phases(lift, angle.polar)
+        if group is None and isinstance(lift, Tensor) and not context.readable(p):
+            group = angle.functions(lift)[2]
+        group = small.to(small.phase_core(angle.suited(lift), angle.alpha) if group is None else group, p)
         core = group if self.c is None else group[..., :r].contiguous()
         return LowRankMove(_basis(p, self.b), core, self.right, group)
 

@@ -12,7 +12,7 @@ from typing import final
 
 from torch import Tensor
 
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, phases
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
@@ -57,6 +57,11 @@ class FullRankTangent(Tangent):
     def squared_norm(self) -> Tensor:  # (*batch,), double
         """Return ‖Ω‖²."""
         return dense.squared_norm(self.right)
+
+    def within_reach(self) -> tuple[FullRankTangent, Tensor]:
+        """Return the tangent, shortened where a fixed number of products would not do, and where that is."""
+        right, shortened = phases.within_reach(self.right)
+        return replace(self, right=right), shortened
 
     def move(self, angle: Angle) -> FullRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""

@@ -19,7 +19,8 @@ In an orthonormal basis of the range of W, with X b' = Q R, the lift is
     f(E)_{11} & \tfrac12 \varphi(E)_{11}\\ -\tfrac12 \varphi(E)_{11} & -\tfrac14 \psi(E)_{11}\end{pmatrix}.
 
 On the eigenvalues iθ of E, :math:`f = e^{i\alpha} - 1` (:mod:`~projunn_manifold.moves.angle`).  The cores are computed
-in double precision; their error grows as that precision times θ.
+in double precision, by series in the compiled loops where E is short (:mod:`~projunn_manifold.linalg.cores`); their
+error grows as that precision times θ.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import dense, small
+from projunn_manifold.linalg import cores, dense, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.linalg.small import Small
@@ -107,13 +108,21 @@ class RankKTangent(Tangent):
 
     def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""
+        core = cores.rank_k(self.omega, self.r, self.scale, angle.polar)
+        core = small.to(self._core(angle) if core is None else core, self.left)
+        return LowRankMove(self.left, core, self.right, core)
+
+    def _core(self, angle: Angle) -> Small:
+        """Return F from eigenvectors of E, or where the host cannot look from products."""
         k = self.r.shape[-1]
         omega, r = angle.suited(self.omega), angle.suited(self.r)
         omega, half = small.multiple(self.scale, omega), small.multiple(self.scale / 2, r)
         lift = small.block(omega, small.adjoint(half), -half, 0 * half)
-        theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
-        phi, psi = angle.complex_phi(theta), angle.psi(theta)
-        f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
+        if isinstance(lift, Tensor) and not context.readable(self.left):
+            psi11, phi11, f11 = (t[..., :k, :k] for t in angle.functions(lift))
+        else:
+            theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
+            phi, psi = angle.complex_phi(theta), angle.psi(theta)
+            f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
         phi11, psi11 = small.multiple(self.scale / 2, phi11), small.multiple(self.scale**2 / -4, psi11)
-        core = small.to(small.block(f11, phi11, -phi11, psi11), self.left)
-        return LowRankMove(self.left, core, self.right, core)
+        return small.block(f11, phi11, -phi11, psi11)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from projunn_manifold import context
 from projunn_manifold.linalg import sharded
 from projunn_manifold.linalg.dense import Scalar
+from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
 
@@ -94,6 +96,11 @@ class Tangent(ABC):
     def squared_norm(self) -> Scalar:
         """Return the squared norm of the tangent's lift: its squared length in the manifold's metric."""
 
+    def within_reach(self) -> tuple[Tangent, Tensor]:
+        """Return the tangent, shortened where a core of products would not do, and where that is, ``(*batch,)``."""
+        scale = (LONGEST / torch.as_tensor(self.squared_norm(), device=self.left.device).sqrt()).clamp_max(1.0)
+        return self.scaled(scale), scale < 1
+
     @abstractmethod
     def move(self, angle: Angle) -> Move:
         """Return the move that turns the tangent's rotation angles θ into α(θ)."""
@@ -115,6 +122,6 @@ def where_kept(kept: Tensor, value: Any) -> Any:
     """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for matrices that are not kept."""
     if isinstance(value, Tensor):
         return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
-    if isinstance(value, float | np.ndarray) and kept.is_cpu and not kept.dim():  # of a single matrix
+    if isinstance(value, float | np.ndarray) and context.readable(kept) and not kept.dim():  # of a single matrix
         return value if kept else np.zeros_like(value)[()]
     return value

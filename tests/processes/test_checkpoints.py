@@ -138,7 +138,7 @@ def test_what_is_saved_and_what_is_refused():
     manifold.step_(x, torch.ones(8, 8), 0.1)
     manifold.step_(x, torch.full((8, 8), torch.nan), 0.1)
     state = manifold.state_dict()["_extra_state"]
-    assert (state.dtype, state.shape) == (torch.int64, (4, 8))
+    assert (state.dtype, state.shape) == (torch.int64, (5, 8))
     other = UnitaryLowRank()
     other.load_state_dict(manifold.state_dict())
     assert other._state.gradients == 2

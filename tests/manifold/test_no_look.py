@@ -1,0 +1,166 @@
+"""A step where the host must not look at values: no look, no factorisation, and the same step as where it may."""
+
+import geoopt
+import pytest
+import torch
+from helpers import bound, double, error
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, context, optim, reference
+from projunn_manifold.linalg import dense, products
+from projunn_manifold.linalg.phases import LONGEST
+from projunn_manifold.linalg.products import matrix
+from projunn_manifold.moves.angle import GEODESIC, POLAR
+from projunn_manifold.sketching.factored_tensor import FactoredTensor
+
+LOOKS = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "_linalg_check_errors", "allclose"}
+FACTORISES = {"linalg_eigh", "_linalg_eigh", "linalg_qr", "linalg_svd", "_linalg_svd", "linalg_eig", "linalg_inv_ex"}
+
+
+class Blind(TorchDispatchMode):
+    """Fails on every operator with which the host reads a value, or that factorises a matrix."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if FactoredTensor in types:
+            return NotImplemented
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in LOOKS | FACTORISES, name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The CPU as a device that the host does not wait for, without the compiled loops."""
+    monkeypatch.setattr(context, "readable", lambda x: False)
+    monkeypatch.setattr(products, "compiled", None)
+
+
+def parameter(k, shape, dtype=torch.float32, kind=UnitaryLowRank, **options):
+    draw = torch.Generator().manual_seed(0)
+    manifold = kind(k, **options)
+    p = geoopt.ManifoldParameter(manifold.random(shape, dtype=dtype, generator=draw), manifold=manifold)
+    p.grad = torch.randn(shape, dtype=dtype, generator=draw)
+    return p
+
+
+MAKE = {
+    "SGD": lambda p: optim.RiemannianSGD([p], lr=0.1),
+    "momentum": lambda p: optim.RiemannianSGD([p], lr=0.1, momentum=0.9),
+    "Adam": lambda p: optim.RiemannianAdam([p], lr=0.1),
+}
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("shape", [(40, 40), (3, 40, 40), (48, 40)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 4, 16, None])
+def test_a_step_looks_at_nothing_and_factorises_nothing(device, make, dtype, shape, k):
+    if shape == (48, 40) and k is None:
+        pytest.skip("full-rank steps of tall matrices go through a frame and a singular value decomposition")
+    p = parameter(k, shape, dtype, kind=UnitaryLowRankExact if shape == (48, 40) else UnitaryLowRank, sweep=40)
+    step = make(p).step
+    with Blind():
+        for _ in range(4):
+            step()
+    assert dense.unitarity_error(p.detach()).max() <= bound(dtype)
+    assert p.manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("length", [1e-8, 1e-3, 1.0, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(24, 24), (2, 24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("kind", "map_"), [(UnitaryLowRank, reference.retraction), (UnitaryLowRankExact, reference.geodesic)]
+)
+def test_a_step_is_the_exact_map(device, kind, map_, k, shape, dtype, length):
+    p = parameter(k, shape, dtype, kind=kind, sweep=None)
+    x = double(p.detach())
+    sketch = double(p.manifold.sketcher.factors(matrix(p.detach()), p.grad).dense())
+    u = reference.gradient(x, sketch)
+    lr = length / torch.linalg.matrix_norm(u, 2).max().item()
+    y = p.manifold.step_(p.detach().clone(), p.grad, lr)
+    assert error(y, map_(x, -lr * u)) <= bound(dtype, length)
+    assert dense.unitarity_error(double(y)).max() <= bound(dtype, length)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (3, 24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("k", [1, 3, None])
+def test_steps_beyond_reach_are_shortened_and_counted(device, shape, k):
+    if shape == (30, 24) and k is None:
+        pytest.skip("not made by products")
+    p = parameter(k, shape, torch.float64)
+    before = p.detach().clone()
+    optim.RiemannianSGD([p], lr=1e6).step()
+    faults = p.manifold.pop_faults()
+    assert faults.shortened == p.numel() // (shape[-1] * shape[-2])
+    assert faults.skipped == 0
+    assert dense.unitarity_error(p.detach()).max() <= 2 * bound(torch.float64, LONGEST)
+    assert (p.detach() - before).norm() > 0.1
+    optim.RiemannianSGD([p], lr=1e-3).step()
+    assert p.manifold.pop_faults().shortened == 0
+
+
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        lambda g: torch.zeros_like(g),
+        lambda g: g[:, :1] @ g[:1],  # of rank one: all columns of its sketch are parallel
+        lambda g: torch.cat((g[:, :2], torch.zeros_like(g[:, 2:])), -1),
+        lambda g: 1e-8 * g,
+        lambda g: 1e3 * g,
+    ],
+    ids=["zero", "rank one", "rank two", "tiny", "large"],
+)
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("k", [1, 4])
+def test_gradients_of_deficient_rank_and_of_any_size(device, k, make, gradient):
+    p = parameter(k, (32, 32), torch.float64)
+    p.grad = gradient(p.grad)
+    step = make(p).step
+    for _ in range(3):
+        step()
+    assert torch.isfinite(p).all()
+    assert dense.unitarity_error(p.detach()).max() <= 3 * bound(torch.float64, LONGEST)  # three steps, some that long
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+def test_thin_matrices_of_any_rank_and_size_have_an_orthonormal_factor(device, dtype):
+    draw = torch.Generator().manual_seed(0)
+    y = torch.randn(4, 200, 6, dtype=dtype, generator=draw)
+    y[0, :, 1] = 3 * y[0, :, 0]  # parallel to rounding
+    y[1, :, 1] = 2 * y[1, :, 0]  # exactly
+    y[1, :, 5] = y[1, :, 2] - y[1, :, 0]
+    y[2] = y[2, :, :1] * torch.arange(1, 7)  # of rank one
+    y[3] *= torch.tensor([1e-30, 1e30, 1, 1e-10, 1e10, 1e-20]).to(dtype)
+    y[:, :, 3] = 0
+    q, r = dense.thin_qr(y)
+    sizes = y.abs().amax(-2, keepdim=True).clamp_min(1e-37)
+    assert error(q @ (r / sizes), y / sizes) <= bound(dtype, 20)
+    gram = q.mH @ q
+    kept = gram.diagonal(dim1=-2, dim2=-1).real
+    assert torch.equal(kept[:, 3], torch.zeros(4, dtype=kept.dtype))
+    assert (kept - kept.round()).abs().max() <= bound(dtype)
+    assert error(gram, torch.diag_embed(kept)) <= bound(dtype)
+    assert (kept.round()[3] == torch.tensor([1, 1, 1, 0, 1, 1])).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 0.1, 3.0, 40.0])
+def test_functions_by_products_are_the_dense_ones(device, dtype, size):
+    draw = torch.Generator().manual_seed(0)
+    a = torch.randn(3, 6, 6, dtype=dtype, generator=draw)
+    a = a - a.mH
+    e = a * (size / torch.linalg.matrix_norm(a, 2)[..., None, None])
+    # exp of [[E, I, 0], [0, 0, I], [0, 0, 0]] has e^E, φ and ψ in its first row
+    eye, zero = torch.eye(6, dtype=dtype).expand(3, 6, 6), torch.zeros(3, 6, 6, dtype=dtype)
+    rows = [torch.cat(row, -1) for row in ((e, eye, zero), (zero, zero, eye), (zero, zero, zero))]
+    whole, phi, psi = torch.linalg.matrix_exp(torch.cat(rows, -2))[..., :6, :].tensor_split(3, -1)
+    for found, exact in zip(GEODESIC.functions(e), (psi, phi, whole - eye), strict=True):
+        assert error(found, exact) <= bound(dtype, size)
+    theta, basis = torch.linalg.eigh(-1j * e)
+    for found, values in zip(
+        POLAR.functions(e), (POLAR.psi(theta), POLAR.complex_phi(theta), torch.exp(1j * theta.atan()) - 1), strict=True
+    ):
+        exact = (basis * values.unsqueeze(-2)) @ basis.mH
+        assert error(found, exact if e.is_complex() else exact.real) <= bound(dtype, size)
