@@ -38,7 +38,7 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
         The length of the step of steepest descent along this sketch, in units of X, :math:`\|u\|_F / \|X\|_F`: at the
         learning rate that ``optimizer`` has for this weight, or per unit of it.  Momentum and Adam turn and scale
         that step, which is not seen here; :func:`~projunn_manifold.diagnose` measures it.
-    ``skipped``, ``uncorrected``
+    ``skipped``, ``uncorrected``, ``shortened``
         The counts of :meth:`~projunn_manifold.UnitaryLowRank.pop_faults`, which are left as they are; weights that
         share a manifold share them.
 

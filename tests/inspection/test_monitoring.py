@@ -112,7 +112,7 @@ def test_lengths_are_those_of_the_move(shape, dtype, k):
 def test_a_weight_without_gradient_has_its_error_and_counts():
     model = model_with_gradient()
     model.zero_grad()
-    assert set(monitor(model)) == {f"0.weight/{key}" for key in ("unitarity_error", "skipped", "uncorrected")}
+    assert set(monitor(model)) == {f"0.weight/{key}" for key in ("unitarity_error", "skipped", "uncorrected", "shortened")}
 
 
 def test_the_distance_is_seen_and_faults_stay():
@@ -125,7 +125,7 @@ def test_the_distance_is_seen_and_faults_stay():
         numbers = monitor(model)
         assert numbers["0.weight/unitarity_error"] == pytest.approx(3, rel=1e-3)
         assert (numbers["0.weight/skipped"], numbers["0.weight/uncorrected"]) == (3, 5)
-    assert weight.manifold.pop_faults() == (3, 5)
+    assert weight.manifold.pop_faults() == (3, 5, 0)
 
 
 def test_a_gradient_that_is_not_finite_is_shown_as_it_is():
