@@ -79,7 +79,8 @@ def best_shares(gradient: LinearOperator, ranks: tuple[int, ...]) -> dict[int, f
     generator = torch.Generator(gradient.like.device).manual_seed(0)
     most = min(*gradient.shape[-2:], max(ranks))
     _, b = _BEST(gradient, most, generator)
-    squares = dense.squared_norm(b.mT.unsqueeze(-1)).flatten(0, -2).sum(0).sort(descending=True).values.cumsum(0)
+    sizes = torch.linalg.vector_norm(b, dim=-2, dtype=dense.high_precision(b.dtype)).real  # b's columns are orthogonal
+    squares = sizes.square().sort(-1, descending=True).values.reshape(-1, most).sum(0).cumsum(0)
     whole = max(gradient_norm(gradient) ** 2, squares[-1].item())
     kept = (squares / whole).sqrt().tolist() if whole else [1.0] * most
     return {k: min(1.0, kept[min(k, most) - 1]) if k < min(gradient.shape[-2:]) else 1.0 for k in ranks}

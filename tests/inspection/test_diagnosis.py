@@ -22,8 +22,8 @@ def network(**options):
         layers.UnitaryLinear(N, N, **options),
         torch.nn.BatchNorm1d(N),
         torch.nn.Dropout(0.1),
-        layers.unitary_(torch.nn.Linear(N, 24)),
-        torch.nn.Linear(24, 2),
+        layers.unitary_(torch.nn.Linear(N, 50)),
+        torch.nn.Linear(50, 2),
     )
 
 
@@ -91,7 +91,7 @@ def assert_same(before, after):
 
 
 def sgd(params):
-    return optim.RiemannianSGD(params, lr=0.1, momentum=0.9)
+    return optim.RiemannianSGD(params, lr=1e-4, momentum=0.9)
 
 
 def constrained(params):
@@ -181,7 +181,7 @@ def test_it_prints_a_table_and_draws_on_request(capsys, tmp_path):
     report = diagnose(model, closure_of(model), steps=2)
     printed = capsys.readouterr().out
     assert printed.strip() == str(report)
-    for words in ("0.weight", "3.weight", "24x40", "recommended k=", "share of the gradient"):
+    for words in ("0.weight", "3.weight", "50x40", "recommended k=", "share of the gradient"):
         assert words in printed
     pytest.importorskip("matplotlib")
     report.draw(tmp_path / "need.png")

@@ -52,13 +52,13 @@ def copies(state):
 def test_it_travels_in_state_dicts_copies_and_pickles():
     state = State(7)
     state.count_gradient(torch.eye(2))
-    state.count_faults(CPU, skipped=2, uncorrected=torch.tensor(3))
+    state.count_faults(CPU, skipped=2, uncorrected=torch.tensor(3), shortened=4)
     for other in copies(state):
         assert other.stamp == state.stamp
-        assert other.faults() == Faults(2, 3)
+        assert other.faults() == Faults(2, 3, 4)
         assert torch.equal(drawn(other), drawn(state))
     state.forget_faults()
-    assert state.faults() == Faults(0, 0)
+    assert state.faults() == Faults(0, 0, 0)
     assert state.gradients == 1
 
 
@@ -66,7 +66,7 @@ def test_a_pickle_holds_no_tensor():
     state = UnitaryLowRank(2)._state
     state.count_faults(CPU, skipped=1)
     content = state.__getstate__()
-    assert content["counts"] == (0, 1, 1, 0)
+    assert content["counts"] == (0, 1, 1, 0, 0)
     assert {type(number) for number in content["counts"]} == {int}
 
 
@@ -76,7 +76,9 @@ DTYPES = [
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("numbers", [(0, 1, 0, 0), (65_505, 3, 255, 256), (2**53 - 1, 2**31, 100_000, 70_000)], ids=str)
+@pytest.mark.parametrize(
+    "numbers", [(0, 1, 0, 0, 0), (65_505, 3, 255, 256, 1), (2**53 - 1, 2**31, 100_000, 70_000, 9)], ids=str
+)
 def test_digits_survive_every_dtype(numbers, dtype):
     digits = digits_of(numbers)
     assert digits.dtype == torch.int64
@@ -84,7 +86,7 @@ def test_digits_survive_every_dtype(numbers, dtype):
 
 
 def test_the_largest_count_of_64_bits_survives_as_integers():
-    assert counts_of(digits_of([2**63 - 1, 1, 0, 0]), "state")[0] == 2**63 - 1
+    assert counts_of(digits_of([2**63 - 1, 1, 0, 0, 0]), "state")[0] == 2**63 - 1
 
 
 @pytest.mark.parametrize(
@@ -98,7 +100,7 @@ def test_the_largest_count_of_64_bits_survives_as_integers():
     ],
 )
 def test_combinations_of_digits_are_those_of_the_numbers_rounded_up(counts, weights, expected):
-    digits = [w * digits_of([count, 1, 0, 0]).double() for count, w in zip(counts, weights, strict=True)]
+    digits = [w * digits_of([count, 1, 0, 0, 0]).double() for count, w in zip(counts, weights, strict=True)]
     assert counts_of(sum(digits), "state")[:2] == [expected, 1]
 
 
@@ -107,11 +109,11 @@ def test_combinations_of_digits_are_those_of_the_numbers_rounded_up(counts, weig
     [
         (None, "got None"),
         (torch.zeros(32, dtype=torch.uint8), r"got torch.uint8 \(32,\) on cpu"),
-        (torch.zeros(4, 8, dtype=torch.complex64), "a real tensor"),
-        (torch.zeros(4, 8, device="meta"), "on meta"),
-        (digits_of([1, 1, 0, 0]).float() * float("inf"), "hold finite"),
-        (digits_of([1, 1, 0, 0]).float() * float("nan"), "hold finite"),
-        (digits_of([2**63 - 1, 1, 0, 0]) + 1, "hold counts"),
+        (torch.zeros(5, 8, dtype=torch.complex64), "a real tensor"),
+        (torch.zeros(5, 8, device="meta"), "on meta"),
+        (digits_of([1, 1, 0, 0, 0]).float() * float("inf"), "hold finite"),
+        (digits_of([1, 1, 0, 0, 0]).float() * float("nan"), "hold finite"),
+        (digits_of([2**63 - 1, 1, 0, 0, 0]) + 1, "hold counts"),
     ],
 )
 def test_what_is_no_state_is_refused_by_name(digits, message):
@@ -125,15 +127,15 @@ def test_what_is_no_state_is_refused_by_name(digits, message):
 
 
 def test_a_difference_of_counts_is_no_less_than_a_count_can_be():
-    ahead, behind = (digits_of([count, 2, 0, 0]) for count in (300, 5))
-    assert counts_of(behind - ahead, "state") == [0, 1, 0, 0]
+    ahead, behind = (digits_of([count, 2, 0, 0, 0]) for count in (300, 5))
+    assert counts_of(behind - ahead, "state") == [0, 1, 0, 0, 0]
 
 
 def test_an_average_takes_the_larger_counts():
     ahead, behind = State(1), State(1)
-    ahead.adopt((9, 2, 1, 1))
-    behind.adopt((4, 3, 5, 0))
+    ahead.adopt((9, 2, 1, 1, 1))
+    behind.adopt((4, 3, 5, 0, 2))
     behind.catch_up(ahead)
-    assert behind.counts() == (9, 3, 5, 0)
+    assert behind.counts() == (9, 3, 5, 0, 2)
     behind.catch_up(State(1))
-    assert behind.counts() == (9, 3, 5, 0)
+    assert behind.counts() == (9, 3, 5, 0, 2)

@@ -10,6 +10,8 @@ from projunn_manifold.moves.angle import POLAR
 from projunn_manifold.selftest import __main__ as selftest
 from projunn_manifold.selftest import laws as all_laws
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # POGO
+
 
 def run(tmp_path, *arguments):
     file = tmp_path / "selftest.json"
