@@ -73,7 +73,8 @@ def test_the_longest_chain_of_imports_is_short():
         others = set(imports(known[name].read_text(), known)) - {name, ""}
         return [name, *max((chain(other) for other in others), key=len, default=[])]
 
-    assert len(longest := max(map(chain, known), key=len)) <= LONGEST, longest
+    read = [name for name in known if not name.startswith("selftest")]  # a program on top of all
+    assert len(longest := max(map(chain, read), key=len)) <= LONGEST, longest
 
 
 def test_no_folder_is_crowded():

@@ -74,7 +74,7 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
     >>> optimizer.step()
     >>> numbers = monitor(model, optimizer)
     >>> sorted(name for name in numbers)[:3]
-    ['0.weight/gradient_norm', '0.weight/share_kept', '0.weight/skipped']
+    ['0.weight/gradient_norm', '0.weight/share_kept', '0.weight/shortened']
     >>> round(numbers["0.weight/share_kept"], 3)  # a batch of two: a gradient of rank 2
     1.0
     """

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import cores, dense, small
+from projunn_manifold.linalg import cores, dense, qr, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
 from projunn_manifold.linalg.small import Small
@@ -50,7 +50,7 @@ class FramedStep:
         """Bring ``a b^H`` into a frame: two products with X (four on tall X) and thin QRs; Q spans b and X^H a."""
         a, footpoint = factors.a, Footpoint.of(x.like)
         wide = dense.high_precision(a.dtype)
-        q, r = dense.thin_qr(torch.cat((factors.b, x.adjoint_times(a)), -1))
+        q, r = qr.thin_qr(torch.cat((factors.b, x.adjoint_times(a)), -1))
         r = r.to(wide)
         p = x.times(q)
         r_b, r_a = r.tensor_split([a.shape[-1]], -1)
@@ -187,7 +187,7 @@ def _basis_outside(x: Matrix, rest: Tensor) -> tuple[Tensor, Tensor]:
     Rest is projected out of the range once more: its first projection was as inexact as X is, and a B that is not
     orthogonal to X would let the error of X grow with every step.
     """
-    return dense.thin_qr(rest - x.times(x.adjoint_times(rest)))
+    return qr.thin_qr(rest - x.times(x.adjoint_times(rest)))
 
 
 def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]

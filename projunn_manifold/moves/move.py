@@ -13,7 +13,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, qr
 from projunn_manifold.linalg.products import Matrix, matrix
 
 __all__ = ["LowRankMove", "Move", "expanded", "thin"]
@@ -49,7 +49,7 @@ class LowRankMove:
     def between(cls, x: Tensor, y: Tensor) -> LowRankMove:
         """Return a move from x to any y of its shape: dense, in the basis [X, rest of Y]."""
         along = dense.adjoint_times(x, y)
-        outside, r = dense.thin_qr(y - x @ along)
+        outside, r = qr.thin_qr(y - x @ along)
         image = torch.cat((along, r), -2)
         start = dense.columns_of_identity(*image.shape, dtype=x.dtype, device=x.device)
         m = x.shape[-1]

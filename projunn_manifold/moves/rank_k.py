@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import cores, dense, small
+from projunn_manifold.linalg import cores, dense, qr, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.linalg.small import Small
@@ -59,7 +59,7 @@ class RankKTangent(Tangent):
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> RankKTangent:
         """Return the tangent of the gradient ``a b^H`` at X."""
-        a, triangle = dense.thin_qr(factors.a)
+        a, triangle = qr.thin_qr(factors.a)
         b = factors.b @ triangle.mH
         xb, back = x.two_sided_product(b, a)
         back, xha = back.tensor_split(2, -1)
@@ -68,7 +68,7 @@ class RankKTangent(Tangent):
         if not context.readable(rest) or (dense.squared_norm(rest) < size / 64).any():
             rest = rest - a @ dense.adjoint_times(a, rest)
             back = x.adjoint_times(rest)
-        r = dense.thin_qr(rest)[1]
+        r = qr.thin_qr(rest)[1]
         wide = dense.high_precision(a.dtype)
         return cls(
             Footpoint.of(x.like),

@@ -7,6 +7,7 @@ is off with its limit.  A table of times follows, and JSON is left beside it.  T
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import sys
@@ -18,7 +19,6 @@ import geoopt
 import numpy as np
 import torch
 
-import projunn_manifold
 from projunn_manifold.linalg.products import compiled_loops
 from projunn_manifold.selftest.laws import Device, Law, laws
 from projunn_manifold.selftest.times import Time, sizes_of, step_times, training_times
@@ -87,7 +87,7 @@ def table(times: list[Time]) -> str:
 def versions() -> dict[str, str]:
     """Return the versions of what the result may depend on."""
     return {
-        "projunn_manifold": projunn_manifold.__version__,
+        "projunn_manifold": importlib.metadata.version("projunn_manifold"),
         "torch": torch.__version__,
         "geoopt": geoopt.__version__,
         "numpy": np.__version__,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from projunn_manifold.linalg import dense
+from projunn_manifold.linalg import dense, qr
 from projunn_manifold.linalg.products import LinearOperator
 from projunn_manifold.sketching.draws import Generators, drawn
 from projunn_manifold.sketching.lowrank import LowRank
@@ -40,7 +40,7 @@ Sampler = Callable[[LinearOperator, int, torch.Generator], LowRank]
 def orthonormal(y: Tensor) -> Tensor:  # (*batch, n, k) -> (*batch, n, k)
     """Orthonormal basis of the columns of y.  A single zero column stays zero (so a zero G gives b = 0)."""
     y = dense.normalized(y)  # LAPACK loses orthogonality near underflow
-    return y if y.shape[-1] == 1 else dense.thin_qr(y)[0]
+    return y if y.shape[-1] == 1 else qr.thin_qr(y)[0]
 
 
 def draw_columns(m: int, columns: int, like: Tensor, generator: torch.Generator | Generators) -> Tensor:

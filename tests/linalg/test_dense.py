@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, SHAPES, SQUARE, bound, double, error
 
-from projunn_manifold.linalg import dense, small
+from projunn_manifold.linalg import dense, qr, small
 
 
 def eye(x):
@@ -18,12 +18,12 @@ def eye(x):
 def test_thin_qr_of_any_rank(draw, shape, dtype):
     for rank in (min(1, shape[-1]), shape[-1]):
         y = draw.matrix(*shape[:-1], rank, dtype=dtype) @ draw.matrix(*shape[:-2], rank, shape[-1], dtype=dtype)
-        q, r = dense.thin_qr(y)
+        q, r = qr.thin_qr(y)
         assert q.is_contiguous()
         assert error(double(q).mH @ double(q), eye(q)) <= bound(dtype)
         size = torch.linalg.matrix_norm(double(y)).max().item()
         assert error(double(q) @ double(r), double(y)) <= bound(dtype, size)
-    q, _ = dense.thin_qr(torch.zeros(shape, dtype=dtype))
+    q, _ = qr.thin_qr(torch.zeros(shape, dtype=dtype))
     assert torch.isfinite(q).all()
 
 

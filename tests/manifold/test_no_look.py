@@ -7,7 +7,7 @@ from helpers import bound, double, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, context, optim, reference
-from projunn_manifold.linalg import dense, products
+from projunn_manifold.linalg import dense, products, qr
 from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.moves.angle import GEODESIC, POLAR
@@ -134,7 +134,7 @@ def test_thin_matrices_of_any_rank_and_size_have_an_orthonormal_factor(device, d
     y[2] = y[2, :, :1] * torch.arange(1, 7)  # of rank one
     y[3] *= torch.tensor([1e-30, 1e30, 1, 1e-10, 1e10, 1e-20]).to(dtype)
     y[:, :, 3] = 0
-    q, r = dense.thin_qr(y)
+    q, r = qr.thin_qr(y)
     sizes = y.abs().amax(-2, keepdim=True).clamp_min(1e-37)
     assert error(q @ (r / sizes), y / sizes) <= bound(dtype, 20)
     gram = q.mH @ q
