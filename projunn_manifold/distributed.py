@@ -84,7 +84,7 @@ def data_parallel(
     if not shares_groups(optimizer):
         raise TypeError(
             f"{type(optimizer).__name__} moves each parameter in one process only, and data_parallel exchanges its "
-            "sketch with all: take the optimiser that it wraps, or torch's DistributedDataParallel as it is"
+            "sketch with all: use the optimiser that it wraps, or torch's DistributedDataParallel unchanged"
         )
     optimizer = inner_optimizer(optimizer)
     named = {
@@ -116,12 +116,12 @@ def _averaged(model: nn.Module, left_out: list[str], group: Any, options: dict[s
 def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) -> None:
     if not isinstance(optimizer, OptimMixin) and not (type(optimizer) is torch.optim.SGD and is_constrained(optimizer)):
         raise TypeError(
-            f"{type(optimizer).__name__} is not linear in the gradient of a unitary parameter: take geoopt's "
-            "optimisers, this package's or torch's SGD, constrained; or torch's DistributedDataParallel as it is"
+            f"{type(optimizer).__name__} is not linear in the gradient of a unitary parameter: use geoopt's "
+            "optimisers, this package's or torch's SGD, constrained; or torch's DistributedDataParallel unchanged"
         )
     if not isinstance(optimizer, InPlace) and any(g.get("weight_decay", 0) for g in optimizer.param_groups):
         raise ValueError(
-            f"weight decay in {type(optimizer).__name__} would mix X into the factors: take this package's optimisers"
+            f"weight decay in {type(optimizer).__name__} would mix X into the factors: use this package's optimisers"
         )
     held = {id(p) for p in parameters_of(optimizer)}
     missing = [name for name, p in named.items() if id(p) not in held]
@@ -130,8 +130,8 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
     for name, p in named.items():
         if p.manifold.k is not None and not p.manifold.sketcher.is_linear:
             raise TypeError(
-                f"{name}: the sampler {p.manifold.sampler!r} needs the whole gradient; take 'lsi' or 'subspace', or "
-                "torch's DistributedDataParallel as it is"
+                f"{name}: the sampler {p.manifold.sampler!r} needs the whole gradient; use 'lsi' or 'subspace', or "
+                "torch's DistributedDataParallel unchanged"
             )
     own = {name: (tuple(p.shape), str(p.dtype), str(p.manifold), p.manifold.draws()) for name, p in named.items()}
     everyone: list[Any] = [None] * dist.get_world_size(group)

@@ -47,7 +47,7 @@ def shape_problem(shape: Sequence[int], name: str) -> str | None:
     if len(shape) < 2:
         return f"`{name}` must have at least 2 dimensions (*batch, n, m), got shape {tuple(shape)}"
     if shape[-2] < shape[-1]:
-        advice = "for a wide weight keep its adjoint and use w.mH"
+        advice = "for a wide weight, store its adjoint and use w.mH"
         return f"`{name}` must be square or tall, shape[-2] >= shape[-1], got shape {tuple(shape)}; {advice}"
     if shape[-1] < 1:
         return f"the matrices of `{name}` must not be empty, got shape {tuple(shape)}"
@@ -229,14 +229,14 @@ def check_full_rank(s: Tensor, shape: torch.Size, name: str, dtype: torch.dtype)
     if not (relative[..., -1] > least).all():
         raise ValueError(
             f"{name} of shape {tuple(shape)} is rank deficient in {dtype} (smallest singular value "
-            f"{s[..., -1].min().item():.1e}): its closest unitary is not unique; add small random numbers to it first"
+            f"{s[..., -1].min().item():.1e}): its closest unitary matrix is not unique; add small random numbers first"
         )
 
 
 def check_finite(t: Tensor, name: str) -> None:
     """Raise ValueError if a tensor has entries that are not finite."""
     if not t.is_meta and not torch.isfinite(t).all():
-        raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries: it has no closest unitary")
+        raise ValueError(f"{name} of shape {tuple(t.shape)} has non-finite entries: it has no closest unitary matrix")
 
 
 def check_positive(name: str, value: object, least: int = 1) -> None:

@@ -75,7 +75,7 @@ class FourierConv(KeepsManifolds):
                     f"support={support} does not fit images of size {self.image_size} with stride {stride}"
                 )
             if init != "haar":
-                raise ValueError(f"support={support} makes a start of its own: leave init at its default, got {init!r}")
+                raise ValueError(f"support={support} sets the initial kernel: leave init at its default, got {init!r}")
         self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
         self.init, self.support = init, support
         self.manifold = UnitaryLowRank(k) if manifold is None else manifold

@@ -581,17 +581,17 @@ class UnitaryLowRank(Geometry):
         whole = range(max(1, p.dim() - 2), p.dim())  # dimensions that cannot be cut
         if len(others) > 1 or any(not _is_shard(other) or other.dim in whole for other in others):
             raise NotImplementedError(
-                f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be cut once, in its rows, or if "
-                "it is a stack, between its matrices"
+                f"{name!r} is placed as {tuple(p.placements)}: a unitary parameter can be cut once, by its rows or, if "
+                "it is a stack, by its matrices"
             )
         if p.dim() == 2 and sharded.is_sharded(p):
             if self.is_dense(p):
                 raise NotImplementedError(
-                    f"{name!r} has sharded rows, but {self} moves it by its whole gradient: take 2k < m"
+                    f"{name!r} has sharded rows, but {self} moves it by its whole gradient: use 2k < m"
                 )
             if not self.sketcher.is_linear:
                 raise NotImplementedError(
-                    f"{name!r} has sharded rows, but the sampler {self.sampler!r} needs the whole gradient: take "
+                    f"{name!r} has sharded rows, but the sampler {self.sampler!r} needs the whole gradient: use "
                     "'lsi' or 'subspace'"
                 )
         for dim in range(p.device_mesh.ndim):

@@ -74,7 +74,7 @@ class FramedStep:
         ):
             raise ValueError(
                 "projunn_d: X + a b^H is numerically singular (smallest singular value "
-                f"{smallest.min().item():.1e}), so its closest unitary is not unique; take a smaller step"
+                f"{smallest.min().item():.1e}), so the closest unitary matrix is not unique; use a smaller step"
             )
         return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
 

@@ -344,7 +344,7 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     guarded = guarded_parameters()  # which, and shards, are refused by a step if they have lost their manifolds
     if not any(unitary_of(p) is not None or is_dtensor(p) or id(p) in guarded for p in parameters_of(optimizer)):
         validation.warn(
-            f"{type(optimizer).__name__} holds no unitary parameter, and there is nothing to constrain: build it over "
+            f"{type(optimizer).__name__} holds no unitary parameter, so there is nothing to constrain: build it over "
             "the parameters of a model whose weights are unitary already, by unitary_, unitarize or a layer of this "
             "package"
         )
@@ -353,11 +353,11 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
         if decays and any(unitary_of(p) is not None for p in group["params"]):
             validation.warn(
                 f"the weight decay of {type(optimizer).__name__} is not known to constrain and spoils the sketch of a "
-                "step: give parameters on manifolds a group with weight_decay=0"
+                "step: put parameters on manifolds into a group with weight_decay=0"
             )
     handle = constraint_of(optimizer) or Constraint(optimizer, feedback)
     if handle.feedback is not feedback:
-        raise ValueError(f"the optimiser is constrained already, with feedback={handle.feedback}: remove that first")
+        raise ValueError(f"the optimiser is already constrained, with feedback={handle.feedback}: call remove() first")
     return handle
 
 

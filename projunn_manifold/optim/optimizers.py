@@ -33,12 +33,12 @@ __all__ = [
 Optimizer = torch.optim.Optimizer
 
 #: What to do about an optimiser that moves a parameter off its manifold.
-ADVICE = "take an optimiser of geoopt or of projunn_manifold.optim, or constrain this one"
+ADVICE = "use an optimiser of geoopt or of projunn_manifold.optim, or constrain this one"
 
 #: What to do about a wrapper that writes to weights itself.
 PUT_BACK_WRAPPED = (
-    "after each of its own writes put them back, with torch.no_grad(): p.copy_(p.manifold.projx(p)), or leave unitary "
-    "weights to an optimiser without it; averages for evaluation are made by projunn_manifold.averaging.AveragedModel"
+    "after each such write put the weights back, with torch.no_grad(): p.copy_(p.manifold.projx(p)), or give unitary "
+    "weights to an optimiser without it; for averages use projunn_manifold.averaging.AveragedModel"
 )
 
 _HOLDING = ("optimizer", "optim", "base_optimizer", "original_optimizer")  # where wrappers hold what they wrap
@@ -142,5 +142,5 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if is_dtensor(p) and not keeps(optimizer, p):
             raise TypeError(
                 f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
-                "Euclidean one: take the optimisers of projunn_manifold.optim, or constrain this one"
+                "Euclidean one: use the optimisers of projunn_manifold.optim, or constrain this one"
             )

@@ -121,9 +121,9 @@ class Guard:
             found = f"{prefix + name!r} is off the manifold, ‖X^H X - I‖_F/√m about {error:.2g}"
             if not states:
                 raise ValueError(
-                    f"{found}, expected at most {_NEAR}: it counts as the weight of a plain module, for it comes "
-                    "without a manifold's state; put it on the manifold by init.nearest_unitary_ before it is loaded, "
-                    "or make the plain module unitary by `unitarize`, and load what `fold` makes of it"
+                    f"{found}, expected at most {_NEAR}: it is treated as the weight of a plain module, since it "
+                    "comes without a manifold's state; apply init.nearest_unitary_ to it before you load it, or make "
+                    "the plain module unitary by `unitarize`, and load the state_dict of what `fold` returns"
                 )
             warn(
                 f"{found}, and is loaded as it is; if it is an average, put it on the manifold afterwards: with "
@@ -196,8 +196,8 @@ def _tell_of_half(manifold: Any, convert: Callable[[Tensor], Tensor]) -> None:
     if any(convert(torch.empty(0, dtype=p.dtype, device=p.device)).dtype is dtype for p in own):
         _told_of_half.add(dtype)
         warn(
-            f"unitary weights become {dtype}: they stay unitary to that precision only, and no step can be made on "
-            "them; to train, keep them in float32 and run the forward pass under torch.autocast"
+            f"unitary weights become {dtype}: they stay unitary to that precision only, and a step on them is "
+            "refused; to train, keep them in float32 and run the forward pass under torch.autocast"
         )
 
 
@@ -263,11 +263,11 @@ def check_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.optim
     for tied in plan.ties:
         if len({id(parameters[name]) for name in tied if name in parameters}) > 1:
             lost = True
-            problems.append(f"{', '.join(map(repr, tied))} were one parameter and are no longer")
+            problems.append(f"{', '.join(map(repr, tied))} were one parameter and no longer are")
     for name, manifold in plan.items():
         p = parameters.get(name)
         if p is None:
-            problems.append(f"{name!r} is no parameter of the model any more")
+            problems.append(f"{name!r} is no longer a parameter of the model")
             continue
         found = manifold_of(p)
         if found is None:
@@ -311,7 +311,7 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     parameters = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in plan if name not in parameters]
     if missing:
-        raise ValueError(f"not parameters of the model any more: {', '.join(map(repr, missing))}")
+        raise ValueError(f"no longer parameters of the model: {', '.join(map(repr, missing))}")
     held = {id(p) for optimizer in optimizers for p in parameters_of(optimizer)}
     stray = [name for name in plan if parameters[name].requires_grad and id(parameters[name]) not in held]
     if optimizers and stray:
@@ -322,8 +322,8 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     apart = [type(optimizer).__name__ for optimizer in optimizers if not shares_groups(optimizer)]
     if apart and any(manifold_of(parameters[name]) is None for name in plan):
         raise TypeError(
-            f"{', '.join(apart)} keeps lists of the parameters in which none can be replaced: reattach without it, and "
-            "build it again"
+            f"{', '.join(apart)} keeps lists of its own, in which no parameter can be replaced: reattach without it, "
+            "and build it again"
         )
     first = {name: tied[0] for tied in plan.ties for name in tied}
     mended: dict[int, Tensor] = {}  # what takes the place of which parameter

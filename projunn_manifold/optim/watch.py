@@ -61,7 +61,7 @@ def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         names = [f"{guarded[id(p)]!r} of shape {tuple(p.shape)}" for p in lost if id(p) in guarded]
         if names:
             raise ValueError(
-                f"{type(optimizer).__name__} would move as Euclidean what was made unitary and has lost its manifold: "
+                f"{type(optimizer).__name__} would move as Euclidean a unitary weight that has lost its manifold: "
                 f"{', '.join(names)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ to "
                 "leave it unconstrained"
             )
@@ -76,7 +76,7 @@ def _tell_of_replaced(optimizer: torch.optim.Optimizer) -> None:
             forget_replacement(p)
         validation.warn(
             f"{type(optimizer).__name__} was built before {names} got another parameter, by unitary_, unitarize, "
-            "plain_ or fold, and does not move that: build the optimiser afterwards"
+            "plain_ or fold, and does not move the new one: build the optimiser afterwards"
         )
 
 
@@ -117,7 +117,8 @@ def _tell_of_euclidean_moves(optimizer: torch.optim.Optimizer, p: Tensor, manifo
     _settled[optimizer] = _WARNED
     validation.warn(
         f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on {type(manifold).__name__} as a "
-        f"Euclidean one, and so off it: {ADVICE}; if it keeps to manifolds, say so in projunn_manifold.optim.keepers"
+        f"Euclidean one, and so off its manifold: {ADVICE}; if this class keeps parameters on their manifolds, "
+        "register it in projunn_manifold.optim.keepers"
     )
 
 
@@ -180,7 +181,7 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
             validation.warn(
                 f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
                 f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else has "
-                "written to it: a wrapper like Lookahead, an average, or a checkpoint in half precision; "
+                "written to it, such as a wrapper like Lookahead, an average, or a checkpoint in half precision; "
                 f"{PUT_BACK_WRAPPED}"
             )
         return
@@ -202,8 +203,8 @@ def _prepare_search(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) ->
             search_along_slopes(p)
         elif manifold is not None and any(map(_sketches_anew, manifold.modules())):
             raise ValueError(
-                f"a line search that asks for slopes cannot have them on {manifold}: its sketches of the gradient "
-                'change between trials; make its UnitaryLowRank with sampler="subspace" or k=None, or take '
+                f"a line search that needs slopes cannot have them on {manifold}: its sketches of the gradient "
+                'change between trial points; use a UnitaryLowRank with sampler="subspace" or k=None, or use '
                 'line_search_method="armijo"'
             )
 

@@ -160,16 +160,16 @@ def _check_problem(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}")
     if options and method != "lie":
-        raise ValueError(f"method={method!r} has no use for {', '.join(options)}: they are of 'lie'")
+        raise ValueError(f"method={method!r} has no use for {', '.join(options)}: only 'lie' has")
     if weight.is_meta and method != "polar":
-        raise ValueError(f"method={method!r} needs values, and the weight is on the meta device: take 'polar'")
+        raise ValueError(f"method={method!r} needs values, and the weight is on the meta device: use 'polar'")
     if inputs is None and method == "procrustes":
         raise ValueError("method='procrustes' needs inputs; without any it would be 'polar'")
     if inputs is not None and method == "polar":
-        raise ValueError("method='polar' looks at no inputs: take 'procrustes' or 'lie'")
+        raise ValueError("method='polar' does not use inputs: choose 'procrustes' or 'lie'")
     if method == "procrustes" and weight.shape[-2] < weight.shape[-1]:
         raise ValueError(
-            f"method='procrustes' has no closed form for wide weights, got shape {tuple(weight.shape)}: take 'lie'"
+            f"method='procrustes' has no closed form for wide weights, got shape {tuple(weight.shape)}: use 'lie'"
         )
     if rotation and weight.is_complex() and not among_blocks:
         raise ValueError(f"rotation=True is for real matrices, got {weight.dtype}")

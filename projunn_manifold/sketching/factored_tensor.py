@@ -196,7 +196,7 @@ class FactoredTensor(Tensor):
         if self._cell.has_memory:
             return self._cell.make_dense().data_ptr()
         raise TypeError(
-            "a FactoredTensor has no memory to point to: take clone().data_ptr() of it, and keep the clone as long as "
+            "a FactoredTensor has no memory to point to: use its clone().data_ptr(), and keep the clone as long as "
             "the pointer; or give the parameter a dense gradient first, p.grad = p.grad.clone()"
         )
 

@@ -292,7 +292,7 @@ def test_square_real_blocks_start_as_rotations():
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding=1), 6), "circular"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, padding_mode="circular"), 6), "keeps the size"),
         (lambda: OrthogonalConv2d.from_plain(nn.Conv2d(3, 4, 3, dilation=2), 6), "no dilation"),
-        (lambda: OrthogonalConv2d(3, 4, image_size=6, support=2, init="identity"), "start of its own"),
+        (lambda: OrthogonalConv2d(3, 4, image_size=6, support=2, init="identity"), "sets the initial kernel"),
         (lambda: OrthogonalConv2d(3, 4, image_size=6).support_energy(0), "kernel_size"),
         (lambda: OrthogonalConv2d(3, 4, image_size=6.0), "int or 2 of them"),
         (

@@ -170,7 +170,7 @@ def test_manifolds_are_checked_and_put_back_through_a_wrapper(name, make):
 def test_a_wrapped_optimizer_of_torchs_is_told_from_a_constrained_one(name):
     net = Network()
     wrapped = WRAPPERS[name](torch.optim.Adam(net.parameters(), lr=1e-2))
-    with pytest.raises(ValueError, match="Adam moves 'weight' as Euclidean: take an optimiser"):
+    with pytest.raises(ValueError, match="Adam moves 'weight' as Euclidean: use an optimiser"):
         check_manifolds(net, manifolds_of(net), wrapped)
     constrain(wrapped)
     check_manifolds(net, manifolds_of(net), wrapped)

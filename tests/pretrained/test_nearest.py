@@ -204,7 +204,7 @@ def test_complex_kernels():
     [
         ([(4, 4), "svd"], {}, "method must be one of 'polar', 'procrustes', 'lie', got 'svd'"),
         ([(4, 4), "procrustes"], {}, "needs inputs"),
-        ([(4, 4), "polar"], {"inputs": (3, 4)}, "looks at no inputs"),
+        ([(4, 4), "polar"], {"inputs": (3, 4)}, "does not use inputs"),
         ([(2, 4), "procrustes"], {"inputs": (3, 4)}, "wide"),
         ([(4, 4), "lie"], {"inputs": (3, 5)}, "4 features"),
         ([(4,)], {}, "(*batch, n, m)"),
