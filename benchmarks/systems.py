@@ -385,7 +385,7 @@ def draw(path: Path, record: dict[str, Any]) -> None:
         _bars(right, [c for group in groups.values() for c in group])
         left.set(title=task, ylabel="loss", yscale="log")
         right.set(title="seconds to the goal")
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def _curves(panel: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:

@@ -41,6 +41,7 @@ __all__ = [
     "traced",
     "transformed",
     "tree_map",
+    "would_wait",
 ]
 
 _Arguments = ParamSpec("_Arguments")
@@ -72,6 +73,11 @@ def traced() -> bool:
 def readable(x: Tensor) -> bool:
     """Return whether the host may read x's values: on CPU, where it need not wait, unless they are abstract."""
     return x.is_cpu and not traced()
+
+
+def would_wait(x: Tensor) -> bool:
+    """Return whether the host would wait if it looked at x's values, or had it factorised."""
+    return not (readable(x) or traced())
 
 
 def transformed() -> bool:

@@ -21,7 +21,7 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     Where the host cannot look, it is made of products and Cholesky factors of k x k matrices; there a zero column stays
     zero.
     """
-    if not context.readable(y):
+    if context.would_wait(y):
         return _cholesky_qr(y)
     y = y.clone(memory_format=torch.contiguous_format)
     norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=high_precision(y.dtype))

@@ -53,10 +53,8 @@ class Finiteness:
         """
         limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
         tangent = self._checked(x, tangent, limit, tangent if u is None else u, "step")
-        if context.readable(x):
-            return tangent
-        tangent, shortened = tangent.within_reach()
-        if not context.traced():
+        if context.would_wait(x):
+            tangent, shortened = tangent.within_reach()
             self._state.count_faults(x.device, shortened=shortened)
         return tangent
 

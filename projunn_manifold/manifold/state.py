@@ -35,7 +35,7 @@ class Faults(NamedTuple):
 
     skipped: int  # matrices whose gradient or step was not finite
     uncorrected: int  # columns too far off the manifold for the drift correction
-    shortened: int  # matrices whose step was shortened, where the host cannot look at its length
+    shortened: int = 0  # matrices whose step was shortened, where the host cannot look at its length
 
 
 _LEAST = (0, 1, *(0 for _ in Faults._fields))  # of gradients, sharers and faults

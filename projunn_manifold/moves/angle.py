@@ -89,7 +89,7 @@ class _Geodesic(Angle):
         return phases.exponential_increment(omega)
 
     def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().functions(e) if context.readable(e) else phases.exponential_functions(e)
+        return phases.exponential_functions(e) if context.would_wait(e) else super().functions(e)
 
 
 @final
@@ -112,7 +112,7 @@ class _Polar(Angle):
         return phases.polar_increment(omega)
 
     def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return super().functions(e) if context.readable(e) else phases.polar_functions(e)
+        return phases.polar_functions(e) if context.would_wait(e) else super().functions(e)
 
 
 GEODESIC: Angle = _Geodesic()

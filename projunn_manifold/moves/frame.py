@@ -167,7 +167,7 @@ class FramedTangent(Tangent):
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
         lift = self._lift()
         group = cores.phases(lift, angle.polar)
-        if group is None and isinstance(lift, Tensor) and not context.readable(p):
+        if group is None and isinstance(lift, Tensor) and context.would_wait(p):
             group = angle.functions(lift)[2]
         group = small.to(small.phase_core(angle.suited(lift), angle.alpha) if group is None else group, p)
         core = group if self.c is None else group[..., :r].contiguous()

@@ -38,7 +38,7 @@ from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.linalg.small import Small
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove, thin
-from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, scale_where_kept, where_kept
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["RankKTangent"]
@@ -93,8 +93,9 @@ class RankKTangent(Tangent):
 
     def masked(self, kept: Tensor) -> RankKTangent:
         """Return the tangent with zero for the matrices that are not kept."""
-        names = ("left", "right", "omega", "r", "scale")
-        return replace(self, **{name: where_kept(kept, getattr(self, name)) for name in names})
+        names = ("left", "right", "omega", "r")
+        parts = {name: where_kept(kept, getattr(self, name)) for name in names}
+        return replace(self, scale=scale_where_kept(kept, self.scale), **parts)
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
@@ -118,7 +119,7 @@ class RankKTangent(Tangent):
         omega, r = angle.suited(self.omega), angle.suited(self.r)
         omega, half = small.multiple(self.scale, omega), small.multiple(self.scale / 2, r)
         lift = small.block(omega, small.adjoint(half), -half, 0 * half)
-        if isinstance(lift, Tensor) and not context.readable(self.left):
+        if isinstance(lift, Tensor) and context.would_wait(self.left):
             psi11, phi11, f11 = (t[..., :k, :k] for t in angle.functions(lift))
         else:
             theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)

@@ -29,7 +29,7 @@ from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove
-from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, scale_where_kept, where_kept
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["RankOneTangent"]
@@ -72,8 +72,9 @@ class RankOneTangent(Tangent):
 
     def masked(self, kept: Tensor) -> RankOneTangent:
         """Return the tangent with zero for the matrices that are not kept."""
-        names = ("left", "right", "aa", "bb", "s", "scale")
-        return replace(self, **{name: where_kept(kept, getattr(self, name)) for name in names})
+        names = ("left", "right", "aa", "bb", "s")
+        parts = {name: where_kept(kept, getattr(self, name)) for name in names}
+        return replace(self, scale=scale_where_kept(kept, self.scale), **parts)
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""

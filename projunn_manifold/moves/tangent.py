@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from projunn_manifold import context
 from projunn_manifold.linalg import sharded
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
 
-__all__ = ["Footpoint", "Tangent", "where_kept"]
+__all__ = ["Footpoint", "Tangent", "scale_where_kept", "where_kept"]
 
 
 class Footpoint(NamedTuple):
@@ -118,10 +118,17 @@ class Tangent(ABC):
         return self.move(POLAR)
 
 
+def scale_where_kept(kept: Tensor, scale: Scalar) -> Scalar:
+    """Return the factor of a tangent whose other parts are zero for matrices that are not kept; finite if a number."""
+    if isinstance(scale, Tensor):
+        return torch.where(kept, scale, 0)
+    return scale if math.isfinite(scale) else 0.0
+
+
 def where_kept(kept: Tensor, value: Any) -> Any:
     """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for matrices that are not kept."""
     if isinstance(value, Tensor):
         return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
-    if isinstance(value, float | np.ndarray) and context.readable(kept) and not kept.dim():  # of a single matrix
+    if isinstance(value, float | np.ndarray) and kept.is_cpu and not kept.dim():  # of a single matrix
         return value if kept else np.zeros_like(value)[()]
     return value

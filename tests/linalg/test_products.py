@@ -303,7 +303,7 @@ def test_a_step_in_place_allocates_no_matrix(draw, path, variant):
     for turn in range(3, n):  # on to a step that corrects a block of columns, the one that needs most memory
         if drift.Schedule(manifold.sweep).first_due_column(turn + 1, n) is not None:
             break
-    manifold.set_extra_state(digits_of([turn - 1, 1, 0, 0]))
+    manifold.set_extra_state(digits_of([turn - 1, 1, 0, 0, 0]))
     step()  # the first one after a state is loaded looks whether the point is on the manifold
     gc.collect()
     tracemalloc.start()  # NumPy reports its memory here, PyTorch does not

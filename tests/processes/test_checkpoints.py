@@ -144,7 +144,7 @@ def test_what_is_saved_and_what_is_refused():
     assert other._state.gradients == 2
     assert other.pop_faults() == Faults(1, 0)
     for wrong, message in (
-        (None, r"a real tensor of shape \(4, 8\), from a state_dict, got None"),
+        (None, r"a real tensor of shape \(5, 8\), from a state_dict, got None"),
         (state[:2], r"got torch.int64 \(2, 8\) on cpu"),
         (state.double() * 1e20, "counts of gradients"),
     ):
