@@ -123,6 +123,11 @@ def _check(named: dict[str, Any], optimizer: torch.optim.Optimizer, group: Any) 
         raise ValueError(
             f"weight decay in {type(optimizer).__name__} would mix X into the factors: use this package's optimisers"
         )
+    if isinstance(optimizer, InPlace) and any(g["feedback"] for g in optimizer.param_groups):
+        raise ValueError(
+            f"feedback=True of {type(optimizer).__name__} has no effect on exchanged sketches: use torch's SGD under "
+            "constrain with feedback=True"
+        )
     held = {id(p) for p in parameters_of(optimizer)}
     missing = [name for name, p in named.items() if id(p) not in held]
     if missing:

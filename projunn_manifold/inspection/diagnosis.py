@@ -137,7 +137,7 @@ def diagnose(
     descent lowers the loss; momentum and rates of your own for each k may shift it by a factor of two.
 
     Afterwards parameters, gradients, buffers, modes, the optimiser's state, the manifolds' counts and the global random
-    numbers are bit for bit as they were.
+    numbers are bit for bit as they were.  A step is timed with the sampler ``"lsi"`` and without the other parameters.
 
     Parameters
     ----------
@@ -163,7 +163,7 @@ def diagnose(
     Raises
     ------
     TypeError
-        A model that is no module, an optimiser that is none, a closure that cannot be called.
+        A model that is no module, an optimiser that is none, or LBFGS, a closure that cannot be called.
     ValueError
         No unitary weights, a sharded one, or none that has a gradient after the closure; ``steps`` below 1.
 
@@ -186,13 +186,18 @@ def diagnose(
     if not callable(closure):
         raise TypeError(f"`closure` must be a function that calls backward(), got {type(closure).__name__}")
     check_positive("steps", steps)
+    inner = None if optimizer is None else inner_optimizer(optimizer)
+    if isinstance(inner, torch.optim.LBFGS):
+        raise TypeError("LBFGS calls the closure itself and cannot be diagnosed")
+    held = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
+    parameters = [*model.parameters(), *held]
     with unchanged(model, optimizer, (weight.manifold.memory for weight in weights)):
         records = [_Record(weight) for weight in weights]
-        closure_ms = statistics.median([_step(records, model, closure, optimizer) for _ in range(steps)])
+        closure_ms = statistics.median([_step(records, parameters, closure, optimizer) for _ in range(steps)])
         found = [record for record in records if record.shares]
         if not found:
             raise ValueError("no unitary weight has a gradient after the closure: it must call backward()")
-        is_adam = optimizer is not None and "Adam" in type(inner_optimizer(optimizer)).__name__
+        is_adam = inner is not None and "Adam" in type(inner).__name__
         report = Diagnosis(_needs(found, closure_ms, is_adam), closure_ms, optimizer is not None)
     if verbose:
         print(report)
@@ -242,9 +247,9 @@ class _Record:
         return found
 
 
-def _step(found: list[_Record], model: nn.Module, closure: Callable[[], Any], optimizer: Any) -> float:
+def _step(found: list[_Record], parameters: list[Tensor], closure: Callable[[], Any], optimizer: Any) -> float:
     """Make a training step, and return the milliseconds of the closure."""
-    for p in model.parameters():
+    for p in parameters:
         p.grad = None
     ms = _timed(closure, found[0].weight.p.device, repetitions=1)
     for record in found:

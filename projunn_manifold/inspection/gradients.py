@@ -22,6 +22,7 @@ from projunn_manifold.sketching.samplers import Subspace, draw_columns
 __all__ = ["best_shares", "gradient_norm", "gradient_operator", "last_sketch", "length_of_descent", "norm_of"]
 
 _PROBES = 8
+_FEW = 1024  # columns of factors whose Gram matrices cost little
 _BEST = Subspace(power=2, oversample=8)
 
 
@@ -42,12 +43,14 @@ def norm_of(left: Tensor, right: Tensor) -> float:
 
 
 def gradient_norm(gradient: LinearOperator) -> float:
-    """Return the Frobenius norm of all matrices of a stack together; of one that is not formed, an estimate.
+    """Return the Frobenius norm of all matrices of a stack together; of one known by many factors, an estimate.
 
     The estimate is ``‖G Z‖``, Z with 8 Gaussian columns of variance 1/8.
     """
     if not isinstance(gradient, LowRank):
         return math.sqrt(dense.squared_norm(gradient.dense()).sum().item())
+    if gradient.rank <= _FEW:
+        return norm_of(*gradient)
     return math.sqrt(dense.squared_norm(gradient.times(_probes(gradient))).sum().item() / _PROBES)
 
 
@@ -76,6 +79,8 @@ def length_of_descent(manifold: UnitaryLowRank, x: Tensor, gradient: LinearOpera
 
 def best_shares(gradient: LinearOperator, ranks: tuple[int, ...]) -> dict[int, float]:
     """Return the share of the norm that the best factors of each rank keep, found by two power iterations."""
+    if not ranks:
+        return {}
     generator = torch.Generator(gradient.like.device).manual_seed(0)
     most = min(*gradient.shape[-2:], max(ranks))
     _, b = _BEST(gradient, most, generator)

@@ -30,10 +30,11 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
     ``unitarity_error``
         An estimate of :math:`\|X^H X - I\|_F / \sqrt m` from four columns; of a stack, the largest.
     ``gradient_norm``
-        :math:`\|G\|_F` of ``.grad``; an estimate from eight columns where the gradient is not formed.
+        :math:`\|G\|_F` of ``.grad``; an estimate from eight columns where it is kept as more than 1024 factors.
     ``share_kept``
         The part of this norm that the last step's sketch has kept, :math:`\|a b^H\|_F / \|G\|_F`; 1 where the step is
-        of full rank.
+        of full rank.  With error feedback, under ``constrain``, and with weight decay in geoopt's optimisers a step
+        sketches something else than ``.grad``; there the number is that of a sketch of ``.grad``.
     ``step_length``
         The length of the step of steepest descent along this sketch, in units of X, :math:`\|u\|_F / \|X\|_F`: at the
         learning rate that ``optimizer`` has for this weight, or per unit of it.  Momentum and Adam turn and scale

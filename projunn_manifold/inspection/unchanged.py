@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold.manifold.state import State
-from projunn_manifold.optim.optimizers import inner_optimizer
+from projunn_manifold.optim.optimizers import inner_optimizer, layers_of
 
 __all__ = ["unchanged"]
 
@@ -21,9 +21,10 @@ __all__ = ["unchanged"]
 def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iterator[None]:
     """Leave model, optimiser, manifolds and the global random numbers bit for bit as they are.
 
-    Parameters, gradients, buffers, modes and all other attributes of modules are put back, and the state, groups and
-    other attributes of the optimiser; inside, parameters have no gradients.  What a closure reads from elsewhere, such
-    as the next batches of an iterator, stays read.
+    Parameters, gradients, buffers and modes are put back, and what modules and the optimiser hold in tensors, numbers,
+    lists and dicts, the optimiser's state and groups among it; inside, parameters have no gradients.  What a closure
+    reads from elsewhere, such as the next batches of an iterator, stays read, and so does what modules keep in objects
+    of other classes.
     """
     inner = None if optimizer is None else inner_optimizer(optimizer)
     held = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
@@ -31,10 +32,9 @@ def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iter
     before = _Snapshot()
     for module in model.modules():
         before.take(vars(module))
-    for holder in (inner, optimizer):
-        if holder is not None:
-            before.take(vars(holder))
-    gradients = [p.grad for p in parameters]
+    for holder in () if optimizer is None else layers_of(optimizer):
+        before.take(vars(holder))
+    gradients, wanted = [p.grad for p in parameters], [p.requires_grad for p in parameters]
     with ExitStack() as kept:
         kept.enter_context(_same_random_numbers(parameters))
         for state in {id(state): state for state in states}.values():
@@ -44,9 +44,10 @@ def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iter
                 p.grad = None
             yield
         finally:
-            before.put_back()
-            for p, gradient in zip(parameters, gradients, strict=True):
+            for p, gradient, is_wanted in zip(parameters, gradients, wanted, strict=True):
                 p.grad = gradient
+                p.requires_grad_(is_wanted)
+            before.put_back()
 
 
 class _Snapshot:
@@ -79,20 +80,34 @@ class _Snapshot:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give every tensor its values and every container what it held."""
+        """Give every tensor its values and every container what it held; raise at the end for those that refuse."""
+        failures = []
         for value, before in self._kept.values():
-            if isinstance(value, Tensor):
-                if self._was_written(value, before):
-                    value.copy_(before)
-            elif isinstance(value, list):
-                value[:] = before
-            elif not _holds_the_same(value, before):
-                value.clear()
-                value.update(before)
+            try:
+                self._put_back_one(value, before)
+            except RuntimeError as failure:
+                failures.append(failure)
+        if failures:
+            raise RuntimeError(f"{len(failures)} tensors could not be given back their values") from failures[0]
+
+    def _put_back_one(self, value: Any, before: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.shape != before.shape:
+                value.resize_(before.shape)
+            if self._was_written(value, before):
+                value.copy_(before)
+        elif isinstance(value, list):
+            value[:] = before
+        elif not _holds_the_same(value, before):
+            value.clear()
+            value.update(before)
 
     def _was_written(self, value: Tensor, before: Tensor) -> bool:
         """Return whether a tensor may have other values: it was written to, or what it shows was, as by ``.data``."""
-        return value.is_inference() or self._versions[id(value)] != value._version or not torch.equal(value, before)
+        version = self._versions.get(id(value))
+        if version is not None and version != value._version:
+            return True
+        return value.layout is torch.strided and not torch.equal(value, before)
 
 
 def _holds_the_same(value: MutableMapping[Any, Any], before: dict[Any, Any]) -> bool:

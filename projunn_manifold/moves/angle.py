@@ -18,7 +18,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from projunn_manifold import context
 from projunn_manifold.linalg import phases, small
 from projunn_manifold.linalg.small import Small, namespace
 
@@ -62,7 +61,7 @@ class Angle(ABC):
         return phases.increment_of_phases(omega, self.alpha)
 
     def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, r) -> the same, three times
-        """Return ψ(E), φ(E) and f(E) - I for a small skew-Hermitian tensor E."""
+        """Return ψ(E), φ(E) and f(E) - I for a small skew-Hermitian tensor E that a fixed number of products can do."""
         theta, basis = torch.linalg.eigh(-1j * e)
         phi = self.complex_phi(theta)
         found = (small.spectral(basis, values) for values in (self.psi(theta), phi, 1j * theta * phi))
@@ -89,7 +88,7 @@ class _Geodesic(Angle):
         return phases.exponential_increment(omega)
 
     def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return phases.exponential_functions(e) if context.would_wait(e) else super().functions(e)
+        return phases.exponential_functions(e)
 
 
 @final
@@ -112,7 +111,7 @@ class _Polar(Angle):
         return phases.polar_increment(omega)
 
     def functions(self, e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return phases.polar_functions(e) if context.would_wait(e) else super().functions(e)
+        return phases.polar_functions(e)
 
 
 GEODESIC: Angle = _Geodesic()

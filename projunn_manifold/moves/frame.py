@@ -92,6 +92,7 @@ class FramedTangent(Tangent):
     b: Tensor | None  # (*batch, n, j)
     omega: Small  # (*batch, r, r), skew-Hermitian
     c: Tensor | None  # (*batch, j, r) double
+    in_reach: bool = False  # of a core made by products
 
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> FramedTangent:
@@ -138,12 +139,17 @@ class FramedTangent(Tangent):
     def scaled(self, c: Scalar) -> FramedTangent:
         """Return ``c`` times the tangent."""
         scaled_c = None if self.c is None else small.multiple(c, self.c)
-        return replace(self, omega=small.multiple(c, self.omega), c=scaled_c)
+        return replace(self, omega=small.multiple(c, self.omega), c=scaled_c, in_reach=False)
 
     def masked(self, kept: Tensor) -> FramedTangent:
         """Return the tangent with zero for the matrices that are not kept."""
         names = ("left", "right", "b", "omega", "c")
         return replace(self, **{name: where_kept(kept, getattr(self, name)) for name in names})
+
+    def within_reach(self) -> tuple[FramedTangent, Tensor]:
+        """Return the tangent, shortened where a core of products would not do, and where that is."""
+        scale, shortened = self.shortening()
+        return replace(self.scaled(scale), in_reach=True), shortened
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``P Ω + B C`` and ``Q``."""
@@ -167,7 +173,7 @@ class FramedTangent(Tangent):
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
         lift = self._lift()
         group = cores.phases(lift, angle.polar)
-        if group is None and isinstance(lift, Tensor) and context.would_wait(p):
+        if group is None and isinstance(lift, Tensor) and self.in_reach:
             group = angle.functions(lift)[2]
         group = small.to(small.phase_core(angle.suited(lift), angle.alpha) if group is None else group, p)
         core = group if self.c is None else group[..., :r].contiguous()

@@ -55,6 +55,7 @@ class RankKTangent(Tangent):
     omega: Small  # Ω  (*batch, k, k)
     r: Small  # R  (*batch, k, k)
     scale: Scalar = 1.0  # τ
+    in_reach: bool = False  # of a core made by products
 
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> RankKTangent:
@@ -89,13 +90,18 @@ class RankKTangent(Tangent):
 
     def scaled(self, c: Scalar) -> RankKTangent:
         """Return ``c`` times the tangent."""
-        return replace(self, scale=self.scale * (c.double() if isinstance(c, Tensor) else c))
+        return replace(self, scale=self.scale * (c.double() if isinstance(c, Tensor) else c), in_reach=False)
 
     def masked(self, kept: Tensor) -> RankKTangent:
         """Return the tangent with zero for the matrices that are not kept."""
         names = ("left", "right", "omega", "r")
         parts = {name: where_kept(kept, getattr(self, name)) for name in names}
         return replace(self, scale=scale_where_kept(kept, self.scale), **parts)
+
+    def within_reach(self) -> tuple[RankKTangent, Tensor]:
+        """Return the tangent, shortened where a core of products would not do, and where that is."""
+        scale, shortened = self.shortening()
+        return replace(self.scaled(scale), in_reach=True), shortened
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
@@ -119,7 +125,7 @@ class RankKTangent(Tangent):
         omega, r = angle.suited(self.omega), angle.suited(self.r)
         omega, half = small.multiple(self.scale, omega), small.multiple(self.scale / 2, r)
         lift = small.block(omega, small.adjoint(half), -half, 0 * half)
-        if isinstance(lift, Tensor) and context.would_wait(self.left):
+        if isinstance(lift, Tensor) and self.in_reach:
             psi11, phi11, f11 = (t[..., :k, :k] for t in angle.functions(lift))
         else:
             theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)

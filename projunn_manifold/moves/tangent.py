@@ -98,8 +98,13 @@ class Tangent(ABC):
 
     def within_reach(self) -> tuple[Tangent, Tensor]:
         """Return the tangent, shortened where a core of products would not do, and where that is, ``(*batch,)``."""
+        scale, shortened = self.shortening()
+        return self.scaled(scale), shortened
+
+    def shortening(self) -> tuple[Tensor, Tensor]:  # (*batch,) twice
+        """Return the factors that bring the length of the lift down to what products can do, and where they do."""
         scale = (LONGEST / torch.as_tensor(self.squared_norm(), device=self.left.device).sqrt()).clamp_max(1.0)
-        return self.scaled(scale), scale < 1
+        return scale, scale < 1
 
     @abstractmethod
     def move(self, angle: Angle) -> Move:

@@ -24,6 +24,7 @@ __all__ = [
     "inner_optimizer",
     "keepers",
     "keeps",
+    "layers_of",
     "parameters_of",
     "shares_groups",
     "warn_of_interpolation",
@@ -58,10 +59,10 @@ def inner_optimizer(optimizer: object) -> Optimizer:
     TypeError
         No optimiser, and nothing that holds one.
     """
-    return _layers(optimizer)[-1]
+    return layers_of(optimizer)[-1]
 
 
-def _layers(optimizer: object) -> list[Any]:
+def layers_of(optimizer: object) -> list[Any]:
     """Return an optimiser, what it wraps, what that wraps, and so on."""
     layers: list[Any] = [optimizer]
     if not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):  # which holds one, but is none
@@ -95,12 +96,14 @@ def shares_groups(optimizer: Any) -> bool:
     A wrapper without groups has those of what it wraps.
     """
     inner = inner_optimizer(optimizer)
-    return all(getattr(layer, "param_groups", inner.param_groups) is inner.param_groups for layer in _layers(optimizer))
+    return all(
+        getattr(layer, "param_groups", inner.param_groups) is inner.param_groups for layer in layers_of(optimizer)
+    )
 
 
 def warn_of_interpolation(optimizer: object) -> None:
     """Warn of a wrapper that is known to average weights, which takes them off their manifolds."""
-    for layer in _layers(optimizer):
+    for layer in layers_of(optimizer):
         if any("lookahead" in kind.__name__.lower() for kind in type(layer).__mro__):
             validation.warn(
                 f"{type(layer).__name__} interpolates weights, and so takes unitary ones off their manifolds: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 import time
@@ -61,12 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
 def ask(law: Law) -> dict[str, Any]:
     """Ask a law, print a line, and return the outcome."""
     try:
-        error, problem = law.error(), ""
+        found, problem = law.error(), ""
     except Exception as failure:
-        error, problem = float("inf"), f"{type(failure).__name__}: {failure}".partition("\n")[0]
-    ok = error <= law.limit
-    said = "ok" if ok else f"OFF: {problem or f'{error:.1e}, limit {law.limit:.1e}'}"
+        found, problem = math.inf, f"{type(failure).__name__}: {failure}".partition("\n")[0]
+    ok = found <= law.limit  # not where it is NaN
+    said = "ok" if ok else f"OFF: {problem or f'{found:.1e}, limit {law.limit:.1e}'}"
     print(f"{law.name}: {said}", flush=True)
+    error = found if math.isfinite(found) else None  # JSON has no infinity
     return {"name": law.name, "ok": ok, "error": error, "limit": law.limit, "problem": problem}
 
 

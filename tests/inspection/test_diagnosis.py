@@ -208,3 +208,57 @@ def test_matplotlib_is_not_imported_before_it_is_needed():
 def test_wrong_arguments_are_refused(model, closure, options, error, words):
     with pytest.raises(error, match=words):
         diagnose(model, closure, **options)
+
+
+def test_layers_too_small_for_a_choice_have_full_rank():
+    model = torch.nn.Sequential(layers.UnitaryLinear(2, 2), torch.nn.Linear(2, 1))
+
+    def closure():
+        model(torch.randn(3, 2)).sum().backward()
+
+    [need] = diagnose(model, closure, steps=2, verbose=False)
+    assert list(need.shares) == [None]
+    assert need.recommended is None
+
+
+def test_an_optimiser_that_calls_the_closure_itself_is_refused():
+    model = network()
+    with pytest.raises(TypeError, match="LBFGS"):
+        diagnose(model, closure_of(model), torch.optim.LBFGS(torch.nn.Linear(2, 2).parameters()), steps=1)
+
+
+def test_gradients_outside_the_model_do_not_add_up():
+    model, outside = network(), torch.nn.Parameter(torch.ones(3))
+    seen = []
+
+    def closure():
+        model(torch.randn(8, N)).sum().backward()
+        outside.sum().backward()
+        seen.append(outside.grad.clone())
+
+    diagnose(model, closure, optim.RiemannianSGD([*model.parameters(), outside], lr=1e-3), steps=3, verbose=False)
+    assert all(torch.equal(grad, torch.ones(3)) for grad in seen)
+    assert outside.grad is None
+    assert torch.equal(outside, torch.ones(3))
+
+
+def test_everything_else_is_put_back_where_something_cannot_be():
+    model = network()
+    with torch.inference_mode():
+        model.register_buffer("made_in_inference", torch.ones(2))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    model.register_buffer("resized", torch.ones(2))
+    model[0].weight.grad = torch.ones(N, N)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    plain = closure_of(model)
+
+    def closure():
+        plain()
+        model.resized.resize_(5)
+        model[4].weight.requires_grad_(False)
+
+    diagnose(model, closure, optim.RiemannianSGD(model.parameters(), lr=1e-3), steps=2, verbose=False)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert torch.equal(model[0].weight.grad, torch.ones(N, N))
+    assert torch.equal(model.resized, torch.ones(2))
+    assert model[4].weight.requires_grad

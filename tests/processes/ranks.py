@@ -232,6 +232,7 @@ def refusals(rank, world, port, folder):
         refused(lambda m=model: data_parallel(m, OPTIMIZERS["in place"](m.parameters())))
     model = network("D", torch.float64)
     refused(lambda: data_parallel(model, OPTIMIZERS["RMSprop"](model.parameters())))
+    refused(lambda: data_parallel(model, optim.RiemannianSGD(model.parameters(), lr=0.1, feedback=True)))
     refused(lambda: data_parallel(model, OPTIMIZERS["in place"](model[4].parameters())))
     seeded = nn.Sequential(UnitaryLinear(8, 8, manifold=UnitaryLowRank(1, seed=rank)))
     refused(lambda: data_parallel(seeded, OPTIMIZERS["in place"](seeded.parameters())))

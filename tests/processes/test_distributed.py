@@ -105,6 +105,7 @@ def test_what_cannot_be_exchanged_is_refused(tmp_path):
         "TypeError: 0.weight: the sampler Column",
         "TypeError: 0.weight: the sampler <function svd",
         "TypeError: RMSprop is not linear",
+        "ValueError: feedback=True of RiemannianSGD",
         "ValueError: the optimiser does not have 0.weight, 2.weight",
         "ValueError: shape, dtype, manifold, seed or count of 0.weight differs",
         "ValueError: weight decay",
