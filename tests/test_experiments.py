@@ -276,7 +276,7 @@ def small_study(module, monkeypatch):
         study, "OPTIMISERS", {name: (make, rates[:2]) for name, (make, rates) in study.OPTIMISERS.items()}
     )
     short = {
-        "permuted digits": study.Setting(lambda seed, *_: tasks.Pixels(256, 1, seed), 8),
+        "permuted digits": study.Setting(lambda seed, choosing, _: tasks.Pixels(256, 1, seed, choosing=choosing), 8),
         "adding 50": study.Setting(lambda seed, *_: tasks.Adding(6, 8, 12, seed), 8, by_score=False),
     }
     monkeypatch.setattr(study, "SHORT", short)
@@ -315,7 +315,7 @@ def test_the_best_recipe_is_that_of_the_best_ranks_and_divergence_is_the_worst(s
     merits = {"permuted digits": ("score", (0.9, 0.5, None)), "adding 50": ("loss", (1e-3, 1e-2, 1e-1))}
     for task, (what, values) in merits.items():
         for recipe, value in zip(reversed(small_study.RECIPES), values, strict=True):
-            cell = {"task": task, "recipe": recipe.name, "lr": 1.0, "unitary_lr": 1.0, "seed": small_study.CHOOSING}
+            cell = {"task": task, "recipe": recipe.name, "lr": 1.0, "unitary_lr": 1.0, "seed": small_study.CHOOSING[0]}
             cell |= {"loss": 0.1, "score": 0.1, what: value} if value is not None else {"loss": None, "score": None}
             study.cells[task + recipe.name] = cell
     assert small_study.best_recipes(study, 2) == [*reversed(small_study.RECIPES[1:]), small_study.PAPER]
@@ -346,3 +346,19 @@ def test_rows_of_an_image_are_its_rows(module):
     inputs = rows.inputs(pixels[:, :5])
     assert inputs.shape == (8, 5, 8)
     assert torch.equal(inputs[3, 2], pixels[24:32, 2, 0])
+
+
+def test_images_that_choose_settings_are_neither_trained_on_nor_scored(module):
+    tasks, data = module("common.tasks"), module("common.data")
+    (images, labels), (test, _) = data.digits(True)
+    (trained, own), (held_out, answers) = tasks.Pixels(64, 1, 0, choosing=True).sets()
+    assert torch.equal(torch.cat((trained, held_out), 1), images)
+    assert torch.equal(torch.cat((own, answers)), labels)
+    assert len(answers) == len(labels) // 6
+    assert tasks.Pixels(64, 1, 0).sets()[1][0] is test
+
+
+def test_later_stages_wait_for_the_first(small_study, tmp_path):
+    small_study.main(["--out", str(tmp_path), "--part", "0/2"])
+    with pytest.raises(SystemExit, match="trainings of stage 1 are missing"):
+        small_study.main(["--out", str(tmp_path), "--stage", "2"])

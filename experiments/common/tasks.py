@@ -220,6 +220,7 @@ class Pixels(_Labelled):
     permuted: bool = True
     folder: Path | None = None
     rows: bool = False
+    choosing: bool = False  # settings: then a sixth of the training images takes the place of the test images
 
     outputs: ClassVar[int] = 10
 
@@ -245,7 +246,11 @@ class Pixels(_Labelled):
 
     def sets(self) -> tuple[Batch, Batch]:
         """Return training and test images, with labels."""
-        return digits(self.permuted) if self.folder is None else mnist(self.folder, self.permuted)
+        (images, labels), test = digits(self.permuted) if self.folder is None else mnist(self.folder, self.permuted)
+        if not self.choosing:
+            return (images, labels), test
+        cut = len(labels) - len(labels) // 6
+        return (images[:, :cut], labels[:cut]), (images[:, cut:], labels[cut:])
 
     def inputs(self, chosen: Tensor) -> Tensor:
         """Return numbers from 0 to 1, a pixel or a row to a step."""
