@@ -7,6 +7,7 @@ the optimisers that combine them are all run on it.
 
 import copy
 import io
+import os
 import pickle
 
 import geoopt
@@ -299,8 +300,11 @@ def reduce_gradients(rank, address, queue):
     results.append(model.weight.grad[0, 0].item())
     queue.put((rank, results))
     del parallel
+    queue.close()
+    queue.join_thread()
     torch.distributed.barrier()  # gloo's threads must not be torn down while the other process still talks to them
     torch.distributed.destroy_process_group()
+    os._exit(0)  # some of them outlive their group, and would abort the process at its end
 
 
 class FactoredGradient(torch.autograd.Function):
