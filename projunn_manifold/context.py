@@ -41,6 +41,7 @@ __all__ = [
     "traced",
     "transformed",
     "tree_map",
+    "wait_for",
     "would_wait",
 ]
 
@@ -78,6 +79,12 @@ def readable(x: Tensor) -> bool:
 def would_wait(x: Tensor) -> bool:
     """Return whether the host would wait if it looked at x's values, or had it factorised."""
     return not (readable(x) or traced())
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def transformed() -> bool:

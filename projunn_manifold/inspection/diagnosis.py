@@ -19,6 +19,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
+from projunn_manifold.context import wait_for
 from projunn_manifold.inspection.gradients import best_shares, gradient_operator, length_of_descent
 from projunn_manifold.inspection.unchanged import unchanged
 from projunn_manifold.inspection.weights import Weight, weights_of
@@ -26,7 +27,7 @@ from projunn_manifold.linalg.dense import unitarity_error
 from projunn_manifold.manifold.parameters import is_dtensor
 from projunn_manifold.manifold.unitary import UnitaryLowRank
 from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
-from projunn_manifold.optim.optimizers import inner_optimizer
+from projunn_manifold.optim.optimizers import inner_optimizer, parameters_of
 from projunn_manifold.validation import check_positive
 
 __all__ = ["Diagnosis", "Need", "diagnose"]
@@ -34,7 +35,6 @@ __all__ = ["Diagnosis", "Need", "diagnose"]
 RANKS = (1, 2, 4, 8, 16, 32)
 _REPETITIONS = 5
 _LONG = 1000.0  # milliseconds after which a time is not measured again
-_RULE = "the k with the largest share² per second of the whole training step"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Diagnosis(list[Need]):
         Whether updates are those of an optimiser.
     """
 
-    rule = _RULE
+    rule = "the k with the largest share² per second of the whole training step"
 
     def __init__(self, needs: list[Need], closure_ms: float, has_optimizer: bool) -> None:
         super().__init__(needs)
@@ -189,8 +189,7 @@ def diagnose(
     inner = None if optimizer is None else inner_optimizer(optimizer)
     if isinstance(inner, torch.optim.LBFGS):
         raise TypeError("LBFGS calls the closure itself and cannot be diagnosed")
-    held = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
-    parameters = [*model.parameters(), *held]
+    parameters = [*model.parameters(), *(() if inner is None else parameters_of(inner))]
     with unchanged(model, optimizer, (weight.manifold.memory for weight in weights)):
         records = [_Record(weight) for weight in weights]
         closure_ms = statistics.median([_step(records, parameters, closure, optimizer) for _ in range(steps)])
@@ -267,17 +266,12 @@ def _timed(function: Callable[[], Any], device: torch.device, repetitions: int =
     """Return the median milliseconds of a call, of fewer calls where they take long."""
     found: list[float] = []
     while len(found) < repetitions and sum(found) < _LONG:
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         function()
-        _wait_for(device)
+        wait_for(device)
         found.append(1e3 * (time.perf_counter() - start))
     return statistics.median(found)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _needs(found: list[_Record], closure_ms: float, is_adam: bool) -> list[Need]:

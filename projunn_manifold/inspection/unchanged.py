@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold.manifold.state import State
-from projunn_manifold.optim.optimizers import inner_optimizer, layers_of
+from projunn_manifold.optim.optimizers import inner_optimizer, layers_of, parameters_of
 
 __all__ = ["unchanged"]
 
@@ -26,8 +26,7 @@ def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iter
     reads from elsewhere, such as the next batches of an iterator, stays read, and so does what modules keep in objects
     of other classes.
     """
-    inner = None if optimizer is None else inner_optimizer(optimizer)
-    held = [] if inner is None else [p for group in inner.param_groups for p in group["params"]]
+    held = () if optimizer is None else parameters_of(inner_optimizer(optimizer))
     parameters = list({id(p): p for p in (*model.parameters(), *held)}.values())
     before = _Snapshot()
     for module in model.modules():

@@ -761,10 +761,7 @@ def _functions(e: Any, polar: bool, psi: Any, phi: Any, f: Any) -> bool:  # prag
 
     For T, ψ is the series Σ E^j / (j + 2)!; for D it is (I + E) χ(-E²).
     """
-    size = 0.0
-    for i in range(len(e)):
-        size += _squared_norm(e[i], 1.0)
-    if not size <= 1:
+    if not _squared_norms(e, 1.0) <= 1:
         return False
     if polar:
         for i in range(len(e)):  # φ holds t = -2 E² - I

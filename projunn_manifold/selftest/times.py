@@ -11,6 +11,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
+from projunn_manifold.context import wait_for
 from projunn_manifold.layers import OrthogonalConv2d, UnitaryRNN
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.unitary import UnitaryLowRank
@@ -45,20 +46,15 @@ def median_ms(call: Callable[[], Any], device: torch.device) -> float:
     found: list[float] = []
     start = time.perf_counter()
     for i in range(_REPETITIONS + 2):
-        _wait_for(device)
+        wait_for(device)
         before = time.perf_counter()
         call()
-        _wait_for(device)
+        wait_for(device)
         if i >= 2:
             found.append(1e3 * (time.perf_counter() - before))
         if found and time.perf_counter() - start > _ENOUGH:
             break
     return statistics.median(found)
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def step_times(device: torch.device, sizes: tuple[int, ...]) -> Iterator[Time]:
