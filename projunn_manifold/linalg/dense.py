@@ -121,10 +121,10 @@ def per_matrix(c: float | Tensor) -> float | Tensor:  # (*batch,) -> (*batch, 1,
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return x divided by its Frobenius norm, safe at the ends of the range; a zero x stays zero."""
-    largest = x.abs().amax((-2, -1), keepdim=True) if x.numel() else x.new_zeros(*x.shape[:-2], 1, 1).real
-    x = x / torch.where(largest == 0, 1.0, largest)
-    norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
-    return (x / torch.where(norms == 0, 1.0, norms)).to(x.dtype)
+    if torch.finfo(x.dtype).bits == 64 and x.numel():  # squares of narrower numbers stay in double's range
+        x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
+    return (x / norm.clamp_min(torch.finfo(torch.float64).tiny)).to(x.dtype)
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

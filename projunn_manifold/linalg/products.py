@@ -429,20 +429,17 @@ def _suits_loops(x: Tensor) -> bool:
 
 def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
     """Return W, S and three numbers by two products; see :meth:`Matrix.rank_one_tangent`."""
-    xb, back = x.two_sided_product(b, a)
-    wide = dense.high_precision(xb.dtype)
-    bb, overlap = dense.squared_norm(xb), (xb.mH.to(wide) @ a.to(wide))[..., 0, 0]
-    rho = (overlap.real / torch.where(bb == 0, 1.0, bb)).to(xb.real.dtype)[..., None, None]
-    size = dense.squared_norm(a)
-    back, xha = back.tensor_split(2, -1)
-    a, xha = a - rho * xb, xha - rho * back
-    aa = dense.squared_norm(a)
-    if not context.readable(xb) or (aa < _LITTLE * size).any():
-        xha = x.adjoint_times(a)
-    numbers: list[Any] = [aa, bb, overlap.imag if xb.is_complex() else torch.zeros_like(bb)]
-    if all(map(_is_readable_number, numbers)):
-        numbers = [number.item() for number in numbers]
-    return _side_by_side(xb, a), _side_by_side(back, xha), numbers
+    xb = x.times(b)
+    wide = _side_by_side(xb, a).to(dense.high_precision(xb.dtype))
+    gram = wide[..., :1].mH @ wide
+    bb, overlap = gram[..., 0, 0].real, gram[..., 0, 1]
+    rho = overlap.real / bb.clamp_min(torch.finfo(bb.dtype).tiny)
+    a = torch.addcmul(a, xb, rho.to(xb.dtype)[..., None, None], value=-1)
+    left = _side_by_side(xb, a)
+    numbers: list[Any] = [dense.squared_norm(a), bb, overlap.imag if xb.is_complex() else 0.0]
+    if _is_readable_number(bb):
+        numbers = [number.item() if isinstance(number, Tensor) else number for number in numbers]
+    return left, x.adjoint_times(left), numbers
 
 
 def _is_readable_number(t: Tensor) -> bool:

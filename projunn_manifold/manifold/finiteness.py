@@ -55,15 +55,16 @@ class Finiteness:
         tangent = self._checked(x, tangent, limit, tangent if u is None else u, "step")
         if context.would_wait(x):
             tangent, shortened = tangent.within_reach()
-            self._state.count_faults(x.device, shortened=shortened)
+            if shortened is not None:
+                self._state.count_faults(x.device, shortened=shortened)
         return tangent
 
     def _checked(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
-        kept = self.kept(x, tangent.squared_norm(), limit, u, what)
-        return tangent if kept is None else tangent.masked(kept)
+        lost = self.lost(x, tangent.squared_norm(), limit, u, what)
+        return tangent if lost is None else tangent.without(lost)
 
-    def kept(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
-        """Return which matrices to keep, those whose squared norm is within the limit; None means all of them.
+    def lost(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
+        """Return which matrices to leave out, those whose squared norm is beyond the limit; None means none of them.
 
         Raises
         ------
@@ -83,9 +84,10 @@ class Finiteness:
                 raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
                 raise _error(as_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what, x)
-        kept = torch.as_tensor(sizes, dtype=torch.float64, device=x.device) <= limit  # in float32 the limit may be inf
-        self._state.count_faults(x.device, skipped=~kept)
-        return kept
+        wide = torch.as_tensor(sizes, dtype=torch.float64, device=x.device)  # in float32 the limit may be inf
+        lost = ~(wide <= limit)  # which NaN is not
+        self._state.count_faults(x.device, skipped=lost)
+        return lost
 
 
 def _largest(numbers: Scalar) -> float:

@@ -115,7 +115,7 @@ class State:
             self._faults[device] = torch.zeros(len(Faults._fields), dtype=torch.int64, device=device)
         for name, number in faults.items():
             slot = self._faults[device][Faults._fields.index(name)]
-            slot.add_(number.sum() if isinstance(number, Tensor) else number)
+            slot.add_(number.sum() if isinstance(number, Tensor) and number.dim() else number)
 
     def faults(self) -> Faults:
         """Return all faults; waits for the devices."""

@@ -464,12 +464,12 @@ class UnitaryLowRank(Geometry):
         total = residual + as_plain(grad)
         factors = self.sketcher.factors(matrix(x), total)
         tangent = tangent_of_gradient(matrix(x), factors)
-        kept = self.finiteness.kept(x, tangent.squared_norm(), torch.finfo(x.dtype).max, total, "gradient")
+        lost = self.finiteness.lost(x, tangent.squared_norm(), torch.finfo(x.dtype).max, total, "gradient")
         self._state.count_gradient(x)
         matrix(total).add_product_(-factors.a, factors.b)
-        if kept is not None:
-            tangent, here = tangent.masked(kept), sharded.local_shard(total)
-            here.copy_(torch.where(kept[..., None, None], here, sharded.local_shard(residual)))
+        if lost is not None:
+            tangent, here = tangent.without(lost), sharded.local_shard(total)
+            here.copy_(torch.where(lost[..., None, None], sharded.local_shard(residual), here))
         return tangent, total
 
     def descend_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
@@ -478,7 +478,9 @@ class UnitaryLowRank(Geometry):
         lr = validation.check_rate(lr, "lr", x)
         self.warn_if_far_off(x)
         point = matrix(x)
-        tangent = self._sketched(point, grad)
+        tangent = self.sketcher.tangent(point, grad)
+        if context.readable(x):  # elsewhere the check of the step leaves out what this one would
+            tangent = self.finiteness.checked_gradient(x, tangent, grad)
         move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
         self._state.count_gradient(x)
         move.apply_(point)

@@ -27,7 +27,7 @@ from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
 from projunn_manifold.linalg.small import Small
 from projunn_manifold.moves.angle import POLAR, Angle
 from projunn_manifold.moves.move import LowRankMove, thin
-from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, without
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["FramedStep", "FramedTangent"]
@@ -92,7 +92,6 @@ class FramedTangent(Tangent):
     b: Tensor | None  # (*batch, n, j)
     omega: Small  # (*batch, r, r), skew-Hermitian
     c: Tensor | None  # (*batch, j, r) double
-    in_reach: bool = False  # of a core made by products
 
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> FramedTangent:
@@ -141,15 +140,14 @@ class FramedTangent(Tangent):
         scaled_c = None if self.c is None else small.multiple(c, self.c)
         return replace(self, omega=small.multiple(c, self.omega), c=scaled_c, in_reach=False)
 
-    def masked(self, kept: Tensor) -> FramedTangent:
-        """Return the tangent with zero for the matrices that are not kept."""
+    def without(self, lost: Tensor) -> FramedTangent:
+        """Return the tangent with zero for the matrices that are lost."""
         names = ("left", "right", "b", "omega", "c")
-        return replace(self, **{name: where_kept(kept, getattr(self, name)) for name in names})
+        return replace(self, **{name: without(lost, getattr(self, name)) for name in names})
 
-    def within_reach(self) -> tuple[FramedTangent, Tensor]:
-        """Return the tangent, shortened where a core of products would not do, and where that is."""
-        scale, shortened = self.shortening()
-        return replace(self.scaled(scale), in_reach=True), shortened
+    def within_reach(self) -> tuple[Tangent, Tensor | None]:
+        """Return the tangent, shortened where a core of products would not do, and where that is; two angles never."""
+        return (self, None) if self.c is None and self.omega.shape[-1] == 2 else super().within_reach()
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``P Ω + B C`` and ``Q``."""
@@ -171,13 +169,22 @@ class FramedTangent(Tangent):
         if angle is POLAR and self.c is not None:
             core, _, _ = _polar_increment(self.omega, self.c)
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
-        lift = self._lift()
-        group = cores.phases(lift, angle.polar)
-        if group is None and isinstance(lift, Tensor) and self.in_reach:
-            group = angle.functions(lift)[2]
-        group = small.to(small.phase_core(angle.suited(lift), angle.alpha) if group is None else group, p)
+        group = small.to(self._group(angle), p)
         core = group if self.c is None else group[..., :r].contiguous()
         return LowRankMove(_basis(p, self.b), core, self.right, group)
+
+    def _group(self, angle: Angle) -> Small:
+        """Return Γ, from one call of the loops, a closed form, products, or eigenvectors of the lift."""
+        lift = self._lift()
+        group = cores.phases(lift, angle.polar)
+        if group is not None:
+            return group
+        if isinstance(lift, Tensor):
+            if lift.shape[-1] == 2:
+                return _core_of_two(lift, angle)
+            if self.in_reach:
+                return angle.functions(lift)[2]
+        return small.phase_core(angle.suited(lift), angle.alpha)
 
     def _lift(self) -> Small:
         """Return E, the lift in the basis [P, B]."""
@@ -198,6 +205,23 @@ def _basis_outside(x: Matrix, rest: Tensor) -> tuple[Tensor, Tensor]:
 
 def _basis(p: Tensor, b: Tensor | None) -> Tensor:  # W = [P, B]
     return p if b is None else torch.cat((p, b), -1)
+
+
+def _core_of_two(e: Tensor, angle: Angle) -> Tensor:  # (*batch, 2, 2) -> (*batch, 2, 2)
+    """Return f(E) - I from the two angles θ± = t ± p of a skew-Hermitian E: linear in E, through both f(iθ±)."""
+    off = e[..., 1, 0]
+    if not e.is_complex():  # θ± = ± off
+        c, d = angle.phi(off)
+        diagonal, off = -(off * d), off * c
+        return torch.stack((diagonal, -off, off, diagonal), -1).view(e.shape)
+    first, last = e[..., 0, 0].imag, e[..., 1, 1].imag
+    t, half = (first + last) / 2, (first - last) / 2
+    p = (half * half + off.real * off.real + off.imag * off.imag).sqrt()
+    above, below = (1j * theta * angle.complex_phi(theta) for theta in (t + p, t - p))
+    mean = (above + below) / 2
+    slope = (above - below) / (2 * p.clamp_min(torch.finfo(p.dtype).tiny))  # p = 0: of E - it I = 0
+    entries = (mean + slope * half, 1j * slope * off.conj(), -1j * slope * off, mean - slope * half)
+    return torch.stack(entries, -1).view(e.shape)
 
 
 def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

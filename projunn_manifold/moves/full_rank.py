@@ -17,7 +17,7 @@ from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import Move, expanded
-from projunn_manifold.moves.tangent import Footpoint, Tangent, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, without
 
 __all__ = ["FullRankTangent"]
 
@@ -46,9 +46,9 @@ class FullRankTangent(Tangent):
         factor = c.to(self.right.real.dtype)[..., None, None] if isinstance(c, Tensor) else c
         return replace(self, right=self.right * factor)
 
-    def masked(self, kept: Tensor) -> FullRankTangent:
-        """Return the tangent with zero for the matrices that are not kept."""
-        return replace(self, right=where_kept(kept, self.right))
+    def without(self, lost: Tensor) -> FullRankTangent:
+        """Return the tangent with zero for the matrices that are lost."""
+        return replace(self, right=without(lost, self.right))
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return X and Ω^H."""

@@ -38,7 +38,7 @@ from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.linalg.small import Small
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove, thin
-from projunn_manifold.moves.tangent import Footpoint, Tangent, scale_where_kept, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, without, without_scale
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["RankKTangent"]
@@ -55,7 +55,6 @@ class RankKTangent(Tangent):
     omega: Small  # Ω  (*batch, k, k)
     r: Small  # R  (*batch, k, k)
     scale: Scalar = 1.0  # τ
-    in_reach: bool = False  # of a core made by products
 
     @classmethod
     def of_gradient(cls, x: Matrix, factors: LowRank) -> RankKTangent:
@@ -92,16 +91,11 @@ class RankKTangent(Tangent):
         """Return ``c`` times the tangent."""
         return replace(self, scale=self.scale * (c.double() if isinstance(c, Tensor) else c), in_reach=False)
 
-    def masked(self, kept: Tensor) -> RankKTangent:
-        """Return the tangent with zero for the matrices that are not kept."""
+    def without(self, lost: Tensor) -> RankKTangent:
+        """Return the tangent with zero for the matrices that are lost."""
         names = ("left", "right", "omega", "r")
-        parts = {name: where_kept(kept, getattr(self, name)) for name in names}
-        return replace(self, scale=scale_where_kept(kept, self.scale), **parts)
-
-    def within_reach(self) -> tuple[RankKTangent, Tensor]:
-        """Return the tangent, shortened where a core of products would not do, and where that is."""
-        scale, shortened = self.shortening()
-        return replace(self.scaled(scale), in_reach=True), shortened
+        parts = {name: without(lost, getattr(self, name)) for name in names}
+        return replace(self, scale=without_scale(lost, self.scale), **parts)
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""

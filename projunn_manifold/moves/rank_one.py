@@ -29,7 +29,7 @@ from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix
 from projunn_manifold.moves.angle import Angle
 from projunn_manifold.moves.move import LowRankMove
-from projunn_manifold.moves.tangent import Footpoint, Tangent, scale_where_kept, where_kept
+from projunn_manifold.moves.tangent import Footpoint, Tangent, without, without_scale
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = ["RankOneTangent"]
@@ -70,11 +70,15 @@ class RankOneTangent(Tangent):
         scale = self.scale * (c.double() if isinstance(c, Tensor) else c)
         return RankOneTangent(self.footpoint, self.left, self.right, self.aa, self.bb, self.s, scale)
 
-    def masked(self, kept: Tensor) -> RankOneTangent:
-        """Return the tangent with zero for the matrices that are not kept."""
+    def without(self, lost: Tensor) -> RankOneTangent:
+        """Return the tangent with zero for the matrices that are lost."""
         names = ("left", "right", "aa", "bb", "s")
-        parts = {name: where_kept(kept, getattr(self, name)) for name in names}
-        return replace(self, scale=scale_where_kept(kept, self.scale), **parts)
+        parts = {name: without(lost, getattr(self, name)) for name in names}
+        return replace(self, scale=without_scale(lost, self.scale), **parts)
+
+    def within_reach(self) -> tuple[RankOneTangent, None]:
+        """Return the tangent as it is: closed forms have no limit."""
+        return self, None
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``W K`` and ``S``."""
@@ -100,8 +104,8 @@ class RankOneTangent(Tangent):
             (c_plus, d_plus), (c_minus, d_minus) = angle.phi(half * (self.s + p)), angle.phi(half * (self.s - p))
             c = (c_plus + c_minus + 1j * (d_plus + d_minus)) / 2
             d = (d_plus - d_minus + 1j * (c_minus - c_plus)) / 2
-        d_over_p = d / _or_one(p)  # p = 0: W or S is zero in the column d multiplies
-        entries: list[Any] = [half * e for e in (-d_over_p * self.aa, -c, c, -d_over_p * self.bb)]
+        c, d_over_p = half * c, -half * (d / _not_zero(p))  # p = 0: W or S is zero in the column d multiplies
+        entries: list[Any] = [d_over_p * self.aa, -c, c, d_over_p * self.bb]
         if isinstance(entries[0], Tensor):
             core = torch.stack(entries, -1).view(*entries[0].shape, 2, 2).to(self.left)
         else:
@@ -109,6 +113,6 @@ class RankOneTangent(Tangent):
         return LowRankMove(self.left, core, self.right, core)
 
 
-def _or_one(x: Scalar) -> Scalar:
-    """Return x, and 1 for x = 0."""
-    return torch.where(x == 0, 1.0, x) if isinstance(x, Tensor) else x or 1.0
+def _not_zero(x: Scalar) -> Scalar:
+    """Return x >= 0, and a number by which 0 can be divided for x = 0."""
+    return x.clamp_min(torch.finfo(x.dtype).tiny) if isinstance(x, Tensor) else x or 1.0

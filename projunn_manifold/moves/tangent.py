@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
 
-__all__ = ["Footpoint", "Tangent", "scale_where_kept", "where_kept"]
+__all__ = ["Footpoint", "Tangent", "without", "without_scale"]
 
 
 class Footpoint(NamedTuple):
@@ -64,11 +64,14 @@ class Tangent(ABC):
         ``(*batch, n, r)``, in whose range u moves X.
     right : Tensor
         ``(*batch, m, s)``, in whose range the rows of u are.
+    in_reach : bool
+        Whether u is so short that products make its core: then the host need not look at it.
     """
 
     footpoint: Footpoint
     left: Tensor
     right: Tensor
+    in_reach: bool = field(default=False, kw_only=True)
 
     @property
     def like(self) -> Tensor:
@@ -85,8 +88,8 @@ class Tangent(ABC):
         """Return ``c`` times the tangent, for a real ``c``, or one for each matrix ``(*batch,)``."""
 
     @abstractmethod
-    def masked(self, kept: Tensor) -> Tangent:  # kept: (*batch,), bool
-        """Return the tangent with zero for the matrices that are not kept, whatever their entries are."""
+    def without(self, lost: Tensor) -> Tangent:  # lost: (*batch,), bool
+        """Return the tangent with zero for the matrices that are lost, whatever their entries are."""
 
     @abstractmethod
     def outer(self) -> tuple[Tensor, Tensor]:
@@ -96,15 +99,13 @@ class Tangent(ABC):
     def squared_norm(self) -> Scalar:
         """Return the squared norm of the tangent's lift: its squared length in the manifold's metric."""
 
-    def within_reach(self) -> tuple[Tangent, Tensor]:
-        """Return the tangent, shortened where a core of products would not do, and where that is, ``(*batch,)``."""
-        scale, shortened = self.shortening()
-        return self.scaled(scale), shortened
+    def within_reach(self) -> tuple[Tangent, Tensor | None]:
+        """Return the tangent, shortened where a core of products would not do, and where that is, ``(*batch,)``.
 
-    def shortening(self) -> tuple[Tensor, Tensor]:  # (*batch,) twice
-        """Return the factors that bring the length of the lift down to what products can do, and where they do."""
+        None instead says that any length will do.
+        """
         scale = (LONGEST / torch.as_tensor(self.squared_norm(), device=self.left.device).sqrt()).clamp_max(1.0)
-        return scale, scale < 1
+        return replace(self.scaled(scale), in_reach=True), scale < 1
 
     @abstractmethod
     def move(self, angle: Angle) -> Move:
@@ -123,17 +124,17 @@ class Tangent(ABC):
         return self.move(POLAR)
 
 
-def scale_where_kept(kept: Tensor, scale: Scalar) -> Scalar:
-    """Return the factor of a tangent whose other parts are zero for matrices that are not kept; finite if a number."""
+def without_scale(lost: Tensor, scale: Scalar) -> Scalar:
+    """Return the factor of a tangent whose other parts are zero for the matrices that are lost; finite if a number."""
     if isinstance(scale, Tensor):
-        return torch.where(kept, scale, 0)
+        return scale.masked_fill(lost, 0)
     return scale if math.isfinite(scale) else 0.0
 
 
-def where_kept(kept: Tensor, value: Any) -> Any:
-    """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for matrices that are not kept."""
+def without(lost: Tensor, value: Any) -> Any:
+    """Return a tensor ``(*batch, ...)``, or the number of a single matrix, with zero for the matrices that are lost."""
     if isinstance(value, Tensor):
-        return torch.where(kept[(..., *(None,) * (value.dim() - kept.dim()))], value, 0)
-    if isinstance(value, float | np.ndarray) and kept.is_cpu and not kept.dim():  # of a single matrix
-        return value if kept else np.zeros_like(value)[()]
+        return value.masked_fill(lost[(..., *(None,) * (value.dim() - lost.dim()))], 0)
+    if isinstance(value, float | np.ndarray) and lost.is_cpu and not lost.dim():  # of a single matrix
+        return np.zeros_like(value)[()] if lost else value
     return value

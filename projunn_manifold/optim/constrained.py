@@ -229,18 +229,18 @@ def raw_step_(
         move = move + residual
     factors = _factors_of_move(manifold, x, move, averaging)
     sizes = dense.squared_norm(factors.b) * dense.squared_norm(factors.a)
-    kept = manifold.finiteness.kept(x, sizes, torch.finfo(x.dtype).max, move, "move")
+    lost = manifold.finiteness.lost(x, sizes, torch.finfo(x.dtype).max, move, "move")
     if isinstance(moving, Tensor):
-        kept = moving if kept is None else kept & moving
-    if kept is not None:
-        factors = factors.masked(kept)
+        lost = ~moving if lost is None else lost | ~moving
+    if lost is not None:
+        factors = factors.without(lost)
     step = _agreed_move(manifold, x, factors)
     step.apply_(matrix(x))
     if residual is not None:
         rest = _left_out(manifold, x, move, factors, averaging)
-        if kept is not None:
+        if lost is not None:
             here = sharded.local_shard(rest)
-            here.copy_(torch.where(kept[..., None, None], here, sharded.local_shard(residual)))
+            here.copy_(torch.where(lost[..., None, None], sharded.local_shard(residual), here))
         residual.copy_(step.transport_(rest))
     return manifold.correct_(x)
 

@@ -55,9 +55,9 @@ class LowRank(NamedTuple):
         ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1].sqrt() / sizes[0].sqrt(), 1.0)
         return LowRank(self.a * ratio, self.b / ratio)
 
-    def masked(self, kept: Tensor) -> LowRank:  # kept: (*batch,), bool
-        """Return the factors with zeros for the matrices that are not kept, whatever their entries are."""
-        return LowRank(*(torch.where(kept[..., None, None], t, 0) for t in self))
+    def without(self, lost: Tensor) -> LowRank:  # lost: (*batch,), bool
+        """Return the factors with zeros for the matrices that are lost, whatever their entries are."""
+        return LowRank(*(t.masked_fill(lost[..., None, None], 0) for t in self))
 
     def outer(self) -> tuple[Tensor, Tensor]:
         """Return ``(a, b)``."""

@@ -77,12 +77,12 @@ def test_its_moves_arrive_where_the_dense_maps_do(given, dtype, norm):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex128], ids=str)
-def test_what_is_not_kept_is_zero_whatever_its_entries(given, dtype):
+def test_what_is_lost_is_zero_whatever_its_entries(given, dtype):
     x, tangent, u = given(dtype)
     kept = torch.ones(x.shape[:-2], dtype=torch.bool)
     kept.view(-1)[0] = False
     spoilt = tangent.scaled(torch.where(kept, 1.0, torch.nan) if kept.dim() else float("nan"))
-    masked = spoilt.masked(kept)
+    masked = spoilt.without(~kept)
     assert error(formed(masked), u * kept[..., None, None]) <= bound(dtype)
     assert torch.isfinite(torch.as_tensor(masked.squared_norm())).all()
     assert error(masked.geodesic().apply(matrix(x))[~kept] if kept.dim() else masked.geodesic().apply(matrix(x)),
