@@ -30,15 +30,18 @@ from projunn_manifold.linalg import dense, small
 
 __all__ = [
     "LONGEST",
+    "LONGEST_SUM",
     "exponential_functions",
     "exponential_increment",
     "increment_of_phases",
+    "polar",
     "polar_functions",
     "polar_increment",
     "within_reach",
 ]
 
 LONGEST = 64.0  # ‖Ω‖₂ that a fixed number of products is good for
+LONGEST_SUM = math.sqrt(1 + LONGEST**2)  # ‖X + u‖₂ of such a tangent u at X; its singular values are at least 1
 _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
 _LONG_POLAR = 2.0  # ‖Ω‖₂ beyond which the coefficients of a polynomial outgrow its values
 _SHORT = 2.0**-20
@@ -79,7 +82,7 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
     """
     square = -(omega @ omega)  # eigenvalues θ²
     if not context.readable(omega):
-        return _by_iteration(omega * _shrinkage(square), math.sqrt(1 + LONGEST**2))
+        return _by_iteration(omega * _shrinkage(square), LONGEST_SUM)
     bound = _largest_row_sum(square)
     if bound < _LONG_POLAR and _degree(_level(bound), torch.finfo(omega.dtype).eps) == 1:
         shrink = _inverse_root_increment(square, None, bound)
@@ -119,7 +122,7 @@ def polar_functions(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, 
     :math:`\psi = (I + E)\chi` and :math:`\varphi = C + E\chi`; to multiply by E more often would multiply the rounding
     of C.
     """
-    longest = math.sqrt(1 + LONGEST**2)
+    longest = LONGEST_SUM
     increment = _by_iteration(e, longest)
     cosine = _plus_identity(dense.sym(increment), 1.0)
     middle, half = (1 + 1 / longest) / 2, (1 - 1 / longest) / 2
@@ -270,11 +273,15 @@ def _chi(longest: float, eps: float) -> list[float]:
 
 def _by_iteration(omega: Tensor, longest: float) -> Tensor:
     """Return the polar factor of I + Ω, less I, whose singular values are between 1 and ``longest``."""
-    z = _plus_identity(omega / longest, 1 / longest)
-    for a, b, c in _minimax(longest, torch.finfo(omega.dtype).eps):
+    return _plus_identity(polar(_plus_identity(omega / longest, 1 / longest), longest), -1.0)
+
+
+def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1."""
+    for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
         gram = dense.adjoint_times(z, z)
         z = z @ _plus_identity(dense.plus_product(b * gram, c * gram, gram), a)
-    return _plus_identity(z, -1.0)
+    return z
 
 
 @functools.cache

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
-from projunn_manifold.linalg import cores, dense, qr, small
+from projunn_manifold.linalg import cores, dense, phases, qr, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
 from projunn_manifold.linalg.small import Small
@@ -167,8 +167,12 @@ class FramedTangent(Tangent):
         """Return the move that turns the rotation angles θ into α(θ); on tall X, D is the polar factor of X + u."""
         p, dtype, r = self.left, self.left.dtype, self.omega.shape[-1]
         if angle is POLAR and self.c is not None:
-            core, _, _ = _polar_increment(self.omega, self.c)
-            return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None)
+            if self.in_reach:
+                eye, step = _start_and_step(self.omega, self.c)
+                core = phases.polar((eye + step) / phases.LONGEST_SUM, phases.LONGEST_SUM) - eye
+            else:
+                core, _, _ = _polar_increment(self.omega, self.c)
+            return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None, self.in_reach)
         group = small.to(self._group(angle), p)
         core = group if self.c is None else group[..., :r].contiguous()
         return LowRankMove(_basis(p, self.b), core, self.right, group)
@@ -224,6 +228,11 @@ def _core_of_two(e: Tensor, angle: Angle) -> Tensor:  # (*batch, 2, 2) -> (*batc
     return torch.stack(entries, -1).view(e.shape)
 
 
+def _start_and_step(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:  # Î and D = [H; C]
+    step = h if c is None else torch.cat((h, c), -2)
+    return dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device), step
+
+
 def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return polar(Î + D) - Î for D = [H; C], and the smallest and largest singular value of Î + D.
 
@@ -231,8 +240,7 @@ def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     D T + Î (T - I), :math:`T - I = -N[(I + N) + (I + N)^{1/2}]^{-1}`: exact to relative precision for small
     steps, while an SVD of Î + D is for large ones, where N loses the small singular values.
     """
-    step = h if c is None else torch.cat((h, c), -2)
-    eye = dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device)
+    eye, step = _start_and_step(h, c)
     u, sigma, vh = torch.linalg.svd(eye + step, full_matrices=False)
     far = u @ vh - eye
     excess, basis = torch.linalg.eigh(h + h.mH + step.mH @ step)
