@@ -30,6 +30,7 @@ __all__ = [
     "in_full_precision",
     "is_differentiated",
     "is_plain",
+    "is_single",
     "keep_optimizers_outside_graphs",
     "make_wrapper",
     "operators_only",
@@ -79,6 +80,11 @@ def readable(x: Tensor) -> bool:
 def would_wait(x: Tensor) -> bool:
     """Return whether the host would wait if it looked at x's values, or had it factorised."""
     return not (readable(x) or traced())
+
+
+def is_single(device: torch.device) -> bool:
+    """Return whether a device computes in single precision alone, as Apple's and some of Intel's do."""
+    return device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
 
 
 def wait_for(device: torch.device) -> None:

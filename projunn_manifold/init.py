@@ -73,8 +73,8 @@ def nearest_unitary_(tensor: Tensor) -> Tensor:
 def nearest(w: Tensor, name: str) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factors of matrices, computed in double precision; messages call these by the name."""
     check_finite(w, name)
-    polar = closest_unitary(w.detach().to(dense.high_precision(w.dtype)), name, w.dtype)
-    return polar.to(w.dtype).contiguous()
+    polar = closest_unitary(dense.in_double(w.detach()), name, w.dtype)
+    return polar.to(w).contiguous()
 
 
 def closest_unitary(

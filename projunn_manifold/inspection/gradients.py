@@ -37,7 +37,7 @@ def gradient_operator(p: Tensor) -> LinearOperator | None:
 
 def norm_of(left: Tensor, right: Tensor) -> float:
     r"""Return :math:`\|L R^H\|_F` of all matrices of a stack together, from the thin factors alone."""
-    left, right = (t.detach().to(dense.high_precision(t.dtype)) for t in (left, right))
+    left, right = (dense.in_double(t.detach()) for t in (left, right))
     squared = ((left.mH @ left) * (right.mH @ right).mT).sum((-2, -1)).real
     return math.sqrt(max(0.0, squared.sum().item()))
 
@@ -84,7 +84,7 @@ def best_shares(gradient: LinearOperator, ranks: tuple[int, ...]) -> dict[int, f
     generator = torch.Generator(gradient.like.device).manual_seed(0)
     most = min(*gradient.shape[-2:], max(ranks))
     _, b = _BEST(gradient, most, generator)
-    sizes = torch.linalg.vector_norm(b, dim=-2, dtype=dense.high_precision(b.dtype)).real  # b's columns are orthogonal
+    sizes = torch.linalg.vector_norm(b, dim=-2, dtype=dense.high_precision(b)).real  # b's columns are orthogonal
     squares = sizes.square().sort(-1, descending=True).values.reshape(-1, most).sum(0).cumsum(0)
     whole = max(gradient_norm(gradient) ** 2, squares[-1].item())
     kept = (squares / whole).sqrt().tolist() if whole else [1.0] * most

@@ -284,7 +284,7 @@ class FourierConv(KeepsManifolds):
         given = {"dtype": centred.dtype, "device": centred.device, **options}
         layer = cls(per_group * given["groups"], out, image_size=tuple(size), **given)
         with torch.no_grad():
-            blocks = layer._blocks_of(centred.to(dense.high_precision(centred.dtype)))
+            blocks = layer._blocks_of(dense.in_double(centred))
             found = (nearest or _polar_blocks)(layer, blocks)
             for stack, own in zip((layer.weight, layer.weight_real), found, strict=True):
                 if stack is not None:

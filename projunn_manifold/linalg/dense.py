@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from projunn_manifold import context
+
 __all__ = [
     "DTYPES",
     "Scalar",
@@ -21,6 +23,7 @@ __all__ = [
     "frobenius_inner",
     "haar",
     "high_precision",
+    "in_double",
     "log_unitary",
     "newton_schulz",
     "normalized",
@@ -34,6 +37,7 @@ __all__ = [
     "sym",
     "tolerance",
     "unitarity_error",
+    "wide",
 ]
 
 
@@ -43,9 +47,17 @@ Scalar = float | Tensor
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
-def high_precision(dtype: torch.dtype) -> torch.dtype:
-    """Return the double-precision dtype (float64 or complex128) in which the small cores are computed."""
-    return torch.complex128 if dtype.is_complex else torch.float64
+def high_precision(x: Tensor) -> torch.dtype:
+    """Return the dtype in which small cores are computed: double precision, single where x's device has no other."""
+    if context.is_single(x.device):
+        return x.dtype
+    return torch.complex128 if x.is_complex() else torch.float64
+
+
+def in_double(x: Tensor) -> Tensor:
+    """Return x in double precision, on the host if its device has none: for what is done once, or waits anyway."""
+    x = x.cpu() if context.is_single(x.device) else x
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 
 def tolerance(dtype: torch.dtype, n: int) -> float:
@@ -109,22 +121,27 @@ def frobenius_inner(x: Tensor, y: Tensor) -> Tensor:  # (*batch, n, m) twice -> 
 def squared_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), double
     """Squared Frobenius norm in double precision."""
     if not x.is_complex():
-        return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=torch.float64).square()
+        return torch.linalg.vector_norm(x, dim=(-2, -1), dtype=high_precision(x)).square()
     parts = torch.view_as_real(x.conj() if x.is_conj() else x)  # the norm of complex numbers takes ten times as long
-    return torch.linalg.vector_norm(parts, dim=(-3, -2, -1), dtype=torch.float64).square()
+    return torch.linalg.vector_norm(parts, dim=(-3, -2, -1), dtype=high_precision(parts)).square()
 
 
-def per_matrix(c: float | Tensor) -> float | Tensor:  # (*batch,) -> (*batch, 1, 1)
-    """Return numbers, one for each matrix, in a shape that multiplies the matrices; in double precision."""
-    return c.double()[..., None, None] if isinstance(c, Tensor) else c
+def wide(c: Scalar) -> Scalar:
+    """Return a number, or a tensor of numbers in the precision of small cores."""
+    return c.to(high_precision(c)) if isinstance(c, Tensor) else c
+
+
+def per_matrix(c: Scalar) -> Scalar:  # (*batch,) -> (*batch, 1, 1)
+    """Return numbers, one for each matrix, in a shape that multiplies the matrices; in the precision of small cores."""
+    return c.to(high_precision(c))[..., None, None] if isinstance(c, Tensor) else c
 
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return x divided by its Frobenius norm, safe at the ends of the range; a zero x stays zero."""
-    if torch.finfo(x.dtype).bits == 64 and x.numel():  # squares of narrower numbers stay in double's range
+    if high_precision(x) == x.dtype and x.numel():  # squares of narrower numbers stay in its range
         x = x / x.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x.dtype)).real
-    return (x / norm.clamp_min(torch.finfo(torch.float64).tiny)).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=high_precision(x)).real
+    return (x / norm.clamp_min(torch.finfo(norm.dtype).tiny)).to(x.dtype)
 
 
 def polar(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
@@ -192,7 +209,7 @@ def unitarity_error(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), real
         raise TypeError(f"`x` must be a torch.Tensor, got {type(x).__name__}")
     if x.dim() < 2:
         raise ValueError(f"`x` must have at least 2 dimensions (*batch, n, m), got shape {tuple(x.shape)}")
-    x = x.detach().to(high_precision(x.dtype))
+    x = in_double(x.detach())
     gram = x.mH @ x
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return torch.linalg.matrix_norm(gram) / math.sqrt(x.shape[-1])

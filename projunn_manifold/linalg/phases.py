@@ -37,6 +37,7 @@ __all__ = [
     "polar",
     "polar_functions",
     "polar_increment",
+    "polar_of_sum",
     "within_reach",
 ]
 
@@ -45,6 +46,7 @@ LONGEST_SUM = math.sqrt(1 + LONGEST**2)  # ‖X + u‖₂ of such a tangent u at
 _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
 _LONG_POLAR = 2.0  # ‖Ω‖₂ beyond which the coefficients of a polynomial outgrow its values
 _SHORT = 2.0**-20
+_SHORT_SQUARE = 1 / 16  # ‖D‖₂² up to which a polynomial of low degree serves
 _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
 
 
@@ -82,7 +84,7 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
     """
     square = -(omega @ omega)  # eigenvalues θ²
     if not context.readable(omega):
-        return _by_iteration(omega * _shrinkage(square), LONGEST_SUM)
+        return polar_of_sum(omega * _shrinkage(square))
     bound = _largest_row_sum(square)
     if bound < _LONG_POLAR and _degree(_level(bound), torch.finfo(omega.dtype).eps) == 1:
         shrink = _inverse_root_increment(square, None, bound)
@@ -123,12 +125,28 @@ def polar_functions(e: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (*batch, r, 
     of C.
     """
     longest = LONGEST_SUM
-    increment = _by_iteration(e, longest)
+    increment = polar_of_sum(e)
     cosine = _plus_identity(dense.sym(increment), 1.0)
     middle, half = (1 + 1 / longest) / 2, (1 - 1 / longest) / 2
     chi = _polynomial(_chi(longest, torch.finfo(e.dtype).eps), _plus_identity(cosine / half, -middle / half), None)
     turned = e @ chi
     return chi + turned, cosine + turned, increment
+
+
+def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
+    r"""Return the polar factor of Î + D, less Î = [I; 0], for D = [Ω; C] up to ``LONGEST``, without a look.
+
+    With :math:`N = D^H D` it is :math:`D + (\hat I + D)\big((I + N)^{-1/2} - I\big)`.  For short D that is N times a
+    polynomial: exact to the digits of a small increment, for a constant error would add up over many steps.  Long D
+    takes the iteration.
+    """
+    start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
+    square = dense.adjoint_times(d, d)
+    t = _plus_identity(square * (2 / _SHORT_SQUARE), -1.0)
+    shrink = -square @ _polynomial(_shrinking(_SHORT_SQUARE, torch.finfo(d.dtype).eps), t, None)
+    near = dense.plus_product(d + start @ shrink, d, shrink)
+    far = polar((start + d) / LONGEST_SUM, LONGEST_SUM) - start
+    return torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
 
 
 def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (*batch, n, n), (*batch,)
@@ -139,8 +157,8 @@ def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (
 
 def increment_of_phases(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
     """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision."""
-    wide = omega.to(dense.high_precision(omega.dtype))
-    return small.phase_core(dense.finite_entries(wide), alpha).to(omega.dtype)
+    wide = dense.finite_entries(dense.in_double(omega))
+    return small.to(small.phase_core(wide, alpha), omega)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------
@@ -198,6 +216,17 @@ def _inverse_root(level: float, eps: float) -> list[float]:
         return -(level * (t + 1) / 2) / (root * (1 + root))
 
     return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(increment, _degree(level, eps)))]
+
+
+@functools.cache
+def _shrinking(level: float, eps: float) -> list[float]:
+    """Return the coefficients of (1 - (1 + s)^(-1/2)) / s in powers of t = 2 s / level - 1, for |t| <= 1."""
+
+    def shrinking(t: Any) -> Any:
+        root = np.sqrt(1 + level * (t + 1) / 2)
+        return 1 / (root * (1 + root))
+
+    return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(shrinking, _degree(level, eps)))]
 
 
 def _inverse_root_increment(s: Tensor, square: Tensor | None, bound: float) -> Tensor:
@@ -277,10 +306,14 @@ def _by_iteration(omega: Tensor, longest: float) -> Tensor:
 
 
 def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
-    """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1."""
+    """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1.
+
+    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z, and rounding
+    has no preferred direction, which would add up over many steps.
+    """
     for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
-        gram = dense.adjoint_times(z, z)
-        z = z @ _plus_identity(dense.plus_product(b * gram, c * gram, gram), a)
+        e = _plus_identity(dense.adjoint_times(z, z), -1.0)
+        z = dense.plus_product((a + b + c) * z, z, dense.plus_product((b + 2 * c) * e, c * e, e))
     return z
 
 

@@ -430,7 +430,7 @@ def _suits_loops(x: Tensor) -> bool:
 def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, list[Any]]:
     """Return W, S and three numbers by two products; see :meth:`Matrix.rank_one_tangent`."""
     xb = x.times(b)
-    wide = _side_by_side(xb, a).to(dense.high_precision(xb.dtype))
+    wide = _side_by_side(xb, a).to(dense.high_precision(xb))
     gram = wide[..., :1].mH @ wide
     bb, overlap = gram[..., 0, 0].real, gram[..., 0, 1]
     rho = overlap.real / bb.clamp_min(torch.finfo(bb.dtype).tiny)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from projunn_manifold.linalg import dense
+
 __all__ = [
     "Small",
     "adjoint",
@@ -69,16 +71,16 @@ def squared_norm(x: Small) -> float | Tensor:  # (*batch, r, s) -> (*batch,), or
 def multiple(c: float | Tensor, x: Small) -> Small:
     """Return c x, for a real number, or one for each matrix ``(*batch,)``."""
     if isinstance(x, Tensor):
-        return x * (c.double()[..., None, None] if isinstance(c, Tensor) else c)
+        return x * dense.per_matrix(c)
     with np.errstate(all="ignore"):  # what is not finite is refused later
         return x * (c.item() if isinstance(c, Tensor) else c)
 
 
 def to(x: Small, like: Tensor) -> Tensor:
-    """Return x as a tensor of ``like``'s dtype; a complex x of real matrices is real but for rounding."""
+    """Return x as a tensor of ``like``'s dtype and device; a complex x of real matrices is real but for rounding."""
     if not like.is_complex():
         x = x.real
-    return x.to(like.dtype) if isinstance(x, Tensor) else torch.from_numpy(x).to(like.dtype)
+    return (x if isinstance(x, Tensor) else torch.from_numpy(x)).to(like)
 
 
 def spectral(basis: Small, values: Small) -> Small:  # (*batch, r, s), (*batch, s) -> (*batch, r, r)

@@ -84,7 +84,7 @@ class Finiteness:
                 raise ValueError(f"{what} of another process is not finite; no process has moved")
             if self.non_finite == "raise":
                 raise _error(as_plain(u if isinstance(u, Tensor) else FactoredTensor(u)), what, x)
-        wide = torch.as_tensor(sizes, dtype=torch.float64, device=x.device)  # in float32 the limit may be inf
+        wide = sizes if isinstance(sizes, Tensor) else torch.tensor(sizes, dtype=torch.float64, device=x.device)
         lost = ~(wide <= limit)  # which NaN is not
         self._state.count_faults(x.device, skipped=lost)
         return lost

@@ -131,9 +131,8 @@ class Geometry(Manifold):
         NotImplementedError
             Tall X, where no closed form is known.
         """
-        distance: Tensor = torch.linalg.vector_norm(dense.rotation_angles(self._quotient(x, y)), dim=-1).to(
-            x.real.dtype
-        )
+        angles = dense.rotation_angles(self._quotient(x, y))
+        distance: Tensor = torch.linalg.vector_norm(angles, dim=-1).to(x.real)
         return distance[..., None, None] if keepdim else distance
 
     @in_full_precision
@@ -151,7 +150,7 @@ class Geometry(Manifold):
         rounding = 2 * dense.tolerance(x.dtype, x.shape[-1])
         if (math.pi - dense.rotation_angles(w).abs() < rounding).any():
             raise ValueError("x and y are a rotation by π apart: the shortest geodesic between them is not unique")
-        return x @ dense.log_unitary(w).to(x.dtype)
+        return x @ dense.log_unitary(w).to(x)
 
     # -- points ---------------------------------------------------------------------------------------
 
@@ -250,8 +249,7 @@ class Geometry(Manifold):
             raise NotImplementedError(
                 f"dist and logmap are known in closed form for square matrices only, got shape {tuple(x.shape)}"
             )
-        wide = dense.high_precision(x.dtype)
-        w = x.to(wide).mH @ y.to(wide)
+        w = dense.in_double(x).mH @ dense.in_double(y)
         if not w.is_complex() and (torch.linalg.det(w) < 0).any():
             raise ValueError("the determinants of x and y differ in sign: no geodesic joins the two components of O(n)")
         return w

@@ -49,7 +49,7 @@ class FramedStep:
     def of_factors(cls, x: Matrix, factors: LowRank) -> FramedStep:
         """Bring ``a b^H`` into a frame: two products with X (four on tall X) and thin QRs; Q spans b and X^H a."""
         a, footpoint = factors.a, Footpoint.of(x.like)
-        wide = dense.high_precision(a.dtype)
+        wide = dense.high_precision(a)
         q, r = qr.thin_qr(torch.cat((factors.b, x.adjoint_times(a)), -1))
         r = r.to(wide)
         p = x.times(q)
@@ -111,7 +111,7 @@ class FramedTangent(Tangent):
         :math:`u_k = X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - X X^H) u Q Q^H`: one product with u, one
         with X (five on tall X); a tangent u whose rows lie in the range of Q stays as it is.
         """
-        footpoint, wide = Footpoint.of(x.like), dense.high_precision(u.dtype)
+        footpoint, wide = Footpoint.of(x.like), dense.high_precision(u)
         if q is None:
             m = x.shape[-1]
             q = dense.columns_of_identity(*x.shape[:-2], m, m, dtype=u.dtype, device=u.device)
@@ -168,8 +168,7 @@ class FramedTangent(Tangent):
         p, dtype, r = self.left, self.left.dtype, self.omega.shape[-1]
         if angle is POLAR and self.c is not None:
             if self.in_reach:
-                eye, step = _start_and_step(self.omega, self.c)
-                core = phases.polar((eye + step) / phases.LONGEST_SUM, phases.LONGEST_SUM) - eye
+                core = phases.polar_of_sum(torch.cat((self.omega, self.c), -2))
             else:
                 core, _, _ = _polar_increment(self.omega, self.c)
             return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None, self.in_reach)
@@ -228,11 +227,6 @@ def _core_of_two(e: Tensor, angle: Angle) -> Tensor:  # (*batch, 2, 2) -> (*batc
     return torch.stack(entries, -1).view(e.shape)
 
 
-def _start_and_step(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:  # Î and D = [H; C]
-    step = h if c is None else torch.cat((h, c), -2)
-    return dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device), step
-
-
 def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     r"""Return polar(Î + D) - Î for D = [H; C], and the smallest and largest singular value of Î + D.
 
@@ -240,7 +234,8 @@ def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     D T + Î (T - I), :math:`T - I = -N[(I + N) + (I + N)^{1/2}]^{-1}`: exact to relative precision for small
     steps, while an SVD of Î + D is for large ones, where N loses the small singular values.
     """
-    eye, step = _start_and_step(h, c)
+    step = h if c is None else torch.cat((h, c), -2)
+    eye = dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device)
     u, sigma, vh = torch.linalg.svd(eye + step, full_matrices=False)
     far = u @ vh - eye
     excess, basis = torch.linalg.eigh(h + h.mH + step.mH @ step)

@@ -110,7 +110,7 @@ def complete_to_unitary(core: Tensor, in_reach: bool = False) -> Tensor:  # (*ba
     value than the cosine of its largest angle.
     """
     w, r = core.shape[-2:]
-    eye = dense.columns_of_identity(*core.shape[:-1], w, dtype=dense.high_precision(core.dtype), device=core.device)
+    eye = dense.columns_of_identity(*core.shape[:-1], w, dtype=dense.high_precision(core), device=core.device)
     image = eye[..., :r] + core
     rest = (eye - image @ image.mH)[..., r:]
     rest = phases.polar(rest, phases.LONGEST_SUM) if in_reach else dense.polar(rest)

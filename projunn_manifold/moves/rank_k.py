@@ -69,7 +69,7 @@ class RankKTangent(Tangent):
             rest = rest - a @ dense.adjoint_times(a, rest)
             back = x.adjoint_times(rest)
         r = qr.thin_qr(rest)[1]
-        wide = dense.high_precision(a.dtype)
+        wide = dense.high_precision(a)
         return cls(
             Footpoint.of(x.like),
             torch.cat((a.mT, rest.mT), -2).mT,
@@ -89,7 +89,7 @@ class RankKTangent(Tangent):
 
     def scaled(self, c: Scalar) -> RankKTangent:
         """Return ``c`` times the tangent."""
-        return replace(self, scale=self.scale * (c.double() if isinstance(c, Tensor) else c), in_reach=False)
+        return replace(self, scale=self.scale * dense.wide(c), in_reach=False)
 
     def without(self, lost: Tensor) -> RankKTangent:
         """Return the tangent with zero for the matrices that are lost."""

@@ -67,7 +67,7 @@ class RankOneTangent(Tangent):
 
     def scaled(self, c: Scalar) -> RankOneTangent:
         """Return ``c`` times the tangent."""
-        scale = self.scale * (c.double() if isinstance(c, Tensor) else c)
+        scale = self.scale * dense.wide(c)
         return RankOneTangent(self.footpoint, self.left, self.right, self.aa, self.bb, self.s, scale)
 
     def without(self, lost: Tensor) -> RankOneTangent:

@@ -303,7 +303,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         group: dict[str, Any],
         state: dict[str, Any],
     ) -> None:
-        x, lr, beta1, beta2 = local_view(point), *map(_wide, (group["lr"], *group["betas"]))
+        x, lr, beta1, beta2 = local_view(point), *map(dense.wide, (group["lr"], *group["betas"]))
         one = (*x.shape[:-2], 1, 1)
         if "step" not in state:
             state["step"] = 0
@@ -320,7 +320,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
         second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
-        length = (second / (1 - beta2 ** state["step"])) ** 0.5 + _wide(group["eps"])
+        length = (second / (1 - beta2 ** state["step"])) ** 0.5 + dense.wide(group["eps"])
         scale = -lr / (length * (1 - beta1 ** state["step"]))
         manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale, carried)
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:
@@ -365,11 +365,6 @@ def _numbers(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
         is_pair = isinstance(value, tuple | list)
         numbers[name] = tuple(check_number(each, name) for each in value) if is_pair else check_number(value, name)
     return numbers
-
-
-def _wide(number: float | Tensor) -> float | Tensor:
-    """Return a number, or a tensor of it in double precision."""
-    return number.double() if isinstance(number, Tensor) else number
 
 
 def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:

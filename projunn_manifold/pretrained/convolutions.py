@@ -12,7 +12,7 @@ from torch import Tensor
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.layers import fourier
 from projunn_manifold.layers.fourier_conv import FourierConv
-from projunn_manifold.linalg.dense import high_precision
+from projunn_manifold.linalg import dense
 from projunn_manifold.pretrained.nearest import Nearest, Search, Stack, as_problem, solve
 from projunn_manifold.validation import check_precision, sides_of
 
@@ -65,16 +65,16 @@ def nearest_convolution(
     if problem.get("rotation") and kernel.is_complex():
         raise ValueError(f"rotation=True is for real kernels, got {kernel.dtype}")
     sides = sides_of(image_size, kernel.dim() - 2, "image_size")
-    wide = kernel.detach().to(high_precision(kernel.dtype))
-    grid = fourier.spectrum(sides, not kernel.is_complex(), str(kernel.device))
+    wide = dense.in_double(kernel.detach())
+    grid = fourier.spectrum(sides, not kernel.is_complex(), str(wide.device))
     blocks = fourier.blocks_of_kernel(fourier.embedded(wide, sides), grid)
     waves = None
     if inputs is not None:
         _check_images(inputs, kernel.shape[1], sides)
-        waves = fourier.analyse(inputs.detach().to(wide.dtype), grid).permute(2, 0, 1) / math.sqrt(math.prod(sides))
+        waves = fourier.analyse(inputs.detach().to(wide), grid).permute(2, 0, 1) / math.sqrt(math.prod(sides))
     free, losses = nearest_blocks(blocks, grid, waves, dtype=kernel.dtype, **problem)
     nearest = fourier.kernel_of_blocks(fourier.everywhere(torch.cat(free, -3), grid), grid)
-    return Nearest(fourier.from_origin(nearest, sides).to(kernel.dtype).contiguous(), losses)
+    return Nearest(fourier.from_origin(nearest, sides).to(kernel).contiguous(), losses)
 
 
 def nearest_layer(
@@ -95,7 +95,7 @@ def nearest_layer(
         grid, waves = layer.grid(blocks.device), None
         if inputs is not None:
             _check_images(inputs, layer.in_channels, layer.image_size)
-            waves = layer.waves(inputs.to(high_precision(blocks.dtype) if not grid.real else torch.float64), grid).mT
+            waves = layer.waves(inputs.to(blocks if not grid.real else blocks.real), grid).mT
         return nearest_blocks(blocks, grid, waves, dtype=conv.weight.dtype, **problem)[0]
 
     return kind.from_plain(conv, image_size, nearest=nearest, **options)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.init import closest_unitary
-from projunn_manifold.linalg.dense import high_precision
+from projunn_manifold.linalg import dense
 from projunn_manifold.pretrained.lie import Callback, Problem, descend, squared_distances
 from projunn_manifold.validation import check_finite, check_full_rank, check_precision
 
@@ -116,10 +116,10 @@ def nearest_unitary(weight: Tensor, method: str = "polar", **search: Unpack[Sear
     """
     inputs, problem = as_problem(method, search)
     _check_shapes(weight, inputs)
-    wide = weight.detach().to(high_precision(weight.dtype))
-    data = None if inputs is None else inputs.detach().to(wide.dtype)
+    wide = dense.in_double(weight.detach())
+    data = None if inputs is None else inputs.detach().to(wide)
     (unitary,), losses, (theta,) = solve([(wide, data, 1)], weight.dtype, **problem)
-    return Nearest(unitary.to(weight.dtype).contiguous(), losses, theta)
+    return Nearest(unitary.to(weight).contiguous(), losses, theta)
 
 
 def as_problem(method: str, search: Search) -> tuple[Tensor | None, dict[str, Any]]:

@@ -95,8 +95,7 @@ class _Draw:
 
 
 def _wide(t: Tensor) -> Tensor:
-    t = t.detach().cpu()
-    return t.to(dense.high_precision(t.dtype))
+    return dense.in_double(t.detach().cpu())
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

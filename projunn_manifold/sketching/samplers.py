@@ -55,12 +55,12 @@ def leading(basis: Tensor, gradient: LinearOperator, k: int) -> LowRank:
     """Project G on ``basis`` (orthonormal, at least k columns) and keep the best k directions inside it."""
     b = gradient.adjoint_times(basis)
     if basis.shape[-1] > k:
-        thin = b.to(dense.high_precision(b.dtype))
+        thin = dense.in_double(b)
         thin = thin / thin.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(thin.dtype).tiny)
         _, w = torch.linalg.eigh(
             dense.finite_entries(thin.mH @ thin)
         )  # ascending: the last k columns are the leading ones
-        w = w[..., -k:].to(b.dtype)
+        w = w[..., -k:].to(b)
         basis, b = basis @ w, b @ w
     return LowRank(basis, b)
 
@@ -125,7 +125,7 @@ class Column:
         g = gradient.dense()
         m = g.shape[-1]
         c = max(k, min(self.columns_per_rank * k, m))
-        norms = torch.linalg.vector_norm(g, dim=-2, dtype=dense.high_precision(g.dtype)).real
+        norms = torch.linalg.vector_norm(g, dim=-2, dtype=dense.high_precision(g)).real
         largest = norms.amax(-1, keepdim=True)
         weights = torch.where(largest > 0, (norms / largest).square(), 1.0)
         cumulative = weights.cumsum(-1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import DTYPES, SHAPES, SQUARE, bound, double, error
 
+from projunn_manifold import context
 from projunn_manifold.linalg import dense, qr, small
 
 
@@ -13,9 +14,11 @@ def eye(x):
     return torch.eye(x.shape[-1], dtype=double(x).dtype)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["LAPACK", "reflections"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_thin_qr_of_any_rank(draw, shape, dtype):
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 32), (3, 5)], ids=str)
+def test_thin_qr_of_any_rank(draw, monkeypatch, shape, dtype, single):
+    monkeypatch.setattr(context, "is_single", lambda device: single)
     for rank in (min(1, shape[-1]), shape[-1]):
         y = draw.matrix(*shape[:-1], rank, dtype=dtype) @ draw.matrix(*shape[:-2], rank, shape[-1], dtype=dtype)
         q, r = qr.thin_qr(y)
@@ -23,8 +26,10 @@ def test_thin_qr_of_any_rank(draw, shape, dtype):
         assert error(double(q).mH @ double(q), eye(q)) <= bound(dtype)
         size = torch.linalg.matrix_norm(double(y)).max().item()
         assert error(double(q) @ double(r), double(y)) <= bound(dtype, size)
-    q, _ = qr.thin_qr(torch.zeros(shape, dtype=dtype))
-    assert torch.isfinite(q).all()
+    equal = draw.matrix(*shape[:-1], 1, dtype=dtype).expand(shape)
+    for y in (equal, torch.zeros(shape, dtype=dtype)):
+        q, _ = qr.thin_qr(y)
+        assert error(double(q).mH @ double(q), eye(q)) <= bound(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -109,4 +114,4 @@ def test_small_helpers():
     assert dense.per_matrix(2.0) == 2.0
     assert dense.per_matrix(torch.ones(3)).shape == (3, 1, 1)
     assert torch.equal(dense.columns_of_identity(3, 2), torch.eye(3)[:, :2])
-    assert dense.high_precision(torch.complex64) is torch.complex128
+    assert dense.high_precision(torch.ones(1, dtype=torch.complex64)) is torch.complex128

@@ -39,6 +39,18 @@ def device(monkeypatch):
     monkeypatch.setattr(products, "compiled", None)
 
 
+class Single(Blind):
+    """Fails also on every number in double precision, and on the factorisations that such devices lack."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        assert name != "linalg_qr", name
+        for t in found if isinstance(found, tuple | list) else [found]:
+            assert not isinstance(t, torch.Tensor) or t.dtype not in (torch.float64, torch.complex128), name
+        return found
+
+
 def parameter(k, shape, dtype=torch.float32, kind=UnitaryLowRank, **options):
     draw = torch.Generator().manual_seed(0)
     manifold = kind(k, **options)
@@ -67,6 +79,39 @@ def test_a_step_looks_at_nothing_and_factorises_nothing(device, make, dtype, sha
             step()
     assert dense.unitarity_error(p.detach()).max() <= bound(dtype)
     assert p.manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("shape", [(40, 40), (3, 40, 40), (48, 40)], ids=str)
+@pytest.mark.parametrize("kind", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 2, 16, None])
+def test_a_step_needs_no_double_precision(device, monkeypatch, make, dtype, shape, k, kind):
+    monkeypatch.setattr(context, "is_single", lambda device: True)
+    p = parameter(k, shape, dtype, kind, sweep=40)
+    step = make(p).step
+    with Single():
+        for _ in range(4):
+            step()
+    assert p.manifold.pop_faults() == (0, 0, 0)
+    monkeypatch.setattr(context, "is_single", lambda device: False)
+    assert dense.unitarity_error(p.detach()).max() <= 2 * bound(dtype)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("make", [MAKE["SGD"], lambda p: optim.RiemannianAdam([p], lr=0.02)], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("shape", [(32, 32), (40, 32)], ids=str)
+@pytest.mark.parametrize("kind", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 4, None])
+def test_rounding_has_no_direction_that_adds_up(device, monkeypatch, make, shape, k, kind, single):
+    p = parameter(k, shape, torch.float32, kind)
+    draw, step = torch.Generator().manual_seed(1), make(p).step
+    monkeypatch.setattr(context, "is_single", lambda device: single)
+    for _ in range(150):
+        p.grad = torch.randn(shape, generator=draw)
+        step()
+    monkeypatch.setattr(context, "is_single", lambda device: False)
+    assert dense.unitarity_error(p.detach()) <= dense.tolerance(torch.float32, 32)
 
 
 @pytest.mark.parametrize("length", [1e-8, 1e-3, 1.0, 7.0])
