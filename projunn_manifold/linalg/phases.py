@@ -308,8 +308,8 @@ def _by_iteration(omega: Tensor, longest: float) -> Tensor:
 def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1.
 
-    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z, and rounding
-    has no preferred direction, which would add up over many steps.
+    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z, and their
+    rounding has no direction that would add up over many steps.
     """
     for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
         e = _plus_identity(dense.adjoint_times(z, z), -1.0)

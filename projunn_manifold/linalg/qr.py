@@ -40,7 +40,7 @@ def _by_lapack(y: Tensor) -> tuple[Tensor, Tensor]:
 def _by_reflections(y: Tensor) -> tuple[Tensor, Tensor]:
     r"""Factorise y by reflections I - 2 v v^H, one for each column whose remainder is more than rounding.
 
-    Their product is :math:`I - V T V^H` with :math:`T^{-1} = \tfrac12 I + \mathrm{striu}(V^H V)` (Schreiber and Van Loan
+    Their product is :math:`I - V T V^H` with :math:`T^{-1} = \tfrac12 I + \mathrm{striu}(V^H V)` (Schreiber, Van Loan
     1989).
     """
     n, columns = y.shape[-2:]
