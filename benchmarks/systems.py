@@ -1,4 +1,4 @@
-"""This package beside other systems that learn an orthogonal matrix, on six tasks: which reaches the goal first.
+"""projUNN and nine other systems that learn an orthogonal matrix, on six tasks: which reaches the goal first.
 
 The others are geoopt's two Stiefel manifolds, POGO, RSDM, StiefelAdam (StiefelSGD on single matrices), expRNN, DTRIV,
 scoRNN and EUNN.  References are a network without the constraint, a frozen one and an LSTM.  Each system trains at the
@@ -7,12 +7,12 @@ best of its learning rates.
 The tasks: copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of
 rank 16) and orthogonal Procrustes (real, gradients of full rank), 20 seconds for a training; and two tasks where a
 matrix product takes long, a random rotation of n = 2048 and a recurrent network of n = 1024, 120 seconds.  Run ``make
-compare`` or ``python benchmarks/systems.py`` (under 60 minutes): two trainings at a time, a thread each.  It leaves ``compare.json`` and
-``compare.png``; ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
+compare`` or ``python benchmarks/systems.py`` (under 60 minutes): two trainings at a time, a thread each.  It leaves
+``compare.json`` and ``compare.png``; ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
 
-The learning rates are those of ``docs/results/compare_rates.json``, which ``--search`` finds: the best of four to six on
-the recurrent tasks and of five on the matrices, there in units of the curvature, each tried for a few seconds from another
-seed, on matrices of a smaller n.
+The learning rates are those of ``docs/results/compare_rates.json``, which ``--search`` finds: the best of four to six
+on the recurrent tasks and of five on the matrices, there in units of the inverse curvature.  Each is tried for a few
+seconds with another seed, single matrices at a smaller n.
 """
 
 from __future__ import annotations
