@@ -66,6 +66,8 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
     ------
     TypeError
         ``model`` is not a module; ``optimizer`` is not an optimiser and holds none.
+    RuntimeError
+        The sampler's factorisation of a finite gradient did not converge.
 
     Examples
     --------

@@ -64,7 +64,7 @@ def inner_optimizer(optimizer: object) -> Optimizer:
 
 
 def layers_of(optimizer: object) -> list[Any]:
-    """Return an optimiser, the one that it wraps, the one that this wraps, and so on; raise as `inner_optimizer`."""
+    """Return an optimiser, the one that it wraps, the one that this wraps, and so on; raise as ``inner_optimizer``."""
     layers: list[Any] = [optimizer]
     if not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):  # which holds one, but is none
         while True:
