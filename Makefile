@@ -28,10 +28,10 @@ demo: $(VENV)/.examples ## see what projUNN is for: a table, a verdict, a plot (
 bench: $(VENV)/.bench ## time a step against torch's optimisers and the rivals, with tables and plots (under 40 minutes)
 	$(BIN)/python benchmarks/run.py
 
-compare: $(VENV)/.bench ## every system of the field on the same six tasks, with tables and plots (under 60 minutes)
+compare: $(VENV)/.bench ## train projUNN and nine other systems (Stiefel, POGO, expRNN, ...) on six tasks, with plots (under 60 minutes)
 	$(BIN)/python benchmarks/systems.py
 
-device: $(VENV)/.test ## prove the package on the device at hand, or on DEVICE=..., and time its steps (under 2 minutes)
+device: $(VENV)/.test ## check the package on the device at hand, or on DEVICE=..., and time its steps (under 2 minutes)
 	$(BIN)/python -m projunn_manifold.selftest $(if $(DEVICE),--device $(DEVICE))
 
 lint: $(VENV)/.test ## ruff and mypy

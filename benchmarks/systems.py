@@ -1,14 +1,18 @@
-"""Every system of the field on the same six tasks, each at the best of its rates: who reaches the goal first.
+"""projUNN and nine other systems that learn an orthogonal matrix, on six tasks: which reaches the goal first.
 
-Copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of rank 16) and
-orthogonal Procrustes (real, gradients of full rank), 20 seconds for a training; and two tasks where a matrix product is
-long, a random rotation of n = 2048 and a recurrent network of n = 1024, 120 seconds.  Run ``make compare`` or ``python
-benchmarks/systems.py`` (under 60 minutes): two trainings at a time, a thread each.  It leaves ``compare.json`` and
-``compare.png``; ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
+The others are geoopt's two Stiefel manifolds, POGO, RSDM, StiefelAdam (StiefelSGD on single matrices), expRNN, DTRIV,
+scoRNN and EUNN.  References are a network without the constraint, a frozen one and an LSTM.  Each system trains at the
+best of its learning rates.
 
-The learning rates are those of ``docs/results/compare_rates.json``, which ``--search`` finds: the best of four on the
-recurrent tasks and of five on the matrices, there in units of the curvature, each tried for a few seconds from another
-seed, on matrices of a smaller n.
+The tasks: copying memory and permuted digits with a recurrent network, a random unitary matrix (complex, gradients of
+rank 16) and orthogonal Procrustes (real, gradients of full rank), 20 seconds for a training; and two tasks where a
+matrix product takes long, a random rotation of n = 2048 and a recurrent network of n = 1024, 120 seconds.  Run ``make
+compare`` or ``python benchmarks/systems.py`` (under 60 minutes): two trainings at a time, a thread each.  It leaves
+``compare.json`` and ``compare.png``; ``--record JSON --into PAGE`` writes the tables of a recorded run into a page.
+
+The learning rates are those of ``docs/results/compare_rates.json``, which ``--search`` finds: the best of four to six
+on the recurrent tasks and of five on the matrices, there in units of the inverse curvature.  Each is tried for a few
+seconds with another seed, single matrices at a smaller n.
 """
 
 from __future__ import annotations
@@ -45,14 +49,14 @@ RATES_FILE = Path(__file__).parents[1] / "docs" / "results" / "compare_rates.jso
 
 
 class Digits(Pixels):
-    """Digits with a goal, so that systems can be compared by the time it takes them."""
+    """Digits with a goal, so that systems can be compared by the time to it."""
 
     goal: ClassVar[float] = 0.1
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A task, and what is asked of it."""
+    """A task, and how it is trained."""
 
     about: str
     make: Callable[[int, int, int], Any]  # of n, steps and seed
@@ -164,11 +168,11 @@ class System:
         return None
 
     def rates(self, setting: Setting) -> tuple[float, ...]:
-        """Return the rates to be tried."""
+        """Return the learning rates to try."""
         return RATES[self.kind if setting.recurrent else "matrix"]
 
     def choices(self, n: int, rate: float, seed: int) -> Choices:
-        """Return what its training at a rate is asked for."""
+        """Return the choices of a training at a learning rate."""
         lr = 1e-3 if self.apart else rate
         return Choices(n, k=self.k, seed=seed, lr=lr, unitary_lr=rate, nonlinearity="modrelu", init="henaff")
 
@@ -225,7 +229,7 @@ def _train(setting: Setting, system: System, n: int, rate: float, seed: int, sec
 
 
 def tried(task: str, name: str, small: bool, seconds: float | None) -> dict[str, Any] | None:
-    """Try the rates of one system on one task; None where it does not do that."""
+    """Try the learning rates of one system on one task; None if it cannot do the task."""
     setting, system = _setting(task, small), SYSTEMS[name]
     if system.refusal(setting) is not None:
         return None
@@ -400,7 +404,7 @@ def _curves(panel: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def _bars(panel: Axes, cells: list[dict[str, Any]]) -> None:
-    """Draw how long everybody takes to the goal; a hollow bar does not reach it."""
+    """Draw the time of each system to the goal; a hollow bar does not reach it."""
     for place, c in enumerate(cells):
         system, reached = SYSTEMS[c["system"]], c["solved_after"] is not None
         panel.barh(
@@ -428,7 +432,7 @@ def in_processes(function: Callable[..., Any], jobs: list[tuple[Any, ...]], coun
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Train everybody on everything, each at its recorded rate."""
+    """Train all systems on all tasks, each at its recorded learning rate."""
     rates = json.loads(options.rates.read_text(encoding="utf-8"))["rates"]
     jobs = [
         (task, name, options.small, options.seconds, rates.get(task, {}).get(name, {}).get("rate"))
@@ -442,7 +446,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Try the rates of everybody on everything, and write the best into the file, beside what it has of others."""
+    """Try the learning rates of all systems on all tasks; write the best into the file, and keep its other entries."""
     jobs = [(task, name, options.small, options.seconds) for task in options.tasks for name in options.systems]
     found = in_processes(tried, jobs, options.jobs)
     torch.set_num_threads(1)

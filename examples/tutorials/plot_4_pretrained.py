@@ -96,8 +96,8 @@ def fit_on_manifold(network):
 after = fit_on_manifold(converted)
 
 # %%
-# For comparison, we train a network from scratch for the same number of epochs: torch's
-# initial weights, made orthogonal.
+# For comparison, we train a network from scratch for the same number of epochs.  It
+# starts from torch's initial weights, made orthogonal.
 
 scratch = fresh()
 unitarize(scratch, HIDDEN, k=4)
@@ -123,25 +123,26 @@ print(f"class of a weight: {type(folded[0].weight).__name__}")
 # %%
 # The picture: accuracy after the conversion
 # ------------------------------------------
-# The dashed line is the accuracy of the plain network before the conversion.
+# The gray line is the network from scratch.  The dashed line is the accuracy of the plain
+# network before the conversion.
 
 figure, axis = plt.subplots(figsize=(5.6, 3.6), layout="constrained")
 axis.plot(
     [100 * share for share in after],
     color="tab:blue",
-    label="trained, made unitary, trained on",
+    label="trained, made unitary, trained further",
 )
 axis.plot(
     [100 * share for share in from_scratch],
     color="gray",
-    label="unitary from the beginning",
+    label="made unitary, trained from scratch",
 )
 axis.axhline(
     100 * before[-1],
     color="black",
     linestyle="--",
     linewidth=1,
-    label="the plain network",
+    label="plain network",
 )
 axis.set(
     xlabel="epochs of training as a unitary network",
@@ -155,15 +156,16 @@ axis.legend(loc="lower right")
 # The number: accuracy after one epoch
 # ------------------------------------
 # The number is the accuracy one epoch after the conversion.  The plain network stays
-# ahead by a few points: the constraint costs some accuracy on this task, and gives
-# nothing that the task needs.  Convert a network if you need what orthogonal weights
-# give: a bound on how far outputs move, or depth without loss of the signal.
+# ahead by a few points: the constraint costs some accuracy on this task, and has no
+# property that the task needs.  Convert a network if you need a property of orthogonal
+# weights: the outputs of a layer are no further apart than its inputs, and signals keep
+# their size in deep networks.
 
 print(f"plain network: {before[-1]:.1%}")
 print(f"made unitary, before training: {after[0]:.1%}")
 for epoch in (1, EPOCHS):
-    beginning = f"from the beginning: {from_scratch[epoch]:.1%}"
-    print(f"made unitary, after epoch {epoch}: {after[epoch]:.1%} ({beginning})")
+    scratch_score = f"from scratch: {from_scratch[epoch]:.1%}"
+    print(f"made unitary, after epoch {epoch}: {after[epoch]:.1%} ({scratch_score})")
 
 assert after[1] > 0.8, after
 assert after[1] > from_scratch[1] + 0.3, from_scratch

@@ -1,8 +1,8 @@
-r"""How much rank the unitary weights of a network need, from a few of its own training steps.
+r"""How much rank the unitary weights of a network need, measured in a few of its own training steps.
 
-A step of steepest descent along a rank-k part :math:`G_k` of the gradient lowers the loss in proportion to
-:math:`\|G_k\|^2`, and costs the time of the whole training step.  The recommended k has the largest
-:math:`(\|G_k\| / \|G\|)^2` per second.
+Let :math:`G_k` be the best rank-k approximation of the gradient G.  A short step along :math:`-G_k` lowers the loss in
+proportion to :math:`\|G_k\|_F^2` (the part of G normal to the manifold left aside), and takes the time of the whole
+training step.  The recommended k has the largest :math:`(\|G_k\|_F / \|G\|_F)^2` per second.
 """
 
 from __future__ import annotations
@@ -39,35 +39,36 @@ _LONG = 1000.0  # milliseconds after which a time is not measured again
 
 @dataclass(frozen=True)
 class Need:
-    """What is known of a unitary weight's gradients and of its steps; k is None for a step of full rank."""
+    """What a unitary weight's gradients are like, and what its steps cost; k is None for a step of full rank."""
 
     name: str
     shape: tuple[int, ...]
-    #: The rank that its manifold has.
+    #: The rank of its manifold.
     k: int | None
-    #: The rank that is recommended.
+    #: The recommended rank.
     recommended: int | None
     #: For each k, the median share of the gradient's norm that the best factors of rank k keep.
     shares: dict[int | None, float]
     #: For each k, milliseconds of the weight's own step.
     step_ms: dict[int | None, float]
-    #: For each k, the part of the whole training step that this is.
+    #: For each k, ``step_ms`` as a part of the whole training step.
     parts: dict[int | None, float]
-    #: The largest :func:`~projunn_manifold.unitarity_error` of its matrices.
+    #: The largest :func:`~projunn_manifold.unitarity_error` of its matrices, before the steps.
     error: float
-    #: Median of :math:`\|X' - X\|_F / \|X\|_F` over the steps; without an optimiser, of steepest descent at rate 1.
+    #: Median of :math:`\|X' - X\|_F / \|X\|_F` over the steps; without an optimiser, that of steepest descent with
+    #: learning rate 1.
     update: float
 
 
 class Diagnosis(list[Need]):
-    """One entry for each unitary weight; printed, a table.
+    """A list with one entry for each unitary weight that has a gradient; ``print`` shows a table.
 
     Attributes
     ----------
     closure_ms : float
         Median time of the closure in milliseconds.
     has_optimizer : bool
-        Whether updates are those of an optimiser.
+        Whether an optimiser was given, whose updates are reported.
     """
 
     rule = "the k with the largest share² per second of the whole training step"
@@ -95,7 +96,7 @@ class Diagnosis(list[Need]):
         return "\n".join(lines)
 
     def draw(self, path: str | Path | None = None) -> Any:
-        """Return a ``matplotlib`` figure of shares and times against k; with a path, save it there."""
+        """Return a figure of matplotlib, with shares and times against k; save it if a path is given."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -128,44 +129,55 @@ def diagnose(
 ) -> Diagnosis:
     r"""Run a few training steps of a network, and report what rank its unitary weights need.
 
-    For every unitary weight, and for k = 1, 2, 4, 8, 16, 32 and full rank: the share of the gradient's norm that the
-    best factors of rank k keep (the median over the steps, from a sketch with two power iterations), the milliseconds
-    of the weight's own step, and which part of the whole training step these are.  Also its distance from the manifold
-    and the length of an update in units of X.
+    For every unitary weight that has a gradient it reports the distance from the manifold and the length of an update
+    in units of X.  For full rank, for the weight's own k and for k = 1, 2, 4, 8, 16, 32, as long as 2k < m, it reports
 
-    The recommended k has the largest share² per second of the whole training step.  This is the rate at which steepest
-    descent lowers the loss; momentum and rates of your own for each k may shift it by a factor of two.
+    - the share of the gradient's norm that the best factors of rank k keep (the median over the steps, from a sketch
+      with two power iterations);
+    - the milliseconds of the weight's own step;
+    - the part of the whole training step that this is.
+
+    The whole training step is the closure and the steps of all unitary weights, each at its present k.  The recommended
+    k has the largest share² per second of the whole training step.  This is the speed at which steepest descent lowers
+    the loss.  With momentum, or with a learning rate tuned for each k, the best k may differ by a factor of two.
 
     Afterwards parameters, gradients, buffers, modes, the optimiser's state, the manifolds' counts and the global random
-    numbers are bit for bit as they were.  A step is timed with the sampler ``"lsi"`` and without the other parameters.
+    numbers are what they were before, bit for bit.  What the closure reads from elsewhere, such as batches of a data
+    loader, is not put back.
+
+    A step is timed on a copy of the weight alone, as projUNN-D with the sampler ``"lsi"``: the median of five, or of
+    fewer if they take more than a second.
 
     Parameters
     ----------
     model : torch.nn.Module
-        With unitary weights, none of them sharded.
+        Has unitary weights, none of them sharded.
     closure : callable
-        Computes the loss of a batch and calls ``backward()``, nothing else.  It need not zero gradients.  A new batch
-        in every call makes the shares those of the training.
+        Computes the loss of a batch and calls ``backward()``, nothing else.  It need not zero gradients.  Use a new
+        batch in every call, so that the shares are those of training.
     optimizer : torch.optim.Optimizer, optional
-        Makes the steps.  Without one the parameters stay where they are, and updates are those of steepest descent at
-        rate 1.  An optimiser of Adam's kind has its steps timed as :class:`~projunn_manifold.optim.RiemannianAdam`, any
-        other as :class:`~projunn_manifold.optim.RiemannianSGD` without momentum.
+        Makes the steps; or a wrapper that holds the optimiser.  Without one the parameters do not move, and updates are
+        those of steepest descent with learning rate 1.  If the name of its class contains ``Adam``, steps are timed
+        with :class:`~projunn_manifold.optim.RiemannianAdam`, otherwise with
+        :class:`~projunn_manifold.optim.RiemannianSGD` without momentum.
     steps : int
-        Training steps to run.
+        Training steps to run.  Default: 20.
     verbose : bool
-        Whether to print the table.
+        Whether to print the table.  Default: ``True``.
 
     Returns
     -------
     Diagnosis
-        A list of :class:`~projunn_manifold.inspection.diagnosis.Need`; ``draw`` makes a picture of it.
+        A list of :class:`~projunn_manifold.inspection.diagnosis.Need`; its method ``draw`` makes a picture.
 
     Raises
     ------
     TypeError
-        A model that is no module, an optimiser that is none, or LBFGS, a closure that cannot be called.
+        ``model`` is not a module; ``optimizer`` is not an optimiser and holds none, or is LBFGS; ``closure`` is not
+        callable.
     ValueError
-        No unitary weights, a sharded one, or none that has a gradient after the closure; ``steps`` below 1.
+        There are no unitary weights, one of them is sharded, or none has a gradient after the closure; ``steps`` is not
+        an int of at least 1.
 
     Examples
     --------
@@ -204,7 +216,7 @@ def diagnose(
 
 
 class _Record:
-    """What the steps have shown of a weight."""
+    """What the steps show of a weight."""
 
     def __init__(self, weight: Weight) -> None:
         self.weight = weight
@@ -219,7 +231,7 @@ class _Record:
         self.gradient: Tensor | None = None  # the last
 
     def see_gradient(self) -> None:
-        """Note what the gradient of this step is like."""
+        """Record the shares of this step's gradient, and the length of steepest descent along it."""
         p = self.weight.p
         gradient = gradient_operator(p)
         if gradient is not None:
@@ -233,7 +245,7 @@ class _Record:
         return shares | {None: 1.0}
 
     def times(self, is_adam: bool) -> dict[int | None, float]:
-        """Return for each k the milliseconds of a step, which moves a copy by a hundredth of its length."""
+        """Return for each k the milliseconds of a step, which moves a copy by about a hundredth of its norm."""
         length = self.descents[-1]
         lr = 0.01 * (math.sqrt(self.weight.p.shape[-1]) if is_adam else 1 / length if length else 1.0)
         found: dict[int | None, float] = {}
@@ -263,7 +275,7 @@ def _step(found: list[_Record], parameters: list[Tensor], closure: Callable[[], 
 
 
 def _timed(function: Callable[[], Any], device: torch.device, repetitions: int = _REPETITIONS) -> float:
-    """Return the median milliseconds of a call, of fewer calls where they take long."""
+    """Return the median milliseconds of a call; there are fewer repetitions if they take long."""
     found: list[float] = []
     while len(found) < repetitions and sum(found) < _LONG:
         wait_for(device)
@@ -281,7 +293,7 @@ def _needs(found: list[_Record], closure_ms: float, is_adam: bool) -> list[Need]
 
 
 def _need(record: _Record, step_ms: dict[int | None, float], rest: float) -> Need:
-    """Weigh shares against times, ``rest`` that of the training step without this weight's own."""
+    """Weigh shares against times; ``rest`` is the time of the training step without this weight's own step."""
     shares = record.median_shares()
     return Need(
         name=record.weight.name,

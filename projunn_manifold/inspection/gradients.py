@@ -1,6 +1,7 @@
 """How large a gradient is, how much of it a sketch keeps, and how far the step along the sketch moves the point.
 
-Everything is computed from products of gradient and point with a few columns, so the gradient need not be formed.
+Everything is computed from products of gradient and point with a few columns.  A gradient that is kept as factors is
+not multiplied out, except by samplers that need all of it (``"column"``, ``"svd"``).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BEST = Subspace(power=2, oversample=8)
 
 
 def gradient_operator(p: Tensor) -> LinearOperator | None:
-    """Return the gradient of a parameter as its products; None where there is none, or a sparse one."""
+    """Return the gradient of a parameter as an operator; None if there is no gradient, or if it is sparse."""
     gradient: Any = p.grad
     if gradient is None or gradient.is_sparse:
         return None
@@ -43,9 +44,9 @@ def norm_of(left: Tensor, right: Tensor) -> float:
 
 
 def gradient_norm(gradient: LinearOperator) -> float:
-    """Return the Frobenius norm of all matrices of a stack together; of one known by many factors, an estimate.
+    """Return the Frobenius norm of all matrices of a stack together; an estimate if there are more than 1024 factors.
 
-    The estimate is ``‖G Z‖``, Z with 8 Gaussian columns of variance 1/8.
+    The estimate is ``‖G Z‖``, where Z has 8 Gaussian columns of variance 1/8.
     """
     if not isinstance(gradient, LowRank):
         return math.sqrt(dense.squared_norm(gradient.dense()).sum().item())
@@ -57,7 +58,7 @@ def gradient_norm(gradient: LinearOperator) -> float:
 def last_sketch(manifold: UnitaryLowRank, gradient: LinearOperator) -> LowRank:
     """Return the factors that the last step made of this gradient; before the first step, those that it will make.
 
-    Where other parameters share the manifold, the draw is another one of the same kind.
+    If other parameters share the manifold, the random numbers are those of the last step among all of them.
     """
     return manifold.sketcher.sketch(gradient, ahead=-1 if manifold.memory.gradients else 0)
 
@@ -65,7 +66,7 @@ def last_sketch(manifold: UnitaryLowRank, gradient: LinearOperator) -> LowRank:
 def length_of_descent(manifold: UnitaryLowRank, x: Tensor, gradient: LinearOperator) -> float:
     r"""Return the length of the step of steepest descent at rate 1, in units of X: :math:`\|u\|_F / \|X\|_F`.
 
-    Of a full-rank step it is estimated from products with 8 columns.
+    If the step has full rank, the length is estimated from products with 8 Gaussian columns.
     """
     x = x.detach()
     size = math.sqrt(x.numel() // x.shape[-2])
@@ -78,7 +79,7 @@ def length_of_descent(manifold: UnitaryLowRank, x: Tensor, gradient: LinearOpera
 
 
 def best_shares(gradient: LinearOperator, ranks: tuple[int, ...]) -> dict[int, float]:
-    """Return the share of the norm that the best factors of each rank keep, found by two power iterations."""
+    """Return the share of the norm that the best factors of each rank keep, estimated with two power iterations."""
     if not ranks:
         return {}
     generator = torch.Generator(gradient.like.device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""Numbers of a training for a logger: distance from the manifold, what sketches keep, lengths of steps, faults."""
+"""Numbers for a logger: distance from the manifold, what sketches keep, lengths of steps, faults."""
 
 from __future__ import annotations
 
@@ -28,42 +28,46 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
     r"""Return numbers about every unitary weight, ``{"name/number": value}``, for a logger.
 
     ``unitarity_error``
-        An estimate of :math:`\|X^H X - I\|_F / \sqrt m` from four columns; of a stack, the largest.
+        An estimate of :math:`\|X^H X - I\|_F / \sqrt m` from four columns; for a stack, the largest.
     ``gradient_norm``
-        :math:`\|G\|_F` of ``.grad``; an estimate from eight columns where it is kept as more than 1024 factors.
+        :math:`\|G\|_F` of ``.grad``; an estimate from eight columns if ``.grad`` is kept as more than 1024 factors.
     ``share_kept``
-        The part of this norm that the last step's sketch has kept, :math:`\|a b^H\|_F / \|G\|_F`; 1 where the step is
-        of full rank.  With error feedback, under ``constrain``, and with weight decay in geoopt's optimisers a step
-        sketches something else than ``.grad``; there the number is that of a sketch of ``.grad``.
+        The share of this norm that the sketch of the last step kept, :math:`\|a b^H\|_F / \|G\|_F`; 1 if the step has
+        full rank.  With error feedback, under ``constrain``, and with weight decay in geoopt's optimisers, a step
+        sketches something other than ``.grad``; the share is then that of a sketch of ``.grad``.
     ``step_length``
-        The length of the step of steepest descent along this sketch, in units of X, :math:`\|u\|_F / \|X\|_F`: at the
-        learning rate that ``optimizer`` has for this weight, or per unit of it.  Momentum and Adam turn and scale
-        that step, which is not seen here; :func:`~projunn_manifold.diagnose` measures it.
+        The length of the step of steepest descent along this sketch, in units of X: :math:`\eta\|u\|_F / \|X\|_F`,
+        where :math:`\eta` is the learning rate that ``optimizer`` has for this weight, or 1 if none.  Momentum and Adam
+        change the direction and the length of a step, and this number does not include that;
+        :func:`~projunn_manifold.diagnose` measures it.
     ``skipped``, ``uncorrected``, ``shortened``
-        The counts of :meth:`~projunn_manifold.UnitaryLowRank.pop_faults`, which are left as they are; weights that
-        share a manifold share them.
+        The counts of :meth:`~projunn_manifold.UnitaryLowRank.pop_faults`, which are not reset.  Weights that share a
+        manifold share its counts.
 
-    Call it after the step and before ``zero_grad``.  The middle three are missing where there is no gradient.  A
-    sharded weight has only its counts.
+    Call it after ``step`` and before ``zero_grad``.  Without a gradient, or with a sparse one, ``gradient_norm``,
+    ``share_kept`` and ``step_length`` are missing.  A weight that is sharded, empty or on the meta device has only the
+    counts.
 
-    Cost: :math:`O(k n m)`, no factorisation of a large matrix; waits for the device.  Nothing is added to a step, and
-    no random number is drawn that a step would draw.
+    Cost for each weight: one sketch and a few products with thin matrices, :math:`O(k n m)` with the default sampler,
+    which factorises no large matrix.  Waits for the device.  A step does no extra work, and later sketches are the same
+    with and without a call.
 
     Parameters
     ----------
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer, optional
-        Or a wrapper of one.
+        The optimiser, or a wrapper that holds it.
 
     Returns
     -------
-    dict
-        Of Python's floats.
+    dict of str to float
 
     Raises
     ------
     TypeError
-        A model that is no module, or an optimiser that is none.
+        ``model`` is not a module; ``optimizer`` is not an optimiser and holds none.
+    RuntimeError
+        The sampler's factorisation of a finite gradient did not converge.
 
     Examples
     --------

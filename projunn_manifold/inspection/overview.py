@@ -1,4 +1,4 @@
-"""A table of a model's unitary weights, and of what an optimiser does with them."""
+"""A table of a model's unitary weights, and of how an optimiser moves them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ __all__ = ["Summary", "UnitaryWeight", "summary"]
 
 @dataclass(frozen=True)
 class UnitaryWeight:
-    """What is known of a unitary weight."""
+    """A unitary weight, and how an optimiser moves it."""
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    #: Its manifold's name.
+    #: The name of its manifold.
     manifold: str
+    #: The rank of its manifold; None for full rank.
     k: int | None
     #: The largest :func:`~projunn_manifold.unitarity_error` of its matrices; None if it is sharded or has no values.
     error: float | None
-    #: The class of the optimiser that moves it; None if it does not, or none is given.
+    #: The class of the optimiser that holds it; None if the optimiser does not hold it, or none is given.
     optimizer: str | None = None
+    #: Its learning rate in that optimiser.
     lr: float | None = None
-    #: ``"constrained"``, ``"sharded"``, ``"frozen"``, ``"lost its manifold"``, ``"not in the optimiser"``, if it is so.
+    #: Those that apply of ``"lost its manifold"``, ``"sharded"``, ``"frozen"``, ``"constrained"`` and
+    #: ``"not in the optimiser"``.
     notes: tuple[str, ...] = ()
 
 
 class Summary(list[UnitaryWeight]):
-    """One entry for each unitary weight; printed, a table."""
+    """A list with one entry for each unitary weight; ``print`` shows a table."""
 
     def __str__(self) -> str:
         rows = [("weight", "shape", "dtype", "manifold", "k", "error", "optimiser", "lr", "")]
@@ -63,16 +66,16 @@ class Summary(list[UnitaryWeight]):
 def summary(model: nn.Module, optimizer: Any = None) -> Summary:
     """Return a table of a model's unitary weights: shape, dtype, manifold, k, error, and how an optimiser moves them.
 
-    A weight that was made unitary and has lost its manifold is in it, and marked.  Weights that two modules share come
-    once.
+    A weight that was made unitary and has lost its manifold is listed with a note.  A weight that two modules share is
+    listed once.
 
-    Cost: one product of each weight with itself in double precision, :math:`O(nm^2)`; waits for the device.
+    Cost for each weight: one product with itself in double precision, :math:`O(nm^2)`.  Waits for the device.
 
     Parameters
     ----------
     model : torch.nn.Module
     optimizer : torch.optim.Optimizer, optional
-        Or a wrapper of one; the class is that of the optimiser inside.
+        The optimiser, or a wrapper that holds it; the table names the class of the optimiser inside.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def summary(model: nn.Module, optimizer: Any = None) -> Summary:
     Raises
     ------
     TypeError
-        A model that is no module, or an optimiser that is none.
+        ``model`` is not a module; ``optimizer`` is not an optimiser and holds none.
 
     Examples
     --------

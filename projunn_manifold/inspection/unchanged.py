@@ -1,4 +1,4 @@
-"""A few steps of training that leave everything as it was."""
+"""Steps of training that are undone afterwards."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ __all__ = ["unchanged"]
 
 @contextmanager
 def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iterator[None]:
-    """Leave model, optimiser, manifolds and the global random numbers bit for bit as they are.
+    """Undo at the end what the block changes in model, optimiser, manifolds and global random numbers, bit for bit.
 
-    Parameters, gradients, buffers and modes are put back, and what modules and the optimiser hold in tensors, numbers,
-    lists and dicts, the optimiser's state and groups among it; inside, parameters have no gradients.  What a closure
-    reads from elsewhere, such as the next batches of an iterator, stays read, and so does what modules keep in objects
-    of other classes.
+    This covers parameters, gradients, buffers and modes, and all tensors, numbers, lists and dicts that modules and
+    the optimiser hold, including the optimiser's state and groups.  At the start of the block no parameter has a
+    gradient.  Two things are not undone: what the block reads from elsewhere, such as the next batches of an iterator,
+    and changes inside objects of other classes that modules hold.
+
+    Raises
+    ------
+    RuntimeError
+        At the end, if some tensors could not be given back their values; all others have them.
     """
     held = () if optimizer is None else parameters_of(inner_optimizer(optimizer))
     parameters = list({id(p): p for p in (*model.parameters(), *held)}.values())
@@ -50,7 +55,7 @@ def unchanged(model: nn.Module, optimizer: Any, states: Iterable[State]) -> Iter
 
 
 class _Snapshot:
-    """Values of tensors, and what containers hold, to be put back in place."""
+    """Values of tensors and contents of containers, which can be put back in place."""
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Any, Any]] = {}
@@ -79,7 +84,7 @@ class _Snapshot:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Give every tensor its values and every container what it held; raise at the end for those that refuse."""
+        """Give every tensor its values and every container its contents; raise at the end if some tensors refused."""
         failures = []
         for value, before in self._kept.values():
             try:
@@ -102,7 +107,7 @@ class _Snapshot:
             value.update(before)
 
     def _was_written(self, value: Tensor, before: Tensor) -> bool:
-        """Return whether a tensor may have other values: it was written to, or what it shows was, as by ``.data``."""
+        """Return whether a tensor may have other values: it was written to, or its memory was, as through ``.data``."""
         version = self._versions.get(id(value))
         if version is not None and version != value._version:
             return True
@@ -116,7 +121,7 @@ def _holds_the_same(value: MutableMapping[Any, Any], before: dict[Any, Any]) -> 
 
 @contextmanager
 def _same_random_numbers(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Put the global generators back: Python's, NumPy's, PyTorch's on CPU and on the devices of the parameters."""
+    """Restore the global generators: Python's, NumPy's, PyTorch's on CPU and on the devices of the parameters."""
     devices = {p.device for p in parameters if p.device.type not in ("cpu", "meta")}
     kept, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with ExitStack() as forks:

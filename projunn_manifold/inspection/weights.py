@@ -1,4 +1,4 @@
-"""The unitary weights of a model, each once, with the optimiser's group that holds it."""
+"""The unitary weights of a model, each once, with the parameter group that holds it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Weight(NamedTuple):
     name: str
     p: Tensor
     manifold: UnitaryLowRank
-    #: The optimiser's group that holds it, or None.
+    #: The parameter group of the optimiser that holds it, or None.
     group: dict[str, Any] | None
 
 
 def weights_of(model: object, optimizer: object = None) -> Iterator[Weight]:
-    """Iterate over a model's unitary weights, also those that have lost their manifold; shared ones come once.
+    """Iterate over a model's unitary weights, including those that have lost their manifold; each comes once.
 
     Raises
     ------
     TypeError
-        A model that is no module, or an optimiser that is none and wraps none.
+        ``model`` is not a module; ``optimizer`` is not an optimiser and holds none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}")
@@ -47,5 +47,5 @@ def weights_of(model: object, optimizer: object = None) -> Iterator[Weight]:
 
 
 def rate_of(weight: Weight) -> float | None:
-    """Return the learning rate of a weight, or None where no optimiser holds it or its group has none."""
+    """Return the learning rate of a weight, or None if no optimiser holds it or its group has no ``lr``."""
     return None if weight.group is None or "lr" not in weight.group else float(weight.group["lr"])

@@ -16,14 +16,15 @@ which on CPU has at most 2 MiB (or two members), is copied.  Left to step alone 
 manifolds and samplers of your own, the first step on a manifold, non-contiguous parameters, gradients of other classes,
 and groups with ``stabilize`` or with numbers for each matrix.
 
-``feedback`` is error feedback: what the rank-k sketch leaves out of the gradient is added to the next gradient,
+``feedback`` is error feedback: the part of the gradient that the sketch leaves out is added to the next gradient,
 
 .. math:: M = G + R,\qquad M \approx a b^H,\qquad R \leftarrow g\,(M - a b^H),
 
-where the unitary g of the step carries the residual R along with the point.  R is one more dense matrix for each
-parameter, ``state[p]["residual"]``, which travels with ``state_dict``.  It costs 8 to 10 passes more, and a gradient
-that is kept as factors is multiplied out to be added.  Where moves are of full rank nothing is left out, and there is
-no residual.
+where g is the unitary matrix of the step, which transports the residual R to the new point.  R is one more dense matrix
+for each parameter, ``state[p]["residual"]``, and is saved in ``state_dict``.  A step makes 8 to 10 passes more, and
+allocates one temporary matrix.  A gradient that is kept as factors is multiplied out, so that R can be added.  Moves of
+full rank leave nothing out, and have no residual.  :func:`~projunn_manifold.distributed.data_parallel` refuses
+``feedback``: it exchanges sketches of the gradient alone.
 """
 
 from __future__ import annotations
@@ -173,10 +174,13 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     foreach : bool, optional
         Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
     feedback : bool, optional
-        Whether what a sketch leaves out of a gradient is added to the next one.  See the module's text.
+        Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
+        Default: ``False``.  See the module's text.
 
     Raises
     ------
+    TypeError
+        ``foreach`` is not True, False or None, or ``feedback`` is not True or False; also in ``step``, from a group.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
@@ -257,10 +261,13 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     foreach : bool, optional
         Whether parameters of one kind step as one stack; None: where it pays.  See the module's text.
     feedback : bool, optional
-        Whether what a sketch leaves out of a gradient is added to the next one.  See the module's text.
+        Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
+        Default: ``False``.  See the module's text.
 
     Raises
     ------
+    TypeError
+        ``foreach`` is not True, False or None, or ``feedback`` is not True or False; also in ``step``, from a group.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be

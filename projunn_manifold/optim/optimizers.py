@@ -1,4 +1,4 @@
-"""What this package asks of any optimiser: which parameters it moves, whether it keeps them on their manifolds.
+"""What this package needs to know of any optimiser: which parameters it moves, and if it keeps them on their manifolds.
 
 Wrappers (accelerate's, Lightning's, ``ZeroRedundancyOptimizer``, Lookahead) hold the optimiser that makes the steps.
 """
@@ -44,26 +44,27 @@ PUT_BACK_WRAPPED = (
 
 _HOLDING = ("optimizer", "optim", "base_optimizer", "original_optimizer")  # where wrappers hold what they wrap
 
-#: Functions of (optimizer, p) that return whether an optimiser keeps a parameter on its manifold.  Append one for a
-#: class of your own that does: ``keepers.append(lambda optimizer, p: isinstance(optimizer, Own))``.
+#: Functions of (optimizer, p) that return whether an optimiser keeps a parameter on its manifold.  If a class of your
+#: own does so, append a function: ``keepers.append(lambda optimizer, p: isinstance(optimizer, Own))``.
 keepers: list[Callable[[Optimizer, Tensor], bool]] = []
 
 
 def inner_optimizer(optimizer: object) -> Optimizer:
-    """Return the optimiser of torch's kind that makes the steps of this one: itself, or what it wraps.
+    """Return the ``torch.optim.Optimizer`` that makes the steps of this optimiser: itself, or the one that it wraps.
 
-    Wrappers (accelerate's, Lightning's, ``ZeroRedundancyOptimizer``, Lookahead) hold it as ``optimizer`` or ``optim``.
+    Wrappers (accelerate's, Lightning's, ``ZeroRedundancyOptimizer``, Lookahead) hold it as ``optimizer``, ``optim``,
+    ``base_optimizer`` or ``original_optimizer``.
 
     Raises
     ------
     TypeError
-        No optimiser, and nothing that holds one.
+        ``optimizer`` is not an optimiser and holds none; a learning rate scheduler, which holds one, is refused too.
     """
     return layers_of(optimizer)[-1]
 
 
 def layers_of(optimizer: object) -> list[Any]:
-    """Return an optimiser, what it wraps, what that wraps, and so on."""
+    """Return an optimiser, the one that it wraps, the one that this wraps, and so on; raise as ``inner_optimizer``."""
     layers: list[Any] = [optimizer]
     if not isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):  # which holds one, but is none
         while True:
@@ -82,7 +83,7 @@ def layers_of(optimizer: object) -> list[Any]:
 
 
 def _is_optimizer(found: object) -> bool:
-    """Return whether this is an optimiser that torch has set up; some wrappers are of its class, but not set up."""
+    """Return whether torch has set up this optimiser; some wrappers are of its class, but do not call ``__init__``."""
     return isinstance(found, Optimizer) and context.has_step_hooks(found)
 
 
@@ -91,9 +92,9 @@ def _holds(found: object) -> bool:
 
 
 def shares_groups(optimizer: Any) -> bool:
-    """Return whether an optimiser and all it wraps have the same groups; not those of ``ZeroRedundancyOptimizer``.
+    """Return whether an optimiser and all that it wraps have the same groups; ``ZeroRedundancyOptimizer`` does not.
 
-    A wrapper without groups has those of what it wraps.
+    A wrapper without groups counts as having those of the optimiser that it wraps.
     """
     inner = inner_optimizer(optimizer)
     return all(
@@ -102,7 +103,7 @@ def shares_groups(optimizer: Any) -> bool:
 
 
 def warn_of_interpolation(optimizer: object) -> None:
-    """Warn of a wrapper that is known to average weights, which takes them off their manifolds."""
+    """Warn of a wrapper that is known to interpolate weights, which takes them off their manifolds."""
     for layer in layers_of(optimizer):
         if any("lookahead" in kind.__name__.lower() for kind in type(layer).__mro__):
             validation.warn(
@@ -112,7 +113,7 @@ def warn_of_interpolation(optimizer: object) -> None:
 
 
 def parameters_of(optimizer: Any) -> Iterator[Any]:
-    """Iterate over the parameters of all groups."""
+    """Iterate over the parameters of all groups, of the optimiser inside if a wrapper has no groups."""
     groups = getattr(optimizer, "param_groups", None)
     return (p for group in groups or inner_optimizer(optimizer).param_groups for p in group["params"])
 
@@ -129,14 +130,14 @@ def keeps(optimizer: Optimizer, p: Tensor) -> bool:
 
 
 def about_to_move(optimizer: Optimizer, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """Iterate over the parameters on manifolds that a step will move, if only by its closure."""
+    """Iterate over the parameters on manifolds that a step will move; with a closure, over all on manifolds."""
     has_closure = has_closure_among(args, kwargs)
     return (p for p in parameters_of(optimizer) if (has_closure or p.grad is not None) and manifold_of(p) is not None)
 
 
 @functools.cache
 def watch_shards() -> None:
-    """Refuse, from now on, every step that would move a sharded parameter as a Euclidean one."""
+    """Raise TypeError, from now on, in every step that would move a sharded parameter as a Euclidean one."""
     before_steps.append(_refuse)
 
 

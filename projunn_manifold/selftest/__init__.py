@@ -1,1 +1,1 @@
-"""One command that proves the package on the hardware at hand: ``python -m projunn_manifold.selftest``."""
+"""A command that checks the package on the hardware at hand: ``python -m projunn_manifold.selftest``."""

@@ -1,7 +1,8 @@
 """``python -m projunn_manifold.selftest``: the laws and the times of this package on a device.
 
-Run it first on new hardware, and put what it prints into a bug report.  Every law is a line: ``ok``, or the figure that
-is off with its limit.  A table of times follows, and JSON is left beside it.  The exit status is 0 if all laws hold.
+Run it first on new hardware, and put what it prints into a bug report.  It prints a line for each law: ``ok``, or
+``OFF`` with the error and its limit, or with the exception.  A table of times follows.  The results are also written as
+JSON.  The exit status is 0 if all laws hold.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from projunn_manifold.selftest.times import Time, sizes_of, step_times, training
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Ask all laws, time the steps, and return the exit status."""
+    """Check all laws, time the steps, and return the exit status."""
     parser = argparse.ArgumentParser(
-        prog="python -m projunn_manifold.selftest", description="Prove the package on a device, and time its steps."
+        prog="python -m projunn_manifold.selftest", description="Check the package on a device, and time its steps."
     )
     parser.add_argument(
         "--device", default=_default_device(), help="such as cuda, mps, xpu or cpu (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer laws and sizes, for a few seconds")
+    parser.add_argument("--quick", action="store_true", help="fewer laws and sizes: a few seconds")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="where to write the JSON (default: selftest-DEVICE.json)"
     )
@@ -60,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def ask(law: Law) -> dict[str, Any]:
-    """Ask a law, print a line, and return the outcome."""
+    """Check a law, print a line, and return the outcome."""
     try:
         found, problem = law.error(), ""
     except Exception as failure:
@@ -73,7 +74,7 @@ def ask(law: Law) -> dict[str, Any]:
 
 
 def table(times: list[Time]) -> str:
-    """Return the times of steps, a row for each optimiser and a column for each size, and those of training steps."""
+    """Return a table of steps, a row for each optimiser and a column for each size, then a list of training steps."""
     sizes = list(dict.fromkeys(t.size for t in times if t.size.isdigit()))
     found = {(t.what, t.size): t.ms for t in times}
     rows = [["ms of a step, n =", *sizes]]
@@ -87,7 +88,7 @@ def table(times: list[Time]) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what the result may depend on."""
+    """Return the versions of all that the result may depend on."""
     return {
         "projunn_manifold": importlib.metadata.version("projunn_manifold"),
         "torch": torch.__version__,

@@ -1,6 +1,11 @@
-r"""What must hold on any device, compared with dense double-precision references on the CPU.
+r"""What must hold on any device.
 
-Errors are :math:`\|\cdot\|_F/\sqrt m` of the worst matrix of a stack.
+Steps, samplers and layers are compared with dense double-precision references on the CPU, and in-place optimisers with
+geoopt's on the device.  Drift is the distance from the manifold.  Resumed runs, compiled models and captured graphs are
+compared with plain ones on the device.
+
+Errors of points are :math:`\|\cdot\|_F/\sqrt m` of the worst matrix of a stack.  Errors of sketches and gradients are
+relative to the norm of what is expected.  A resumed run has to be equal bit for bit.
 """
 
 from __future__ import annotations
@@ -38,7 +43,7 @@ _MAPS: dict[str, tuple[type[UnitaryLowRank], Callable[[Tensor, Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and which dtypes of points it has."""
+    """A device, and the dtypes that points can have on it."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -60,7 +65,7 @@ def _has(device: torch.device, dtype: torch.dtype) -> bool:
 
 @dataclass(frozen=True)
 class Law:
-    """Something that holds: ``error`` returns a figure that must not be above ``limit``."""
+    """Something that must hold: ``error`` returns a number that is at most ``limit``."""
 
     name: str
     error: Callable[[], float]
@@ -68,7 +73,7 @@ class Law:
 
 
 def laws(on: Device, quick: bool) -> Iterator[Law]:
-    """Iterate over all laws that can be asked of a device."""
+    """Iterate over all laws that can be checked on a device; fewer of them if ``quick``."""
     yield from _steps(on, quick)
     yield from _samplers(on)
     yield from _optimizers(on)
@@ -82,7 +87,7 @@ def laws(on: Device, quick: bool) -> Iterator[Law]:
 
 
 class _Draw:
-    """Random matrices, drawn on the CPU, so that every device sees the same."""
+    """Random matrices, drawn on the CPU, so that they are the same on every device."""
 
     def __init__(self, on: Device, seed: int = 0) -> None:
         self._device, self._generator = on.device, torch.Generator().manual_seed(seed)
@@ -120,7 +125,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _steps(on: Device, quick: bool) -> Iterator[Law]:
-    """Ask that a step is the exact map of the sketch that it follows."""
+    """Check that a step is the exact map of the sketch that it follows."""
     dtypes = on.dtypes[:: 2 if quick else 1]
     for letter, k, label, dtype, length in itertools.product(_MAPS, (1, 4, None), _SHAPES, dtypes, (1e-3, 1.0)):
         name = f"step {letter}, k = {k}, {label}, {_short(dtype)}, length {length:g}"
@@ -143,7 +148,7 @@ def _error_of_step(
 
 
 def _samplers(on: Device) -> Iterator[Law]:
-    """Ask that a gradient of rank k is kept whole."""
+    """Check that a sketch keeps all of a gradient of rank at most k."""
     for name, dtype in itertools.product(SAMPLERS, on.dtypes):
         limit = 20 * _ROUNDING * torch.finfo(dtype).eps
         yield Law(f"sampler {name}, {_short(dtype)}", partial(_error_of_sampler, on, SAMPLERS[name], dtype), limit)
@@ -178,7 +183,7 @@ def _trained(on: Device, dtype: torch.dtype, make: Any, options: dict[str, Any],
 
 
 def _optimizers(on: Device) -> Iterator[Law]:
-    """Ask that in-place optimisers make the steps of geoopt's."""
+    """Check that in-place optimisers make the steps of geoopt's."""
     for label, k, dtype in itertools.product(_OPTIMIZERS, (1, 4, None), on.dtypes):
         error = partial(_difference_from_geoopt, on, label, k, dtype)
         name = f"in place as geoopt's, {label}, k = {k}, {_short(dtype)}"
@@ -191,7 +196,7 @@ def _difference_from_geoopt(on: Device, label: str, k: int | None, dtype: torch.
 
 
 def _drift(on: Device, steps: int) -> Iterator[Law]:
-    """Ask that rounding does not add up."""
+    """Check that rounding errors do not add up."""
     dtype = on.dtypes[0]
     for label, k in (("SGD", 1), ("SGD", None), ("momentum", 4), ("Adam", 1)):
         name = f"drift in {steps} steps, {label}, k = {k}, {_short(dtype)}"
@@ -219,7 +224,7 @@ def _loss(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _layers(on: Device) -> Iterator[Law]:
-    """Ask that gradients are those of the CPU in double precision."""
+    """Check that gradients are those of the CPU in double precision."""
     for label in _LAYERS:
         yield Law(f"layer {label}, backward", partial(_error_of_layer, on, label), 200 * torch.finfo(torch.float32).eps)
 
@@ -255,7 +260,7 @@ def _go_on(model: nn.Module, optimizer: Any, on: Device, steps: range) -> None:
 
 
 def _checkpoints(on: Device) -> Iterator[Law]:
-    """Ask that a run goes on from a checkpoint bit for bit."""
+    """Check that a run that resumes from a checkpoint is the uninterrupted one, bit for bit."""
     yield Law("checkpoint there and back", partial(_error_after_checkpoint, on), 0.0)
 
 
@@ -276,7 +281,7 @@ def _error_after_checkpoint(on: Device) -> float:
 
 
 def _compiled(on: Device) -> Iterator[Law]:
-    """Ask that a compiled model has the gradients of the plain one."""
+    """Check that a compiled model has the gradients of the plain one."""
     yield Law("torch.compile, backward", partial(_error_of_compiled, on), 200 * torch.finfo(torch.float32).eps)
 
 
@@ -291,7 +296,7 @@ def _error_of_compiled(on: Device) -> float:
 
 
 def _captured(on: Device) -> Iterator[Law]:
-    """Ask that a step in a captured graph is the step outside."""
+    """Check that a step in a captured graph equals the same step outside."""
     yield Law("captured graph, k = None", partial(_error_of_captured, on), _ROUNDING * torch.finfo(torch.float32).eps)
 
 

@@ -1,4 +1,7 @@
-"""Times of steps and of whole training steps, beside torch's SGD, geoopt's Stiefel and POGO."""
+"""Times of steps, beside torch's SGD and Adam, geoopt's Stiefel and POGO; of training steps, beside torch's layers.
+
+On CPU, geoopt's Stiefel and POGO are timed up to n = 512.  POGO is left out if it is not installed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ class Time(NamedTuple):
 
 
 def sizes_of(device: torch.device, quick: bool) -> tuple[int, ...]:
-    """Return the sides of the matrices whose steps are timed."""
+    """Return the sizes n of the n x n matrices whose steps are timed."""
     if quick:
         return (64,)
     return (128, 256, 512, 1024) if device.type == "cpu" else (128, 256, 512, 1024, 2048, 4096, 8192)
@@ -42,7 +45,7 @@ def _largest_of_rivals(device: torch.device) -> int:
 
 
 def median_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the median milliseconds of a call, the first two of which are not counted."""
+    """Return the median milliseconds of up to 15 calls, after two that are not counted; it ends after half a second."""
     found: list[float] = []
     start = time.perf_counter()
     for i in range(_REPETITIONS + 2):
@@ -58,7 +61,7 @@ def median_ms(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def step_times(device: torch.device, sizes: tuple[int, ...]) -> Iterator[Time]:
-    """Iterate over the times of an optimiser's step, in float32."""
+    """Iterate over the times of a step of each optimiser, in float32."""
     for n in sizes:
         draw = torch.Generator().manual_seed(0)
         x = dense.haar(n, n, dtype=torch.float32, device="cpu", generator=draw).to(device)
