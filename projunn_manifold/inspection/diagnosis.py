@@ -24,7 +24,6 @@ from projunn_manifold.inspection.gradients import best_shares, gradient_operator
 from projunn_manifold.inspection.unchanged import unchanged
 from projunn_manifold.inspection.weights import Weight, weights_of
 from projunn_manifold.linalg.dense import unitarity_error
-from projunn_manifold.manifold.parameters import is_dtensor
 from projunn_manifold.manifold.unitary import UnitaryLowRank
 from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
 from projunn_manifold.optim.optimizers import inner_optimizer, parameters_of
@@ -193,8 +192,11 @@ def diagnose(
     weights = list(weights_of(model, optimizer))
     if not weights:
         raise ValueError("the model has no unitary weights, whose rank could be chosen")
-    if any(is_dtensor(weight.p) for weight in weights):
-        raise ValueError("sharded weights cannot be diagnosed: take the model before it is sharded")
+    without = [weight.name for weight in weights if not weight.has_values]
+    if without:
+        raise ValueError(
+            f"{without[0]!r} is sharded, empty or on the meta device: diagnose a model whose weights have values here"
+        )
     if not callable(closure):
         raise TypeError(f"`closure` must be a function that calls backward(), got {type(closure).__name__}")
     check_positive("steps", steps)

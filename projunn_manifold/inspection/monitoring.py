@@ -17,7 +17,6 @@ from projunn_manifold.inspection.gradients import (
 )
 from projunn_manifold.inspection.weights import Weight, rate_of, weights_of
 from projunn_manifold.linalg import dense
-from projunn_manifold.manifold.parameters import is_dtensor
 
 __all__ = ["monitor"]
 
@@ -92,7 +91,7 @@ def monitor(model: nn.Module, optimizer: Any = None) -> dict[str, float]:
 def _numbers(weight: Weight) -> dict[str, float]:
     _, p, manifold, _ = weight
     faults = {key: float(count) for key, count in manifold.memory.faults()._asdict().items()}
-    if is_dtensor(p) or p.is_meta or not p.numel():
+    if not weight.has_values:
         return faults
     found = {"unitarity_error": dense.probed_unitarity_error(p.detach()).max().item()}
     gradient = gradient_operator(p)

@@ -116,7 +116,7 @@ def _described(weight: Weight, optimizer: torch.optim.Optimizer | None) -> Unita
         dtype=p.dtype,
         manifold=str(manifold.name),
         k=manifold.k,
-        error=None if is_dtensor(p) or p.is_meta or not p.numel() else unitarity_error(p).max().item(),
+        error=unitarity_error(p).max().item() if weight.has_values else None,
         optimizer=type(optimizer).__name__ if held else None,
         lr=rate_of(weight),
         notes=tuple(note for note, holds in notes.items() if holds),

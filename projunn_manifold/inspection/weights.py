@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from projunn_manifold.manifold.parameters import is_dtensor
 from projunn_manifold.manifold.unitary import UnitaryLowRank
 from projunn_manifold.optim.optimizers import inner_optimizer
 from projunn_manifold.optim.plan import manifolds_of
@@ -22,6 +23,11 @@ class Weight(NamedTuple):
     manifold: UnitaryLowRank
     #: The parameter group of the optimiser that holds it, or None.
     group: dict[str, Any] | None
+
+    @property
+    def has_values(self) -> bool:
+        """Whether its numbers can be looked at here: it is not sharded, empty or on the meta device."""
+        return not (is_dtensor(self.p) or self.p.is_meta) and self.p.numel() > 0
 
 
 def weights_of(model: object, optimizer: object = None) -> Iterator[Weight]:

@@ -75,8 +75,9 @@ def layers_of(optimizer: object) -> list[Any]:
             layers.append(inner)
     if not _is_optimizer(layers[-1]):
         advice = "; give them one by one" if isinstance(optimizer, list | tuple) else ""
+        names = f".{', .'.join(_HOLDING[:-1])} or .{_HOLDING[-1]}"
         raise TypeError(
-            "`optimizer` must be a torch.optim.Optimizer, or a wrapper that holds one as .optimizer or .optim, got "
+            f"`optimizer` must be a torch.optim.Optimizer, or a wrapper that holds one as {names}, got "
             f"{type(optimizer).__name__}{advice}"
         )
     return layers

@@ -40,7 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    on = Device.of(options.device)
+    try:
+        on = Device.of(options.device)
+    except RuntimeError as error:  # a name that PyTorch does not know
+        parser.error(f"argument --device: {str(error).splitlines()[0]}")
     if not on.dtypes:
         print(f"no product of matrices works on {options.device!r}", file=sys.stderr)
         return 1

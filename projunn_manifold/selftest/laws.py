@@ -59,7 +59,12 @@ def _has(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         x = torch.ones(2, 2, dtype=dtype, device=device)
         return bool((x @ x).real.sum().item() == 8)
-    except (RuntimeError, TypeError, NotImplementedError):
+    except (
+        AssertionError,
+        RuntimeError,
+        TypeError,
+        NotImplementedError,
+    ):  # PyTorch has no such device, or it no such dtype
         return False
 
 

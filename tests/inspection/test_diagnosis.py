@@ -202,7 +202,8 @@ def test_matplotlib_is_not_imported_before_it_is_needed():
         (network(), None, {}, TypeError, "closure"),
         (network(), lambda: None, {}, ValueError, "backward"),
         (network(), lambda: None, {"steps": 0}, ValueError, "steps"),
-        (network(), lambda: None, {"optimizer": 3}, TypeError, "optimizer"),
+        (network(), lambda: None, {"optimizer": 3}, TypeError, r"\.optim, \.base_optimizer or \.original_optimizer"),
+        (network().to("meta"), lambda: None, {}, ValueError, "meta"),
     ],
 )
 def test_wrong_arguments_are_refused(model, closure, options, error, words):

@@ -55,6 +55,16 @@ def test_a_law_that_raises_is_off_and_the_others_are_asked(tmp_path, capsys, mon
     assert record["laws"][-1]["ok"]
 
 
+@pytest.mark.parametrize("name", ["xla:0", "no such device"])
+def test_a_device_that_is_not_there_is_said_to_be_so(capsys, name):
+    try:
+        status = selftest.main(["--device", name, "--quick"])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status
+    assert name in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_whole_of_it_holds_on_the_cpu(tmp_path):
     assert selftest.main(["--device", "cpu", "--json", str(tmp_path / "selftest.json")]) == 0
