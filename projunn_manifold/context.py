@@ -29,6 +29,7 @@ __all__ = [
     "has_step_hooks",
     "in_full_precision",
     "is_differentiated",
+    "is_on_host",
     "is_plain",
     "is_single",
     "keep_optimizers_outside_graphs",
@@ -80,6 +81,11 @@ def readable(x: Tensor) -> bool:
 def would_wait(x: Tensor) -> bool:
     """Return whether the host would wait if it looked at x's values, or had it factorised."""
     return not (readable(x) or traced())
+
+
+def is_on_host(t: Tensor) -> bool:
+    """Return whether NumPy can compute with t's memory."""
+    return t.is_cpu and is_plain(t) and not t.requires_grad and not traced()
 
 
 def is_single(device: torch.device) -> bool:

@@ -84,16 +84,16 @@ def adjoint_times(x: Tensor, q: Tensor) -> Tensor:  # (*batch, n, m), (*batch, n
     return (q.mH @ x).mH.resolve_conj()
 
 
-def add_product_(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add ``left @ right^H`` to ``x`` in place and return ``x``; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
+def add_product_(x: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Make of x ``scale x + left right^H``, in place, and return it; ``(*batch, n, r)`` and ``(*batch, m, r)``."""
     if x.dim() == 2:
-        return x.addmm_(left, right.mH)
+        return x.addmm_(left, right.mH, beta=scale)
     if x.dim() > 3 and left.dim() == right.dim() == x.dim() and x.is_contiguous():
-        add_product_(x.view(-1, *x.shape[-2:]), left.flatten(0, -3), right.flatten(0, -3))
+        add_product_(x.view(-1, *x.shape[-2:]), left.flatten(0, -3), right.flatten(0, -3), scale)
         return x
     if x.dim() == 3 and left.dim() == 3 and right.dim() == 3:
-        return x.baddbmm_(left, right.mH)
-    return x.add_(left @ right.mH)
+        return x.baddbmm_(left, right.mH, beta=scale)
+    return x.mul_(scale).add_(left @ right.mH)
 
 
 def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:

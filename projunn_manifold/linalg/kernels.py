@@ -298,23 +298,23 @@ def _add_row(a: Any, x0: Any, z: Any) -> None:  # pragma: no cover
         z[j] += a * x0[j]
 
 
-# -- updates: Y = X + L R^H; Y may be X itself ------------------------------------------------------------------
+# -- updates: Y = c X + L R^H; Y may be X itself ----------------------------------------------------------------
 
 
 @_compiled
 def add_product(
-    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+    y: Any, x: Any, fresh: bool, scale: float, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
 ) -> None:  # pragma: no cover
-    """``y = x + left right^T`` if ``fresh``, otherwise ``y += left right^T``."""
+    """``y = scale x + left right^T``; unless ``fresh``, x is y."""
     for t in range(t0, t1):
-        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, left[t, :, i0:i1], right[t])
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, scale, left[t, :, i0:i1], right[t])
 
 
 @_compiled
 def complex_add_product(
-    y: Any, x: Any, fresh: bool, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
+    y: Any, x: Any, fresh: bool, scale: float, left: Any, right: Any, t0: int, t1: int, i0: int, i1: int
 ) -> None:  # pragma: no cover
-    """``y = x + left right^H`` or ``y += left right^H``, as w conj(v) = Re w conj(v) + Im w (i conj(v))."""
+    """``y = scale x + left right^H`` likewise, as w conj(v) = Re w conj(v) + Im w (i conj(v))."""
     r = left.shape[1]
     w = np.empty((2 * r, i1 - i0), x.dtype)
     v = np.empty((2 * r, x.shape[2]), x.dtype)
@@ -323,60 +323,63 @@ def complex_add_product(
             _interleave_conjugate(right[t, c], v[2 * c], v[2 * c + 1])
             for i in range(i1 - i0):
                 w[2 * c, i], w[2 * c + 1, i] = left[t, c, i0 + i].real, left[t, c, i0 + i].imag
-        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, w, v)
+        _add_product(y[t, i0:i1], x[t, i0:i1], fresh, scale, w, v)
 
 
 @_compiled
-def _add_product(y: Any, x: Any, fresh: bool, w: Any, v: Any) -> None:  # pragma: no cover
+def _add_product(y: Any, x: Any, fresh: bool, scale: float, w: Any, v: Any) -> None:  # pragma: no cover
     n, m, r = y.shape[0], y.shape[1], w.shape[0]
     wide = r * m * y.itemsize > _CACHE // 2  # the factors' rows leave the cache: use them for four rows of Y at once
     band = max(4, _BAND // (m * y.itemsize) // 4 * 4) if fresh or r > 4 else n
     for lo in range(0, n, band):
         hi = min(lo + band, n)
         whole = lo + (hi - lo) // 4 * 4 if wide else lo
-        if fresh:
+        if fresh or r == 1:
             for i in range(lo, hi):
-                _copy_row(x[i], y[i])
+                _scale_row(scale if r == 1 else 1.0, x[i], y[i])
+        s = y.dtype.type(scale)  # by which the first columns that are added multiply Y
         for c in range(0, r - 3, 4):
             w0, w1, w2, w3 = w[c, lo:hi], w[c + 1, lo:hi], w[c + 2, lo:hi], w[c + 3, lo:hi]
-            _add_four_to_four(y[lo:whole], w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
-            _add_four(y[lo:hi], whole - lo, w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            _add_four_to_four(s, y[lo:whole], w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            _add_four(s, y[lo:hi], whole - lo, w0, w1, w2, w3, v[c], v[c + 1], v[c + 2], v[c + 3])
+            s = y.dtype.type(1)
         c = r - r % 4
         if r % 4 >= 2:
-            _add_two_to_four(y[lo:whole], w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
-            _add_two(y[lo:hi], whole - lo, w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+            _add_two_to_four(s, y[lo:whole], w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
+            _add_two(s, y[lo:hi], whole - lo, w[c, lo:hi], w[c + 1, lo:hi], v[c], v[c + 1])
         if r % 2:
             for i in range(lo, hi):
                 _add_row(w[r - 1, i], v[r - 1], y[i])
 
 
 @_compiled
-def _copy_row(x0: Any, y0: Any) -> None:  # pragma: no cover
+def _scale_row(scale: float, x0: Any, y0: Any) -> None:  # pragma: no cover
+    factor = x0.dtype.type(scale)
     for j in range(x0.shape[0]):
-        y0[j] = x0[j]
+        y0[j] = factor * x0[j]
 
 
 @_compiled_in_order
 def _add_four(
-    x: Any, start: int, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
+    s: float, x: Any, start: int, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
 ) -> None:  # pragma: no cover
     for i in range(start, x.shape[0]):
         row, ai, bi, ci, di = x[i], a[i], b[i], c[i], d[i]
         for j in range(row.shape[0]):
-            row[j] += ai * u[j] + bi * v[j] + ci * w[j] + di * q[j]
+            row[j] = s * row[j] + (ai * u[j] + bi * v[j] + ci * w[j] + di * q[j])
 
 
 @_compiled_in_order
-def _add_two(x: Any, start: int, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
+def _add_two(s: float, x: Any, start: int, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
     for i in range(start, x.shape[0]):
         row, ai, bi = x[i], a[i], b[i]
         for j in range(row.shape[0]):
-            row[j] += ai * u[j] + bi * v[j]
+            row[j] = s * row[j] + (ai * u[j] + bi * v[j])
 
 
 @_compiled_in_order
 def _add_four_to_four(
-    x: Any, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
+    s: float, x: Any, a: Any, b: Any, c: Any, d: Any, u: Any, v: Any, w: Any, q: Any
 ) -> None:  # pragma: no cover
     for i in range(0, x.shape[0], 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
@@ -385,23 +388,23 @@ def _add_four_to_four(
         c0, c1, c2, c3 = c[i], c[i + 1], c[i + 2], c[i + 3]
         d0, d1, d2, d3 = d[i], d[i + 1], d[i + 2], d[i + 3]
         for j in range(u.shape[0]):
-            x0[j] += a0 * u[j] + b0 * v[j] + c0 * w[j] + d0 * q[j]
-            x1[j] += a1 * u[j] + b1 * v[j] + c1 * w[j] + d1 * q[j]
-            x2[j] += a2 * u[j] + b2 * v[j] + c2 * w[j] + d2 * q[j]
-            x3[j] += a3 * u[j] + b3 * v[j] + c3 * w[j] + d3 * q[j]
+            x0[j] = s * x0[j] + (a0 * u[j] + b0 * v[j] + c0 * w[j] + d0 * q[j])
+            x1[j] = s * x1[j] + (a1 * u[j] + b1 * v[j] + c1 * w[j] + d1 * q[j])
+            x2[j] = s * x2[j] + (a2 * u[j] + b2 * v[j] + c2 * w[j] + d2 * q[j])
+            x3[j] = s * x3[j] + (a3 * u[j] + b3 * v[j] + c3 * w[j] + d3 * q[j])
 
 
 @_compiled_in_order
-def _add_two_to_four(x: Any, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
+def _add_two_to_four(s: float, x: Any, a: Any, b: Any, u: Any, v: Any) -> None:  # pragma: no cover
     for i in range(0, x.shape[0], 4):
         x0, x1, x2, x3 = x[i], x[i + 1], x[i + 2], x[i + 3]
         a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
         b0, b1, b2, b3 = b[i], b[i + 1], b[i + 2], b[i + 3]
         for j in range(u.shape[0]):
-            x0[j] += a0 * u[j] + b0 * v[j]
-            x1[j] += a1 * u[j] + b1 * v[j]
-            x2[j] += a2 * u[j] + b2 * v[j]
-            x3[j] += a3 * u[j] + b3 * v[j]
+            x0[j] = s * x0[j] + (a0 * u[j] + b0 * v[j])
+            x1[j] = s * x1[j] + (a1 * u[j] + b1 * v[j])
+            x2[j] = s * x2[j] + (a2 * u[j] + b2 * v[j])
+            x3[j] = s * x3[j] + (a3 * u[j] + b3 * v[j])
 
 
 # -- thin factors: everything between two passes over a large matrix -------------------------------
@@ -516,21 +519,39 @@ def sketched_tangent_of_rank_k(
     nothing, no_image = np.empty((batch, 0, n), left.dtype), np.empty((batch, 0, m), left.dtype)
     a, b = np.empty((batch, k, n), left.dtype), np.zeros((batch, k, m), left.dtype)
     _any_products(g, test, a, nothing, b, False)
-    smallest, largest = normalise(a, no_image)
-    for t in range(batch):
-        _orthonormalise(a[t], triangle[t])
+    smallest, largest = orthonormalise(a, triangle)
     _any_products(g, no_image, nothing, a, b, False)
     xb, back = np.empty((batch, k, n), left.dtype), np.zeros((batch, 2 * k, m), left.dtype)
     _any_products(x, b, xb, a, back, True)
+    rank_k_tangent(x, a, xb, back, left, right, inside, triangle)
+    return smallest, largest
+
+
+@_compiled
+def orthonormalise(y: Any, r: Any) -> Any:  # pragma: no cover
+    """Replace the columns of each Y by an orthonormal basis, and write R; return the least and largest norm of Y."""
+    smallest, largest = normalise(y, np.empty((len(y), 0, 0), y.dtype))
+    for t in range(len(y)):
+        _orthonormalise(y[t], r[t])
+    return smallest, largest
+
+
+@_compiled
+def rank_k_tangent(
+    x: Any, a: Any, xb: Any, back: Any, left: Any, right: Any, inside: Any, triangle: Any
+) -> None:  # pragma: no cover
+    """Write ``left``, ``right``, ``inside`` and ``triangle`` from a, X b and ``back`` = X^H [X b, a]; X b is lost."""
+    batch, k, n = a.shape
+    nothing, no_image = np.empty((batch, 0, n), a.dtype), np.empty((batch, 0, right.shape[2]), a.dtype)
     for t in range(batch):
         left[t, :k], left[t, k:] = a[t], xb[t]
         right[t, :k], right[t, k:] = back[t, k:], back[t, :k]
         size = _squared_norms(xb[t], 1.0)
-        _inner_products(a[t], xb[t], inside[t])
+        inner_products(a[t], xb[t], inside[t])
         _subtract(left[t, k:], inside[t], a[t])
         _subtract(right[t, k:], inside[t], right[t, :k])
         if not _squared_norms(left[t, k:], 1.0) >= size / 64:  # the difference has lost digits
-            _inner_products(a[t], left[t, k:], triangle[t])
+            inner_products(a[t], left[t, k:], triangle[t])
             _subtract(left[t, k:], triangle[t], a[t])
             right[t, k:] = 0
             _any_products(
@@ -538,7 +559,6 @@ def sketched_tangent_of_rank_k(
             )
         xb[t] = left[t, k:]
         _orthonormalise(xb[t], triangle[t])
-    return smallest, largest
 
 
 @_compiled
@@ -603,14 +623,12 @@ def reduced_frame(u: Any, x: Any, basis: Any, power: int, p: Any, q: Any, inside
         z = np.zeros(q.shape, p.dtype)
         _any_products(u, q, y, nothing, z, True)
         smallest, largest = _widened(smallest, largest, *normalise(y, z))
-        normalise(z, nothing)
         q[:] = z
-        for t in range(batch):
-            _orthonormalise(q[t], inside[t])
+        orthonormalise(q, inside)
     _any_products(x, q, p, nothing, q[:, :0], False)
     _any_products(u, q, y, nothing, q[:, :0], False)
     for t in range(batch):
-        _inner_products(p[t], y[t], inside[t])
+        inner_products(p[t], y[t], inside[t])
     return smallest, largest
 
 
@@ -655,7 +673,7 @@ def _reflect(tau: float, v: Any, y: Any) -> None:  # pragma: no cover
 
 
 @_compiled
-def _inner_products(a: Any, y: Any, c: Any) -> None:  # pragma: no cover
+def inner_products(a: Any, y: Any, c: Any) -> None:  # pragma: no cover
     """``c = a^H y``."""
     for i in range(a.shape[0]):
         for j in range(y.shape[0]):

@@ -84,8 +84,8 @@ class Matrix(LinearOperator, Protocol):
         operator on a tensor would cost more than all the arithmetic that follows.
         """
 
-    def add_product_(self, left: Tensor, right: Tensor) -> Tensor:  # (*batch, n, r), (*batch, m, r)
-        """Add ``left right^H`` to X in place and return its tensor."""
+    def add_product_(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:  # (*batch, n, r), (*batch, m, r)
+        """Make of X ``scale X + left right^H``, in place, and return its tensor."""
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``X + left right^H`` in fresh memory of X's layout."""
@@ -152,9 +152,9 @@ class PlainMatrix(_TensorMatrix):
         """Return W, S and three numbers; see :meth:`Matrix.rank_one_tangent`."""
         return _rank_one_tangent(self, a, b)
 
-    def add_product_(self, left: Tensor, right: Tensor) -> Tensor:
-        """Add ``left right^H`` to X in place and return it."""
-        return dense.add_product_(self.like, left, right)
+    def add_product_(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """Make of X ``scale X + left right^H``, in place, and return it."""
+        return dense.add_product_(self.like, left, right, scale)
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``X + left right^H`` in fresh memory."""
@@ -197,9 +197,9 @@ class RowShardedMatrix(_TensorMatrix):
         """Return W, S and three numbers; see :meth:`Matrix.rank_one_tangent`."""
         return _rank_one_tangent(self, a, b)
 
-    def add_product_(self, left: Tensor, right: Tensor) -> Tensor:
-        """Add ``left right^H`` to X in place and return it."""
-        self._local.add_product_(sharded.local_rows(self.like, left), right)
+    def add_product_(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """Make of X ``scale X + left right^H``, in place, and return it."""
+        self._local.add_product_(sharded.local_rows(self.like, left), right, scale)
         return self.like
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -269,19 +269,27 @@ class CompiledMatrix(_TensorMatrix):
         return self._tangent(left, right, table, kept) if self._is_in_range(smallest, largest) else None
 
     def sketched_tangent_of_rank_k(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, Small, Small] | None:
-        """Return W = [a, X b'], S = X^H W, c and R for a = orth(G test) and b = G^H a, in one call of the loops.
+        """Return W = [a, X b'], S = X^H W, c and R for a = orth(G test) and b = G^H a, by the loops alone.
 
-        ``test`` is ``(m, k)``; b', c and R are those of :mod:`projunn_manifold.moves.rank_k`.  None as above.
+        ``test`` is ``(m, k)``; b', c and R are those of :mod:`projunn_manifold.moves.rank_k`.  None: G does not suit
+        the loops, or its products leave the range of their precision.
         """
-        given = self._one_call(g, test, 2 * test.shape[-1])
-        if given is None:
-            return None
         k = test.shape[-1]
-        left, right = self._room(2 * k)
-        inside, triangle = self._small_room(k), self._small_room(k)
-        if not self._is_in_range(*compiled.sketched_tangent_of_rank_k(*given, left, right, inside, triangle)):
+        known = self._known(g, test, 2 * k)
+        if known is None:
             return None
-        return self._columns(left), self._columns(right), self._small(inside), self._small(triangle)
+        g, rows = known
+        left, right = self._room(2 * k)
+        cores = self._small_room(k), self._small_room(k)
+        if self._is_for_one_thread():
+            norms = compiled.sketched_tangent_of_rank_k(g._memory, self._memory, rows, left, right, *cores)
+        else:
+            a, _ = g._products(rows, None)
+            norms = compiled.orthonormalise(a, cores[1])
+            _, b = g._products(None, a)
+            compiled.rank_k_tangent(self._memory, a, *self._products(b, a, normal=True), left, right, *cores)
+        inside, triangle = map(self._small, cores)
+        return (self._columns(left), self._columns(right), inside, triangle) if self._is_in_range(*norms) else None
 
     def sketched_frame(self, g: Matrix, test: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None:
         """Return P, B, Q, H, C with ``a b^H = (P H + B C) Q^H`` at tall X, for these a and b; None as above."""
@@ -297,24 +305,40 @@ class CompiledMatrix(_TensorMatrix):
         return self._columns(p), self._columns(outside), self._columns(q), inside, rest
 
     def reduced_frame(self, u: Matrix, test: Tensor, power: int) -> tuple[Tensor, Tensor, Small] | None:
-        """Return X Q, Q = orth((U^H U)^power test) and (X Q)^H U Q in one call of the loops; None as above."""
-        given = self._one_call(u, test, test.shape[-1])
-        if given is None:
+        """Return X Q, Q = orth((U^H U)^power test) and (X Q)^H U Q; None as above."""
+        known = self._known(u, test, test.shape[-1])
+        if known is None:
             return None
+        u, rows = known
         (p, q), inside = self._room(test.shape[-1]), self._small_room(test.shape[-1])
-        if not self._is_in_range(*compiled.reduced_frame(*given, power, p, q, inside)):
-            return None
-        return self._columns(p), self._columns(q), self._small(inside)
+        if self._is_for_one_thread():
+            norms = [compiled.reduced_frame(u._memory, self._memory, rows, power, p, q, inside)]
+        else:
+            norms, q[:] = [], rows
+            for _ in range(power):
+                y, q[:] = u._products(q, None, normal=True)
+                norms.append(compiled.normalise(y, q))
+                compiled.orthonormalise(q, inside)
+            p[:], y = self._products(q, None)[0], u._products(q, None)[0]
+            for own, image, core in zip(p, y, inside, strict=True):
+                compiled.inner_products(own, image, core)
+        in_range = all(self._is_in_range(*each) for each in norms)
+        return (self._columns(p), self._columns(q), self._small(inside)) if in_range else None
 
-    def _one_call(self, g: Matrix, test: Tensor, columns: int) -> tuple[Any, Any, Any] | None:
-        """Return G, X and test columns for each, as the loops see them; None: too wide, or too much for one thread."""
+    def _known(self, g: Matrix, test: Tensor, columns: int) -> tuple[CompiledMatrix, Any] | None:
+        """Return G, and test columns for each matrix as the loops see them; None: too wide, or not of X's kind."""
         x = self.like
         if not isinstance(g, CompiledMatrix) or g.shape != x.shape or g.like.dtype is not x.dtype:
             return None
-        batch = x.shape[:-2].numel()
-        if columns > _NARROW or len(threads.parts(batch, *x.shape[-2:])) > 1:
-            return None
-        return g._memory, self._memory, _rows(test.expand(*x.shape[:-2], *test.shape[-2:]))
+        return None if columns > _NARROW else (g, _rows(test.expand(*x.shape[:-2], *test.shape[-2:])))
+
+    def _is_for_one_thread(self) -> bool:
+        return len(threads.parts(self.like.shape[:-2].numel(), *self.shape[-2:])) == 1
+
+    def _one_call(self, g: Matrix, test: Tensor, columns: int) -> tuple[Any, Any, Any] | None:
+        """Return G, X and the test columns as the loops see them; None as above, or too much for one thread."""
+        known = self._known(g, test, columns) if self._is_for_one_thread() else None
+        return None if known is None else (known[0]._memory, self._memory, known[1])
 
     def _room(self, rows: int) -> list[Any]:
         """Return new arrays for thin matrices of both sides, by rows."""
@@ -346,12 +370,12 @@ class CompiledMatrix(_TensorMatrix):
         info = torch.finfo(self.like.dtype)
         return math.sqrt(info.tiny / info.eps) < smallest and largest < math.sqrt(info.max * info.eps)
 
-    def add_product_(self, left: Tensor, right: Tensor) -> Tensor:
-        """Add ``left right^H`` to X in place and return it."""
+    def add_product_(self, left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+        """Make of X ``scale X + left right^H``, in one pass, and return it."""
         x = self.like
         if not self._takes(left, right):
-            return PlainMatrix(x).add_product_(left, right)
-        self._write_sum(x, left, right)
+            return PlainMatrix(x).add_product_(left, right, scale)
+        self._write_sum(x, left, right, scale)
         torch.autograd.graph.increment_version(x)
         return x
 
@@ -391,14 +415,15 @@ class CompiledMatrix(_TensorMatrix):
         threads.in_parallel(loops, calls)
         return y, z[0] if shared == 1 else z.sum(0)
 
-    def _write_sum(self, y: Tensor, left: Tensor, right: Tensor) -> None:
-        """Write ``X + left right^H`` to y, which may be X."""
+    def _write_sum(self, y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
+        """Write ``scale X + left right^H`` to y, which may be X."""
         x = self.like
         source, left_rows, right_rows = self._memory, _rows(left), _rows(right)
         parts = threads.parts(len(source), *x.shape[-2:])
         target = source if y is x else _interleaved(_array(y))
         loops = compiled.complex_add_product if x.is_complex() else compiled.add_product
-        threads.in_parallel(loops, [(target, source, y is not x, left_rows, right_rows, *part) for part in parts])
+        given = (target, source, y is not x, float(scale), left_rows, right_rows)
+        threads.in_parallel(loops, [(*given, *part) for part in parts])
 
     def _columns(self, rows: Any) -> Tensor:  # NumPy (batch, k, n) -> (*batch, n, k), stored by columns
         if self.like.dim() == 2:

@@ -509,7 +509,9 @@ class UnitaryLowRank(Geometry):
         if isinstance(tangent, FullRankTangent):
             total: Tangent = tangent.plus(c, u)
         else:
-            matrix(u.mul_(c)).add_product_(*tangent.outer())
+            if isinstance(c, Tensor):
+                u, c = u.mul_(c), 1.0
+            matrix(u).add_product_(*tangent.outer(), c)
             total = self._reduced(x, u)
         return self._follow_(x, total, u, (u, *vectors), scale)
 

@@ -13,10 +13,14 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
+from projunn_manifold import context
 from projunn_manifold.linalg import dense, phases, qr
 from projunn_manifold.linalg.products import Matrix, matrix
 
 __all__ = ["LowRankMove", "Move", "expanded", "thin"]
+
+
+_LONG = 1024  # rows
 
 
 class Move(Protocol):
@@ -97,7 +101,13 @@ def expanded(x: Tensor, left: Tensor) -> Tensor:
 
 
 def thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r) -> (*batch, n, r)
-    """Return ``left core``, stored by columns."""
+    """Return ``left core``, stored by columns.
+
+    A long one on CPU is left to NumPy: PyTorch would wake its threads, which then wait busily for more work and keep
+    those of the compiled loops from theirs.
+    """
+    if left.dim() == core.dim() == 2 and len(left) >= _LONG and context.is_on_host(left) and context.is_on_host(core):
+        return torch.from_numpy(core.numpy().T @ left.numpy().T).mT
     return (core.mT @ left.mT).mT
 
 
