@@ -31,7 +31,6 @@ __all__ = [
     "is_differentiated",
     "is_on_host",
     "is_plain",
-    "is_single",
     "keep_optimizers_outside_graphs",
     "make_wrapper",
     "operators_only",
@@ -86,11 +85,6 @@ def would_wait(x: Tensor) -> bool:
 def is_on_host(t: Tensor) -> bool:
     """Return whether NumPy can compute with t's memory."""
     return t.is_cpu and is_plain(t) and not t.requires_grad and not traced()
-
-
-def is_single(device: torch.device) -> bool:
-    """Return whether a device computes in single precision alone, as Apple's and some of Intel's do."""
-    return device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
 
 
 def wait_for(device: torch.device) -> None:

@@ -11,8 +11,6 @@ import math
 import torch
 from torch import Tensor
 
-from projunn_manifold import context
-
 __all__ = [
     "DTYPES",
     "Scalar",
@@ -24,6 +22,7 @@ __all__ = [
     "haar",
     "high_precision",
     "in_double",
+    "is_single",
     "log_unitary",
     "newton_schulz",
     "normalized",
@@ -47,16 +46,21 @@ Scalar = float | Tensor
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
+def is_single(device: torch.device) -> bool:
+    """Return whether a device computes in single precision alone, as Apple's and some of Intel's do."""
+    return device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+
+
 def high_precision(x: Tensor) -> torch.dtype:
     """Return the dtype in which small cores are computed: double precision, single where x's device has no other."""
-    if context.is_single(x.device):
+    if is_single(x.device):
         return x.dtype
     return torch.complex128 if x.is_complex() else torch.float64
 
 
 def in_double(x: Tensor) -> Tensor:
     """Return x in double precision, on the host if its device has none: for what is done once, or waits anyway."""
-    x = x.cpu() if context.is_single(x.device) else x
+    x = x.cpu() if is_single(x.device) else x
     return x.to(torch.complex128 if x.is_complex() else torch.float64)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from projunn_manifold import context
 from projunn_manifold.linalg import dense
 
 __all__ = ["thin_qr"]
@@ -17,7 +16,7 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     By LAPACK or its like, but on devices that have single precision alone, whose factorisations take tens of times as
     long as the products, by products.
     """
-    if context.is_single(y.device):
+    if dense.is_single(y.device):
         return _by_reflections(y)
     return _by_lapack(y)
 

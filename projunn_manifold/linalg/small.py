@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from projunn_manifold.linalg import dense
-
 __all__ = [
     "Small",
     "adjoint",
@@ -71,7 +69,7 @@ def squared_norm(x: Small) -> float | Tensor:  # (*batch, r, s) -> (*batch,), or
 def multiple(c: float | Tensor, x: Small) -> Small:
     """Return c x, for a real number, or one for each matrix ``(*batch,)``."""
     if isinstance(x, Tensor):
-        return x * dense.per_matrix(c)
+        return x * (c.to(x.real)[..., None, None] if isinstance(c, Tensor) else c)
     with np.errstate(all="ignore"):  # what is not finite is refused later
         return x * (c.item() if isinstance(c, Tensor) else c)
 

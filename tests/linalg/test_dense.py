@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import DTYPES, SHAPES, SQUARE, bound, double, error
 
-from projunn_manifold import context
 from projunn_manifold.linalg import dense, qr, small
 
 
@@ -18,7 +17,7 @@ def eye(x):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, (40, 32), (3, 5)], ids=str)
 def test_thin_qr_of_any_rank(draw, monkeypatch, shape, dtype, single):
-    monkeypatch.setattr(context, "is_single", lambda device: single)
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
     for rank in (min(1, shape[-1]), shape[-1]):
         y = draw.matrix(*shape[:-1], rank, dtype=dtype) @ draw.matrix(*shape[:-2], rank, shape[-1], dtype=dtype)
         q, r = qr.thin_qr(y)

@@ -161,7 +161,7 @@ def test_sketched_frames_of_tall_matrices_in_one_call(draw, shape, k, dtype, com
 
 
 @pytest.mark.skipif(products.compiled is None, reason="needs numba")
-def test_what_one_call_does_not_take(draw, monkeypatch):
+def test_what_one_call_does_not_take(draw):
     x, g, test = (draw.matrix(20, n, dtype=torch.float32) for n in (20, 20, 4))
     wide = draw.matrix(20, products._NARROW + 1, dtype=torch.float32)
     for other, columns in ((g.mT, test), (g.double(), test), (g[:, :10].contiguous(), test), (g, wide)):
@@ -172,8 +172,29 @@ def test_what_one_call_does_not_take(draw, monkeypatch):
     tall, known = x[:, :12].contiguous(), draw.matrix(12, 2, dtype=torch.float32)
     for scale in (torch.nan, torch.inf, 1e-25, 1e25):
         assert products.matrix(tall).sketched_frame(products.matrix(g[:, :12].contiguous() * scale), known) is None
-    monkeypatch.setattr(threads, "parts", lambda *_: [(), ()])
-    assert products.matrix(x).reduced_frame(products.matrix(g), test, 1) is None
+
+
+@pytest.mark.skipif(products.compiled is None, reason="needs numba")
+@pytest.mark.parametrize("shape", [(40, 40), (3, 16, 16)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_threads_find_what_one_does(draw, monkeypatch, shape, dtype):
+    x, g, test = (
+        draw.point(*shape, dtype=dtype),
+        draw.matrix(*shape, dtype=dtype),
+        draw.matrix(shape[-1], 3, dtype=dtype),
+    )
+    known, gradient = products.matrix(x), products.matrix(g)
+
+    def found():
+        return [*known.sketched_tangent_of_rank_k(gradient, test), *known.reduced_frame(gradient, test, 2)]
+
+    one = found()
+    monkeypatch.setattr(threads, "_GRAIN", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert len(threads.parts(1, *shape[-2:])) == 3
+    size = torch.linalg.matrix_norm(double(g)).max().item()
+    for several, single in zip(found(), one, strict=True):
+        assert error(torch.as_tensor(several), torch.as_tensor(single)) <= bound(dtype, size)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])

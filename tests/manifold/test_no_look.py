@@ -87,14 +87,14 @@ def test_a_step_looks_at_nothing_and_factorises_nothing(device, make, dtype, sha
 @pytest.mark.parametrize("kind", [UnitaryLowRank, UnitaryLowRankExact])
 @pytest.mark.parametrize("k", [1, 2, 16, None])
 def test_a_step_needs_no_double_precision(device, monkeypatch, make, dtype, shape, k, kind):
-    monkeypatch.setattr(context, "is_single", lambda device: True)
+    monkeypatch.setattr(dense, "is_single", lambda device: True)
     p = parameter(k, shape, dtype, kind, sweep=40)
     step = make(p).step
     with Single():
         for _ in range(4):
             step()
     assert p.manifold.pop_faults() == (0, 0, 0)
-    monkeypatch.setattr(context, "is_single", lambda device: False)
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
     assert dense.unitarity_error(p.detach()).max() <= 2 * bound(dtype)
 
 
@@ -106,11 +106,11 @@ def test_a_step_needs_no_double_precision(device, monkeypatch, make, dtype, shap
 def test_rounding_has_no_direction_that_adds_up(device, monkeypatch, make, shape, k, kind, single):
     p = parameter(k, shape, torch.float32, kind)
     draw, step = torch.Generator().manual_seed(1), make(p).step
-    monkeypatch.setattr(context, "is_single", lambda device: single)
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
     for _ in range(150):
         p.grad = torch.randn(shape, generator=draw)
         step()
-    monkeypatch.setattr(context, "is_single", lambda device: False)
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
     assert dense.unitarity_error(p.detach()) <= dense.tolerance(torch.float32, 32)
 
 
