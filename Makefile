@@ -49,7 +49,7 @@ test: lint $(VENV)/.test $(VENV)/.examples ## the test suite (under 10 minutes o
 test-all: lint $(VENV)/.test $(VENV)/.examples ## the test suite with the slow proofs
 	$(PYTEST) -m "slow or not slow"
 
-integration: $(VENV)/.test $(VENV)/.integration ## tests with Lightning, accelerate, safetensors, ONNX and TensorBoard
+integration: $(VENV)/.test $(VENV)/.integration ## tests with Lightning, accelerate, safetensors, ONNX, TensorBoard and Triton
 	$(PYTEST) -m integration tests/integration
 
 docs: $(VENV)/.docs ## build the documentation, warnings as errors, and follow its links

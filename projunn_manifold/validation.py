@@ -16,11 +16,10 @@ from projunn_manifold.linalg.dense import DTYPES
 
 __all__ = [
     "broadcast",
+    "check_choice",
     "check_count",
     "check_dtype",
-    "check_feedback",
     "check_finite",
-    "check_foreach",
     "check_full_rank",
     "check_image_size",
     "check_in_place",
@@ -139,16 +138,11 @@ def check_seed(seed: object) -> int:
     return number
 
 
-def check_foreach(value: object) -> None:
-    """Raise TypeError unless an optimiser's ``foreach`` is True, False or None."""
-    if value is not None and not isinstance(value, bool):
-        raise TypeError(f"`foreach` must be True, False or None, got {value!r} of type {type(value).__name__}")
-
-
-def check_feedback(value: object) -> None:
-    """Raise TypeError unless an optimiser's ``feedback`` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"`feedback` must be True or False, got {value!r} of type {type(value).__name__}")
+def check_choice(value: object, name: str, or_none: bool = False) -> None:
+    """Raise TypeError unless a value is True or False, or None where that is a choice, too."""
+    if not (isinstance(value, bool) or (or_none and value is None)):
+        expected = "True, False or None" if or_none else "True or False"
+        raise TypeError(f"`{name}` must be {expected}, got {value!r} of type {type(value).__name__}")
 
 
 def _whole(value: object) -> int | None:

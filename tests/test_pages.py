@@ -71,6 +71,7 @@ def test_pages_show_the_recorded_experiments(tmp_path):
         ("examples/distributed.py", "distributed", ["--record", results / "distributed.json"]),
         ("benchmarks/sharded.py", "distributed", ["--record", results / "sharded.json"]),
         ("benchmarks/many_matrices.py", "speed", ["--record", results / "many_matrices.json"]),
+        ("benchmarks/launches.py", "speed", ["--record", results / "launches.json"]),
         ("benchmarks/two_threads.py", "benchmark", ["--record", results / "two_threads.json"]),
     ):
         original = page_of(page)

@@ -14,10 +14,15 @@ from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 
-__all__ = ["PUT_BACK", "Finiteness", "is_far_off"]
+__all__ = ["PUT_BACK", "Finiteness", "is_far_off", "longest_step"]
 
 PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
 _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
+
+
+def longest_step(x: Tensor) -> float:
+    """Return the squared norm beyond which a step from x has no digits in x's precision."""
+    return 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
 
 
 def is_far_off(error: Tensor) -> bool:
@@ -51,8 +56,7 @@ class Finiteness:
 
         Where the host cannot look, longer ones than a fixed number of products is good for are shortened and counted.
         """
-        limit = 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
-        tangent = self._checked(x, tangent, limit, tangent if u is None else u, "step")
+        tangent = self._checked(x, tangent, longest_step(x), tangent if u is None else u, "step")
         if context.would_wait(x):
             tangent, shortened = tangent.within_reach()
             if shortened is not None:

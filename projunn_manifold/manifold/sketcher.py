@@ -50,7 +50,8 @@ class Sketcher:
         self.k = validation.check_count(k, "k", "full rank")
         self.sampler = samplers.resolve_sampler(sampler)
         self.sampler_name = sampler if isinstance(sampler, str) else getattr(sampler, "__name__", repr(sampler))
-        self._is_plain = self.sampler == samplers.SAMPLERS["lsi"]
+        #: Whether a gradient is sketched by k Gaussian columns and nothing else.
+        self.is_plain = self.sampler == samplers.SAMPLERS["lsi"]
         self._state = state
 
     def drawing_from(self, state: State) -> Sketcher:
@@ -72,12 +73,16 @@ class Sketcher:
         """Return the Riemannian gradient of u - decay X, u a Euclidean gradient; of its rank-k part unless dense."""
         if self.k is None or self.is_dense(x.like):
             return _full_rank_gradient(x, as_plain(u))
-        if self._is_plain and isinstance(x, CompiledMatrix) and not decay and not isinstance(u, FactoredTensor):
-            test = samplers.draw_columns(x.shape[-1], self.k, x.like, self._generator(x.like.device))
-            found = sketched_tangent(x, matrix(u), test)
+        if self.is_plain and isinstance(x, CompiledMatrix) and not decay and not isinstance(u, FactoredTensor):
+            found = sketched_tangent(x, matrix(u), self.test_columns(x.like))
             if found is not None:
                 return found
         return tangent_of_gradient(x, self.factors(x, u, decay))
+
+    def test_columns(self, x: Tensor) -> Tensor:
+        """Draw the columns with which the plain sampler tests a gradient."""
+        assert self.k is not None
+        return samplers.draw_columns(x.shape[-1], self.k, x, self._generator(x.device))
 
     def factors(self, x: Matrix, u: Tensor, decay: float = 0.0, averaging: Averaging | None = None) -> LowRank:
         """Return rank-k factors of the gradient u, or of its mean over processes."""

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
-from projunn_manifold.linalg import dense, sharded
+from projunn_manifold.linalg import dense, gpu, sharded
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix, matrix
-from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
+from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off, longest_step
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.hooks import watch_optimizers
 from projunn_manifold.manifold.notes import note_whole_gradient, take_added_decay, whole_gradient
@@ -472,10 +472,12 @@ class UnitaryLowRank(Geometry):
             here.copy_(torch.where(lost[..., None, None], sharded.local_shard(residual), here))
         return tangent, total
 
-    def descend_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
-        """Do what :meth:`step_` does."""
+    def descend_(self, x: Tensor, grad: Tensor, lr: float | Tensor, fused: bool = True) -> Tensor:
+        """Do what :meth:`step_` does, with the kernels for a GPU where they can (unless not ``fused``)."""
         validation.check_in_place(x, grad, "gradient")
         lr = validation.check_rate(lr, "lr", x)
+        if fused and self._suits_kernels(x, grad):
+            return self._descend_by_kernels_(x, grad, lr)
         self.warn_if_far_off(x)
         point = matrix(x)
         tangent = self.sketcher.tangent(point, grad)
@@ -484,6 +486,21 @@ class UnitaryLowRank(Geometry):
         move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
         self._state.count_gradient(x)
         move.apply_(point)
+        self._correct_(x)
+        return x
+
+    def _suits_kernels(self, x: Tensor, grad: Tensor) -> bool:
+        """Return whether a step of x is one of rank one that the kernels know."""
+        is_known = self.k == 1 and self.sketcher.is_plain and self.angle in (GEODESIC, POLAR)
+        return is_known and not self.is_dense(x) and gpu.suits(x, grad)
+
+    def _descend_by_kernels_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
+        if not isinstance(lr, Tensor):
+            lr = torch.full((), lr, dtype=torch.float64, device=x.device)
+        test, is_polar = self.sketcher.test_columns(x), self.angle is POLAR
+        lost = gpu.step_of_rank_one_(x, grad, test, lr.to(x.device, torch.float64), is_polar, longest_step(x))
+        self._state.count_faults(x.device, skipped=lost)
+        self._state.count_gradient(x)
         self._correct_(x)
         return x
 

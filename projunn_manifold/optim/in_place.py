@@ -30,7 +30,7 @@ full rank leave nothing out, and have no residual.  :func:`~projunn_manifold.dis
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.optim.optimizers import keepers, parameters_of
 from projunn_manifold.optim.stacked import Member, move_all_
-from projunn_manifold.validation import check_feedback, check_foreach, check_number, check_same_matrix
+from projunn_manifold.validation import check_choice, check_number, check_same_matrix
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
@@ -78,12 +78,13 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
 
     _geoopt: type[torch.optim.Optimizer]
     _numbers: tuple[str, ...]  # hyper-parameters that are real numbers, or pairs of them
+    _choices: Mapping[str, bool | None] = {"foreach": None, "feedback": False}  # how steps are made; geoopt has none
 
-    def __init__(self, *args: Any, foreach: bool | None, feedback: bool, **kwargs: Any) -> None:
-        check_foreach(foreach)
-        check_feedback(feedback)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        choices = {name: kwargs.pop(name) for name in self._choices}
+        _check_choices(choices)
         super().__init__(*args, **kwargs)
-        self.defaults |= {"foreach": foreach, "feedback": feedback}
+        self.defaults |= choices
         self._fill_in_choices()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -94,7 +95,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def _fill_in_choices(self) -> None:
         """Give this optimiser's own choices to groups without any, as those of geoopt's optimisers are."""
         for group in self.param_groups:
-            for name, otherwise in (("foreach", None), ("feedback", False)):
+            for name, otherwise in self._choices.items():
                 if group.get(name) is None:
                     group[name] = self.defaults.get(name, otherwise)
 
@@ -109,8 +110,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def _move_all_(self) -> None:
         for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
             group.update(_numbers(group, self._numbers))
-            check_foreach(group["foreach"])
-            check_feedback(group["feedback"])
+            _check_choices({name: group[name] for name in self._choices})
         check_attached(parameters_of(self))
         stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
         if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
@@ -176,11 +176,15 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     feedback : bool, optional
         Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
         Default: ``False``.  See the module's text.
+    fused : bool, optional
+        Whether steps of rank one without momentum, of square real matrices, use kernels in Triton where it is installed
+        and the parameter is on a CUDA device.  Default: ``True``.
 
     Raises
     ------
     TypeError
-        ``foreach`` is not True, False or None, or ``feedback`` is not True or False; also in ``step``, from a group.
+        ``foreach`` is not True, False or None; ``feedback`` or ``fused`` is not True or False.  Also in ``step``, from
+        a group.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
@@ -189,6 +193,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
 
     _geoopt = geoopt.optim.RiemannianSGD
     _numbers = ("lr", "momentum", "dampening", "weight_decay")
+    _choices = {**InPlace._choices, "fused": True}  # noqa: RUF012
 
     def __init__(
         self,
@@ -202,13 +207,14 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         *,
         foreach: bool | None = None,
         feedback: bool = False,
+        fused: bool = True,
     ) -> None:
-        options: dict[str, Any] = {"stabilize": stabilize, "foreach": foreach, "feedback": feedback}
+        options: dict[str, Any] = {"stabilize": stabilize, "foreach": foreach, "feedback": feedback, "fused": fused}
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
         if group["momentum"] == 0 and not group["feedback"]:
-            manifold.descend_(local_view(point), gradient_of(point), group["lr"])
+            manifold.descend_(local_view(point), gradient_of(point), group["lr"], group["fused"])
         else:
             super()._move_(point, manifold, group, state)
 
@@ -357,6 +363,12 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
             for name in self._second_moments:
                 if name in own and unitary_of(point) is not None:
                     own[name] = _one_for_each(own[name])
+
+
+def _check_choices(choices: Mapping[str, object]) -> None:
+    """Raise TypeError unless choices of how steps are made are True or False, or for ``foreach`` None."""
+    for name, value in choices.items():
+        check_choice(value, name, or_none=name == "foreach")
 
 
 def _projects(kind: type[torch.optim.Optimizer]) -> bool:

@@ -1,0 +1,144 @@
+"""Launches of a step: the operators that it gives to a device on which the host does not look at values.
+
+Run ``python benchmarks/launches.py`` (a few seconds); ``--record JSON --into PAGE`` writes the table of a recorded run
+into a page.  The CPU stands in for the device.  A launch is an operator of ATen other than views and allocations; the
+drift correction, which comes once in many steps, is spread over all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.report import add_record_options, environment, markdown, recorded, tell
+
+from projunn_manifold import UnitaryLowRank, context, optim
+from projunn_manifold.linalg import gpu, products
+
+SIDE = 64
+STEPS = 320  # every column is corrected several times
+NO_LAUNCH = frozenset(
+    [
+        "alias",
+        "as_strided",
+        "conj",
+        "_conj",
+        "detach",
+        "diagonal",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "expand",
+        "imag",
+        "lift_fresh",
+        "new_empty",
+        "new_empty_strided",
+        "permute",
+        "real",
+        "reshape",
+        "_reshape_alias",
+        "resolve_conj",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "tensor_split",
+        "transpose",
+        "unbind",
+        "unsqueeze",
+        "_unsafe_view",
+        "view",
+        "view_as_real",
+    ]
+)
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "RiemannianSGD": lambda p: optim.RiemannianSGD([p], lr=1e-3),
+    "RiemannianSGD, momentum": lambda p: optim.RiemannianSGD([p], lr=1e-3, momentum=0.9),
+    "RiemannianAdam": lambda p: optim.RiemannianAdam([p], lr=1e-3),
+}
+KERNELS = "RiemannianSGD, Triton"
+
+
+class Counted(TorchDispatchMode):
+    """Counts launches."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operator, and call it."""
+        name = func._schema.name
+        self.count += name.startswith("aten::") and name.removeprefix("aten::") not in NO_LAUNCH
+        return func(*args, **(kwargs or {}))
+
+
+def launches(optimizer: str, k: int | None, dtype: torch.dtype) -> float:
+    """Return the mean number of launches of a step."""
+    manifold, draw = UnitaryLowRank(k), torch.Generator().manual_seed(0)
+    p = geoopt.ManifoldParameter(manifold.random(SIDE, SIDE, dtype=dtype, generator=draw), manifold=manifold)
+    p.grad = torch.randn(SIDE, SIDE, dtype=dtype, generator=draw)
+    step = OPTIMIZERS[optimizer](p).step
+    step()
+    with Counted() as counted:
+        for _ in range(STEPS):
+            step()
+    return counted.count / STEPS
+
+
+def launches_with_kernels() -> float:
+    """Return the same for a step by the kernels in Triton: three, and what is around them."""
+    suits, kernels = gpu.suits, gpu.step_of_rank_one_
+    gpu.suits = lambda x, g: True
+    gpu.step_of_rank_one_ = lambda x, *_: torch.empty((), dtype=torch.uint8)
+    try:
+        return launches("RiemannianSGD", 1, torch.float32) + 5  # with the two sums between the kernels
+    finally:
+        gpu.suits, gpu.step_of_rank_one_ = suits, kernels
+
+
+def measure_all() -> dict[str, Any]:
+    """Count every step."""
+    context.readable = lambda x: False
+    products.compiled = None
+    cells = [
+        {"optimizer": name, "k": k, "dtype": str(dtype).removeprefix("torch."), "launches": launches(name, k, dtype)}
+        for name in OPTIMIZERS
+        for k in (1, 4, 16, None)
+        for dtype in (torch.float32, torch.complex64)
+    ]
+    kernels = {"optimizer": KERNELS, "k": 1, "dtype": "float32", "launches": launches_with_kernels()}
+    return {"cells": [kernels, *cells], "steps": STEPS, "side": SIDE, **environment()}
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Return a row for each optimiser and dtype."""
+    found = {(cell["optimizer"], cell["dtype"], cell["k"]): cell["launches"] for cell in cells}
+    ranks = list(dict.fromkeys(k for _, _, k in found))
+    rows = [["optimiser", "dtype", *(f"k = {k}" for k in ranks)]]
+    for name, dtype in dict.fromkeys((name, dtype) for name, dtype, _ in found):
+        counts = (found.get((name, dtype, k)) for k in ranks)
+        rows.append([name, dtype, *("" if count is None else f"{count:.0f}" for count in counts)])
+    return markdown(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Count or render, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add_record_options(command, "results/launches")
+    options = command.parse_args(arguments)
+    record = recorded(options, "launches", measure_all)
+    tell(options, "launches", f"\n{table(record['cells'])}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
