@@ -26,40 +26,9 @@ from projunn_manifold.linalg import gpu, products
 SIDE = 64
 STEPS = 320  # every column is corrected several times
 NO_LAUNCH = frozenset(
-    [
-        "alias",
-        "as_strided",
-        "conj",
-        "_conj",
-        "detach",
-        "diagonal",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "expand",
-        "imag",
-        "lift_fresh",
-        "new_empty",
-        "new_empty_strided",
-        "permute",
-        "real",
-        "reshape",
-        "_reshape_alias",
-        "resolve_conj",
-        "select",
-        "slice",
-        "split",
-        "split_with_sizes",
-        "squeeze",
-        "t",
-        "tensor_split",
-        "transpose",
-        "unbind",
-        "unsqueeze",
-        "_unsafe_view",
-        "view",
-        "view_as_real",
-    ]
+    """alias as_strided conj _conj detach diagonal empty empty_like empty_strided expand imag lift_fresh new_empty
+    new_empty_strided permute real reshape _reshape_alias resolve_conj select slice split split_with_sizes squeeze t
+    tensor_split transpose unbind unsqueeze _unsafe_view view view_as_real""".split()  # noqa: SIM905
 )
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "RiemannianSGD": lambda p: optim.RiemannianSGD([p], lr=1e-3),

@@ -1,4 +1,4 @@
-"""The kernels of :mod:`projunn_manifold.linalg.gpu`; this module imports Triton.
+"""The kernels of ``projunn_manifold.linalg.gpu``; this module imports Triton.
 
 A program has a block of rows of one matrix; in the last kernel also a tile of columns.
 """
