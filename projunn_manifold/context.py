@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -49,6 +50,8 @@ __all__ = [
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
+_DEVICES = ("cpu", "cuda", "mps", "xpu")  # of which each has its own regions of autocast
+
 _DISPATCH = Tensor.__torch_dispatch__
 
 #: Returns whether torch.export runs; torch 2.6 does not distinguish it from torch.compile.
@@ -68,8 +71,8 @@ make_wrapper: Any = Tensor._make_wrapper_subclass
 
 
 def traced() -> bool:
-    """Return whether tensors are abstract now: compiled, or under a transform of torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Return whether tensors are abstract now: compiled, recorded, or under a transform of torch.func."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
 
 
 def readable(x: Tensor) -> bool:
@@ -131,9 +134,9 @@ def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-            return function(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with ExitStack() as regions:
+            for device in filter(torch.is_autocast_enabled, _DEVICES):
+                regions.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return run

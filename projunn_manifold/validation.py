@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from projunn_manifold.linalg.dense import DTYPES
+from projunn_manifold.linalg.dense import DTYPES, suited
 
 __all__ = [
     "broadcast",
@@ -112,7 +112,7 @@ def check_rate(value: object, name: str, x: Tensor) -> float | Tensor:
     number = check_number(value, name)
     if isinstance(number, Tensor) and number.shape not in (torch.Size(), x.shape[:-2]):
         raise ValueError(f"`{name}` must have shape () or {tuple(x.shape[:-2])}, got {tuple(number.shape)}")
-    return number
+    return suited(number, x)
 
 
 def check_count(value: object, name: str, none: str) -> int | None:

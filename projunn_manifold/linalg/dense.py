@@ -6,6 +6,7 @@ function covers the real case; leading dimensions are batch dimensions.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "rotation_angles",
     "skew",
     "squared_norm",
+    "suited",
     "sym",
     "tolerance",
     "unitarity_error",
@@ -46,6 +48,7 @@ Scalar = float | Tensor
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
+@functools.cache
 def is_single(device: torch.device) -> bool:
     """Return whether a device computes in single precision alone, as Apple's and some of Intel's do."""
     return device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
@@ -133,6 +136,18 @@ def squared_norm(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch,), double
 def wide(c: Scalar) -> Scalar:
     """Return a number, or a tensor of numbers in the precision of small cores."""
     return c.to(high_precision(c)) if isinstance(c, Tensor) else c
+
+
+def suited(c: Scalar, x: Tensor) -> Scalar:
+    """Return a number, or a tensor of numbers as the small cores of x take them; a single one on the host is a number.
+
+    The host need not wait for a number of its own, and a device may lack the precision that it has.
+    """
+    if not isinstance(c, Tensor):
+        return c
+    if not c.dim() and c.is_cpu and not x.is_cpu:
+        return float(c.item())
+    return c.to(x.device, high_precision(x).to_real())
 
 
 def per_matrix(c: Scalar) -> Scalar:  # (*batch,) -> (*batch, 1, 1)

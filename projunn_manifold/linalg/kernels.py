@@ -334,9 +334,9 @@ def _add_product(y: Any, x: Any, fresh: bool, scale: float, w: Any, v: Any) -> N
     for lo in range(0, n, band):
         hi = min(lo + band, n)
         whole = lo + (hi - lo) // 4 * 4 if wide else lo
-        if fresh or r == 1:
+        if fresh or r < 2:
             for i in range(lo, hi):
-                _scale_row(scale if r == 1 else 1.0, x[i], y[i])
+                _scale_row(scale if r < 2 else 1.0, x[i], y[i])
         s = y.dtype.type(scale)  # by which the first columns that are added multiply Y
         for c in range(0, r - 3, 4):
             w0, w1, w2, w3 = w[c, lo:hi], w[c + 1, lo:hi], w[c + 2, lo:hi], w[c + 3, lo:hi]

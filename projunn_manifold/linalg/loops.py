@@ -1,7 +1,7 @@
 """Whether compiled loops (:mod:`projunn_manifold.linalg.kernels`) can be used: numba is imported when this is asked.
 
 The import of numba takes a tenth of a second, and the loops are compiled at their first call in each dtype, for up to
-half a minute; numba keeps the machine code for later processes.  The logger ``projunn_manifold`` says once, at the
+a minute; numba keeps the machine code for later processes.  The logger ``projunn_manifold`` says once, at the
 level INFO, that loops are being compiled, or that there are none and why.
 
 ``PROJUNN_MANIFOLD_LOOPS=0`` in the environment takes the loops away: nothing is compiled, and PyTorch's products are
@@ -63,7 +63,7 @@ def _tell_of_compilation() -> None:
             module = started.data["dispatcher"].py_func.__module__
             if self.is_first and module.startswith("projunn_manifold."):
                 self.is_first = False
-                _log.info("compiling loops: up to half a minute for each dtype; numba keeps them for later processes")
+                _log.warning("compiling loops, up to a minute for each dtype; numba keeps them for later processes")
 
         def on_end(self, ended: Any) -> None:
             """Do nothing."""

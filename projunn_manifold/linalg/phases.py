@@ -144,7 +144,8 @@ def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     square = dense.adjoint_times(d, d)
     t = _plus_identity(square * (2 / _SHORT_SQUARE), -1.0)
     shrink = -square @ _polynomial(_shrinking(_SHORT_SQUARE, torch.finfo(d.dtype).eps), t, None)
-    near = dense.plus_product(d + start @ shrink, d, shrink)
+    near = dense.plus_product(d, d, shrink)
+    near[..., : d.shape[-1], :].add_(shrink)
     far = polar((start + d) / LONGEST_SUM, LONGEST_SUM) - start
     return torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
 

@@ -459,7 +459,7 @@ def _rank_one_tangent(x: Matrix, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, 
     gram = wide[..., :1].mH @ wide
     bb, overlap = gram[..., 0, 0].real, gram[..., 0, 1]
     rho = overlap.real / bb.clamp_min(torch.finfo(bb.dtype).tiny)
-    a = torch.addcmul(a, xb, rho.to(xb.dtype)[..., None, None], value=-1)
+    a = torch.addcmul(wide[..., 1:], wide[..., :1], rho.to(wide)[..., None, None], value=-1).to(xb.dtype)
     left = _side_by_side(xb, a)
     numbers: list[Any] = [dense.squared_norm(a), bb, overlap.imag if xb.is_complex() else 0.0]
     if _is_readable_number(bb):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from projunn_manifold.linalg import dense
 
@@ -44,21 +44,25 @@ def _by_reflections(y: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, columns = y.shape[-2:]
     k = min(n, columns)
-    rest, v = y.clone(memory_format=torch.contiguous_format), y.new_zeros(*y.shape[:-1], k)
-    rounding = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y, dim=-2, keepdim=True)
+    unit = y.detach().abs().amax(-2, keepdim=True) if n else y.new_ones(*y.shape[:-2], 1, columns).real
+    unit = unit.masked_fill(unit == 0, 1)  # of each column, so that no square leaves the range
+    rest, reflectors, rows = y / unit, [], []
+    rounding = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(rest.detach(), dim=-2, keepdim=True)
     for c in range(k):
-        below, reflector = rest[..., c:, c:], v[..., c:, c : c + 1]
-        reflector.copy_(below[..., :1])
-        first = reflector[..., :1, :]
-        phase = torch.where(first == 0, 1.0, torch.sgn(first))
-        remainder = torch.linalg.vector_norm(reflector, dim=-2, keepdim=True)
-        first.add_(phase * remainder)
-        reflector.div_(torch.linalg.vector_norm(reflector, dim=-2, keepdim=True))
-        reflector.masked_fill_(remainder <= rounding[..., c : c + 1], 0)
-        below.sub_(reflector @ (2 * (reflector.mH @ below)))
-    inverse = torch.triu(v.mH @ v, 1)
-    inverse.diagonal(dim1=-2, dim2=-1).add_(0.5)
+        first = rest[..., :1, :1]
+        remainder = torch.linalg.vector_norm(rest[..., :1], dim=-2, keepdim=True)
+        is_rounding = remainder <= rounding[..., c : c + 1]
+        v = torch.cat((first + torch.where(first == 0, 1.0, torch.sgn(first)) * remainder, rest[..., 1:, :1]), -2)
+        length = torch.linalg.vector_norm(v, dim=-2, keepdim=True)
+        v = (v / length.masked_fill(is_rounding, 1)).masked_fill(is_rounding, 0)
+        rest = rest - v @ (2 * (v.mH @ rest))
+        rows.append(nn.functional.pad(rest[..., :1, :], (c, 0)))
+        reflectors.append(nn.functional.pad(v, (0, 0, c, 0)))
+        rest = rest[..., 1:, 1:]
+    if not k:
+        return y.new_zeros(*y.shape[:-1], 0), y.new_zeros(*y.shape[:-2], 0, columns)
+    v, r = torch.cat(reflectors, -1), torch.cat(rows, -2) * unit
+    half = torch.diag_embed(v.new_full((k,), 0.5))
     top = v[..., :k, :].mH.resolve_conj()
-    q = -(v @ torch.linalg.solve_triangular(inverse, top, upper=True))
-    q.diagonal(dim1=-2, dim2=-1).add_(1.0)
-    return q, torch.triu(rest[..., :k, :])
+    q = v @ torch.linalg.solve_triangular(torch.triu(v.mH @ v, 1) + half, top, upper=True)
+    return dense.columns_of_identity(*q.shape, dtype=q.dtype, device=q.device) - q, r

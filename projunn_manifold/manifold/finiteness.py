@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
@@ -16,7 +17,7 @@ from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 
 __all__ = ["PUT_BACK", "Finiteness", "is_far_off", "longest_step"]
 
-PUT_BACK = "put it there first: with torch.no_grad(): x.copy_(manifold.projx(x))"
+PUT_BACK = "put it there first: with torch.no_grad(): p.copy_(p.manifold.projx(p))"
 _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
 
 
@@ -57,11 +58,23 @@ class Finiteness:
         Where the host cannot look, longer ones than a fixed number of products is good for are shortened and counted.
         """
         tangent = self._checked(x, tangent, longest_step(x), tangent if u is None else u, "step")
-        if context.would_wait(x):
-            tangent, shortened = tangent.within_reach()
-            if shortened is not None:
-                self._state.count_faults(x.device, shortened=shortened)
+        return self._within_reach(x, tangent) if context.would_wait(x) else tangent
+
+    def _within_reach(self, x: Tensor, tangent: Tangent) -> Tangent:
+        tangent, shortened = tangent.within_reach()
+        if shortened is not None:
+            self._state.count_faults(x.device, shortened=shortened)
         return tangent
+
+    def checked_descent(self, x: Tensor, tangent: Tangent, lr: float | Tensor, u: Tensor) -> Tangent:
+        """Return the step, -lr times the tangent made from the gradient u, both checked.
+
+        Where the host cannot look, one comparison does for both if lr is a number.
+        """
+        if not context.would_wait(x) or isinstance(lr, Tensor) or not math.isfinite(lr):
+            return self.checked_step(x, self.checked_gradient(x, tangent, u).scaled(-lr))
+        limit = min(torch.finfo(x.dtype).max, longest_step(x) / abs(lr) / abs(lr) if lr else math.inf)
+        return self._within_reach(x, self._checked(x, tangent, limit, u, "step").scaled(-lr))
 
     def _checked(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
         lost = self.lost(x, tangent.squared_norm(), limit, u, what)

@@ -481,9 +481,7 @@ class UnitaryLowRank(Geometry):
         self.warn_if_far_off(x)
         point = matrix(x)
         tangent = self.sketcher.tangent(point, grad)
-        if context.readable(x):  # elsewhere the check of the step leaves out what this one would
-            tangent = self.finiteness.checked_gradient(x, tangent, grad)
-        move = self.finiteness.checked_step(x, tangent.scaled(-lr)).move(self.angle)
+        move = self.finiteness.checked_descent(x, tangent, lr, grad).move(self.angle)
         self._state.count_gradient(x)
         move.apply_(point)
         self._correct_(x)
@@ -498,7 +496,7 @@ class UnitaryLowRank(Geometry):
         if not isinstance(lr, Tensor):
             lr = torch.full((), lr, dtype=torch.float64, device=x.device)
         test, is_polar = self.sketcher.test_columns(x), self.angle is POLAR
-        lost = gpu.step_of_rank_one_(x, grad, test, lr.to(x.device, torch.float64), is_polar, longest_step(x))
+        lost = gpu.step_of_rank_one_(x, grad, test, lr.double(), is_polar, longest_step(x))
         self._state.count_faults(x.device, skipped=lost)
         self._state.count_gradient(x)
         self._correct_(x)
@@ -528,6 +526,8 @@ class UnitaryLowRank(Geometry):
         else:
             if isinstance(c, Tensor):
                 u, c = u.mul_(c), 1.0
+            elif not c:  # whatever its entries are
+                u, c = u.zero_(), 1.0
             matrix(u).add_product_(*tangent.outer(), c)
             total = self._reduced(x, u)
         return self._follow_(x, total, u, (u, *vectors), scale)

@@ -21,6 +21,7 @@ __all__ = ["LowRankMove", "Move", "expanded", "thin"]
 
 
 _LONG = 1024  # rows
+_NARROW = 16  # columns up to which NumPy uses one thread
 
 
 class Move(Protocol):
@@ -106,7 +107,8 @@ def thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r
     A long one on CPU is left to NumPy: PyTorch would wake its threads, which then wait busily for more work and keep
     those of the compiled loops from theirs.
     """
-    if left.dim() == core.dim() == 2 and len(left) >= _LONG and context.is_on_host(left) and context.is_on_host(core):
+    is_long = left.dim() == core.dim() == 2 and len(left) >= _LONG and core.shape[-1] <= _NARROW
+    if is_long and context.is_on_host(left) and context.is_on_host(core):
         return torch.from_numpy(core.numpy().T @ left.numpy().T).mT
     return (core.mT @ left.mT).mT
 

@@ -64,6 +64,12 @@ class Constraint:
         state = "" if self._hooks else ", removed"
         return f"Constraint({self._kind}, feedback={self.feedback}{state})"
 
+    def __getattr__(self, name: str) -> Any:
+        """Say where an optimiser's own methods are."""
+        if hasattr(torch.optim.Optimizer, name) or name in ("param_groups", "state", "defaults"):
+            raise AttributeError(f"this is the handle of a constraint: {name} is the optimiser's that you constrained")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def remove(self) -> None:
         """Lift the constraint; parameters stay where they are."""
         for hook in self._hooks:

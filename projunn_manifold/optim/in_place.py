@@ -316,7 +316,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         group: dict[str, Any],
         state: dict[str, Any],
     ) -> None:
-        x, lr, beta1, beta2 = local_view(point), *map(dense.wide, (group["lr"], *group["betas"]))
+        x = local_view(point)
+        lr, beta1, beta2, eps = (dense.suited(c, x) for c in (group["lr"], *group["betas"], group["eps"]))
         one = (*x.shape[:-2], 1, 1)
         if "step" not in state:
             state["step"] = 0
@@ -333,7 +334,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
         second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
-        length = (second / (1 - beta2 ** state["step"])) ** 0.5 + dense.wide(group["eps"])
+        length = (second / (1 - beta2 ** state["step"])) ** 0.5 + eps
         scale = -lr / (length * (1 - beta1 ** state["step"]))
         manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale, carried)
         if group["stabilize"] is not None and state["step"] % group["stabilize"] == 0:

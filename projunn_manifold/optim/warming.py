@@ -25,8 +25,8 @@ _log = logging.getLogger("projunn_manifold")
 def warm_up(*dtypes: torch.dtype, k: int | Iterable[int] = (1, 4)) -> None:
     """Compile the loops now that steps would compile when they first need them.
 
-    It takes up to half a minute for each dtype, and about a second where numba has the machine code in its cache.  The
-    logger ``projunn_manifold`` says so at the level INFO.  Without numba there is nothing to compile.
+    It takes up to a minute for each dtype, and about a second where numba has the machine code in its cache.  The
+    logger ``projunn_manifold`` says so.  Without numba there is nothing to compile.
 
     Parameters
     ----------

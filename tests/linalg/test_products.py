@@ -174,6 +174,16 @@ def test_what_one_call_does_not_take(draw):
         assert products.matrix(tall).sketched_frame(products.matrix(g[:, :12].contiguous() * scale), known) is None
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5, -2.0])
+@pytest.mark.parametrize("r", [0, 1, 2, 3, 5, 9])
+@pytest.mark.parametrize("shape", [(9, 7), (2, 9, 9)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_matrix_is_scaled_in_the_pass_that_adds_to_it(draw, path, shape, dtype, r, scale):
+    x, p, q = draw.matrix(*shape, dtype=dtype), *draw.factors(shape, r, dtype)
+    expected = scale * double(x) + double(p) @ double(q).mH
+    assert error(products.matrix(x).add_product_(p, q, scale), expected) <= bound(dtype, 20.0)
+
+
 @pytest.mark.skipif(products.compiled is None, reason="needs numba")
 @pytest.mark.parametrize("shape", [(40, 40), (3, 16, 16)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,7 @@ from helpers import bound, double, error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, context, optim, projunn_t, reference
-from projunn_manifold.linalg import dense, products
+from projunn_manifold.linalg import dense, products, qr
 from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.moves.angle import GEODESIC, POLAR
@@ -214,3 +214,55 @@ def test_functions_by_products_are_the_dense_ones(device, dtype, size):
     ):
         exact = (basis * values.unsqueeze(-2)) @ basis.mH
         assert error(found, exact if e.is_complex() else exact.real) <= bound(dtype, size)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize(("size", "lr"), [(1e20, 1e-20), (1e25, 1e-25), (1e30, 0.0), (1e25, 0.1)])
+@pytest.mark.parametrize("shape", [(20, 20), (20, 16)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, None])
+def test_gradients_beyond_range_are_skipped_and_counted_whatever_the_rate(
+    device, monkeypatch, k, shape, size, lr, single
+):
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
+    p = parameter(k, shape)
+    p.grad[3, 4] = size
+    before = p.detach().clone()
+    optim.RiemannianSGD([p], lr=lr).step()
+    assert p.manifold.pop_faults() == (1, 0, 0)
+    assert torch.equal(p, before)
+
+
+def test_a_column_of_tiny_numbers_keeps_its_frame_orthonormal(device, monkeypatch):
+    """As the gradient of a unit that is dead."""
+    p = parameter(None, (48, 24), sweep=None)
+    with torch.no_grad():
+        p.copy_(torch.eye(48, 24))
+    p.grad[:, 5] *= 1e-22
+    monkeypatch.setattr(dense, "is_single", lambda device: True)
+    optim.RiemannianSGD([p], lr=0.1).step()
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
+    assert dense.unitarity_error(p.detach()) <= bound(torch.float32)
+
+
+def test_parallel_factors_leave_a_point_on_the_manifold(device):
+    p = parameter(1, (40, 40), sweep=None)
+    p.grad = 1e6 * p.detach().clone()
+    optim.RiemannianSGD([p], lr=1.0).step()
+    assert dense.unitarity_error(p.detach()) <= bound(torch.float32)
+
+
+def test_a_moment_whose_factor_is_zero_is_replaced_whatever_it_was():
+    p = parameter(1, (12, 12), non_finite="skip")
+    optimizer = optim.RiemannianAdam([p], lr=0.1, betas=(0.0, 0.9))
+    optimizer.step()
+    optimizer.state[p]["exp_avg"].fill_(torch.inf)
+    optimizer.step()
+    assert torch.isfinite(optimizer.state[p]["exp_avg"]).all()
+    assert p.manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (2, 6, 6)], ids=str)
+def test_reflections_have_derivatives(monkeypatch, shape):
+    monkeypatch.setattr(dense, "is_single", lambda device: True)
+    y = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    assert torch.autograd.gradcheck(qr.thin_qr, (y,))

@@ -450,3 +450,14 @@ def test_what_holds_no_unitary_parameter_is_told_of_and_the_handle_says_what_it_
     assert repr(handle) == "Constraint(RMSprop, feedback=False)"
     handle.remove()
     assert repr(handle) == "Constraint(RMSprop, feedback=False, removed)"
+
+
+def test_a_handle_taken_for_the_optimiser_says_what_it_is(draw):
+    w = geoopt.ManifoldParameter(torch.eye(4), manifold=UnitaryLowRank(1))
+    handle = constrain(torch.optim.Adam([w]))
+    for name in ("step", "zero_grad", "param_groups", "state_dict"):
+        with pytest.raises(AttributeError, match=f"handle of a constraint: {name} is the optimiser's"):
+            getattr(handle, name)
+    with pytest.raises(AttributeError, match="no attribute 'stop'"):
+        handle.stop()
+    copy.copy(handle)
