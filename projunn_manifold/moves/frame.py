@@ -9,7 +9,7 @@ when H = Ω is skew-Hermitian.  In the basis W = [P, B] the lift :math:`A` with 
 - polar factor of X + u (projUNN-D): F = polar(Î + [H; C]) - Î,
 
 and Y = X + W F Q^H.  The thin matrices have orthonormal columns, so nothing is lost to large or parallel
-factors, and all cores are computed in double precision.
+factors, and all cores are computed in double precision, where the device has it.
 """
 
 from __future__ import annotations
