@@ -19,8 +19,8 @@ In an orthonormal basis of the range of W, with X b' = Q R, the lift is
     f(E)_{11} & \tfrac12 \varphi(E)_{11}\\ -\tfrac12 \varphi(E)_{11} & -\tfrac14 \psi(E)_{11}\end{pmatrix}.
 
 On the eigenvalues iθ of E, :math:`f = e^{i\alpha} - 1` (:mod:`~projunn_manifold.moves.angle`).  The cores are computed
-in double precision (where the device has it), by series in the compiled loops where E is short (:mod:`~projunn_manifold.linalg.cores`); their
-error grows as that precision times θ.
+in double precision where the device has it, by series in the compiled loops where E is short
+(:mod:`~projunn_manifold.linalg.cores`); their error grows as that precision times θ.
 """
 
 from __future__ import annotations
