@@ -243,9 +243,11 @@ class UnitaryLowRank(Geometry):
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         r"""projUNN-D: the polar factor of X + u, :math:`(X+u)(I + u^H u)^{-1/2}`, for the rank-2k part of u.
 
-        A tangent of higher rank (momentum, Adam), or a vector that is not tangent, is first reduced to
-        the tangent :math:`X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H`, Q an orthonormal basis of
-        2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
+        A tangent of higher rank (momentum, Adam), or a vector that is not tangent, is first reduced to the tangent
+
+        .. math:: X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H,
+
+        Q an orthonormal basis of 2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
         equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
         Under ``torch.no_grad()`` the block of columns that is due is put back, too (``sweep``).

@@ -3,7 +3,10 @@ r"""k = 1 on square X, in closed form: the tangent of a rank-one gradient, its g
 A pair (a, b) gives the tangent :math:`u = \tfrac12(a b^H - X b\,a^H X) = W K S^H` with
 W = [X b, a], S = X^H W, K = ½ τ J, J = [[0, -1], [1, 0]], τ a real scale.  Adding a real multiple of
 X b to a does not change u; the multiple that makes :math:`\mathrm{Re}\, b^H X^H a = 0` is taken out first.
-Then :math:`W^H W = \begin{pmatrix}\|Xb\|^2 & is\\ -is & \|a\|^2\end{pmatrix}` with s = Im b^H X^H a (0 for real),
+Then, with s = Im b^H X^H a (0 for real),
+
+.. math:: W^H W = \begin{pmatrix}\|Xb\|^2 & is\\ -is & \|a\|^2\end{pmatrix},
+
 the lift :math:`A = W K W^H` has the two rotation angles :math:`\theta_\pm = \tau(s \pm p)/2`, p = ‖a‖‖X b‖, and
 
 .. math::
