@@ -247,8 +247,9 @@ class UnitaryLowRank(Geometry):
 
         .. math:: X Q\,\mathrm{skew}(Q^H X^H u Q)\,Q^H + (I - XX^H) u Q Q^H,
 
-        Q an orthonormal basis of 2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The sketch is the same for
-        equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr`` agree.
+        Q an orthonormal basis of 2k columns sketched from u; a tangent of rank at most 2k stays as it is.  The
+        sketch is the same for equal u until the next gradient is drawn, so that ``retr`` and ``transp_follow_retr``
+        agree.
         On square X every rotation angle θ of the geodesic becomes arctan θ: a retraction of second order.
         Under ``torch.no_grad()`` the block of columns that is due is put back, too (``sweep``).
         Cost on square X, with compiled loops (without): 2 (4) reads or writes of X for a factored u; for a dense one 4
