@@ -134,8 +134,11 @@ def in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        enabled = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        if not enabled:
+            return function(*args, **kwargs)
         with ExitStack() as regions:
-            for device in filter(torch.is_autocast_enabled, _DEVICES):
+            for device in enabled:
                 regions.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 

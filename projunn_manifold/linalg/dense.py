@@ -48,10 +48,14 @@ Scalar = float | Tensor
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
-@functools.cache
 def is_single(device: torch.device) -> bool:
     """Return whether a device computes in single precision alone, as Apple's and some of Intel's do."""
-    return device.type == "mps" or (device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64)
+    return device.type == "mps" or (device.type == "xpu" and _lacks_double(device))
+
+
+@functools.cache
+def _lacks_double(device: torch.device) -> bool:
+    return not torch.xpu.get_device_properties(device).has_fp64
 
 
 def high_precision(x: Tensor) -> torch.dtype:

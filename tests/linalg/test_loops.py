@@ -35,7 +35,7 @@ def run(before="", after="", script=STEP, **variables):
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=240, env=environment
     )
     assert result.returncode == 0, result.stderr
-    return [line for line in result.stderr.splitlines() if line.startswith("projunn_manifold|INFO|")]
+    return [line for line in result.stderr.splitlines() if line.startswith("projunn_manifold|")]
 
 
 def test_a_variable_takes_them_away():

@@ -353,7 +353,7 @@ def test_an_error_at_a_start_off_the_manifold_names_the_start(draw, kind, size):
     w = geoopt.ManifoldParameter(size * draw.matrix(12, 12, dtype=torch.float32), manifold=UnitaryLowRank(1))
     start = w.detach().clone()
     w.grad = draw.matrix(12, 12, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"off the manifold.*x.copy_\(manifold.projx\(x\)\)") as caught:
+    with pytest.raises(ValueError, match=r"off the manifold.*p.copy_\(p.manifold.projx\(p\)\)") as caught:
         kind([w], lr=0.1).step()
     assert "learning rate" not in str(caught.value)
     assert torch.equal(w, start)
