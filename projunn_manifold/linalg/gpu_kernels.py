@@ -12,18 +12,25 @@ __all__ = ["sketch", "tangent", "update"]
 
 
 @triton.jit
+def _image(start, q, n, inside, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Return the product of a block of rows, which start there, with the column q."""
+    image = tl.zeros([ROWS], dtype=q.dtype.element_ty)
+    for low in range(0, n, TILE):
+        columns = low + tl.arange(0, TILE)
+        here = inside[:, None] & (columns < n)[None, :]
+        tile = tl.load(start + columns[None, :], mask=here, other=0.0)
+        image += tl.sum(tile * tl.load(q + columns, mask=columns < n, other=0.0)[None, :], 1)
+    return image
+
+
+@triton.jit
 def sketch(g, z, y, back, n, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Write y = G z, and of G^T y the part that this block of rows adds."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     start = g + matrix * n * n + rows[:, None].to(tl.int64) * n
-    image = tl.zeros([ROWS], dtype=y.dtype.element_ty)
-    for low in range(0, n, TILE):
-        columns = low + tl.arange(0, TILE)
-        here = inside[:, None] & (columns < n)[None, :]
-        tile = tl.load(start + columns[None, :], mask=here, other=0.0)
-        image += tl.sum(tile * tl.load(z + matrix * n + columns, mask=columns < n, other=0.0)[None, :], 1)
+    image = _image(start, z + matrix * n, n, inside, ROWS, TILE)
     tl.store(y + matrix * n + rows, image, mask=inside)
     target = back + (matrix * tl.num_programs(0) + block) * n
     for low in range(0, n, TILE):
@@ -40,12 +47,7 @@ def tangent(x, b, y, xb, images, gram, n, ROWS: tl.constexpr, TILE: tl.constexpr
     rows = block * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     start = x + matrix * n * n + rows[:, None].to(tl.int64) * n
-    first = tl.zeros([ROWS], dtype=xb.dtype.element_ty)
-    for low in range(0, n, TILE):
-        columns = low + tl.arange(0, TILE)
-        here = inside[:, None] & (columns < n)[None, :]
-        tile = tl.load(start + columns[None, :], mask=here, other=0.0)
-        first += tl.sum(tile * tl.load(b + matrix * n + columns, mask=columns < n, other=0.0)[None, :], 1)
+    first = _image(start, b + matrix * n, n, inside, ROWS, TILE)
     tl.store(xb + matrix * n + rows, first, mask=inside)
     second = tl.load(y + matrix * n + rows, mask=inside, other=0.0)
     part = matrix * tl.num_programs(0) + block
