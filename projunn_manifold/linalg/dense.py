@@ -156,7 +156,8 @@ def suited(c: Scalar, x: Tensor) -> Scalar:
 
 def per_matrix(c: Scalar) -> Scalar:  # (*batch,) -> (*batch, 1, 1)
     """Return numbers, one for each matrix, in a shape that multiplies the matrices; in the precision of small cores."""
-    return c.to(high_precision(c))[..., None, None] if isinstance(c, Tensor) else c
+    number = wide(c)
+    return number[..., None, None] if isinstance(number, Tensor) else number
 
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

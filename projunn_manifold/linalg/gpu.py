@@ -22,7 +22,7 @@ from torch import Tensor
 
 from projunn_manifold import context
 
-__all__ = ["is_installed", "step_of_rank_one_", "suits"]
+__all__ = ["step_of_rank_one_", "suits"]
 
 _RESIDENT = 2**18  # bytes of a block of rows, which is read twice: the second time from the cache of the second level
 _TILE = 256  # columns that a program takes at a time
@@ -32,14 +32,14 @@ _DTYPES = (torch.float32, torch.float64)
 
 
 @functools.cache
-def is_installed() -> bool:
+def _is_installed() -> bool:
     """Return whether Triton is, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def suits(x: Tensor, g: Tensor) -> bool:
     """Return whether the kernels can take a point and its gradient."""
-    if not (x.is_cuda and is_installed()):
+    if not (x.is_cuda and _is_installed()):
         return False
     if not 0 < x.shape[:-2].numel() <= _MOST_MATRICES or x.shape[-1] != x.shape[-2] or x.dtype not in _DTYPES:
         return False
