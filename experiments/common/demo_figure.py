@@ -36,7 +36,8 @@ def draw(path: Path, rows: list[Row]) -> None:
     cost.set(xscale="log", xlabel="seconds of training")
     for panel in (point, cost, nothing_lost, times):
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small", frameon=False)
+        free = {"loc": "upper right", "bbox_to_anchor": (1.0, 0.63)} if panel is point else {}  # "best" covers a curve
+        panel.legend(fontsize="small", frameon=False, **free)
     figure.savefig(path, dpi=120)
 
 
