@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from common.networks import Choices, Method, Optimizers, Reader, frozen, on_manifold
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 from common.tasks import Adding, Copying, Pixels, Series, Task
 from common.training import NonFiniteError, train
 from matplotlib.axes import Axes
@@ -245,10 +245,15 @@ class Study:
             if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing
         ]  # fmt: skip
 
-    def chosen(self, task: str, recipe: Recipe) -> dict[str, Any] | None:
-        """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran."""
+    def chosen(self, task: str, recipe: Recipe, *, within_grid: bool = False) -> dict[str, Any] | None:
+        """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran.
+
+        Learning rates beyond the grid of stage 1, which only some recipes have, can be left out.
+        """
         by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
         for cell in self.of(task, recipe):
+            if within_grid and (cell["lr"] not in RATES or cell["unitary_lr"] not in OPTIMISERS[recipe.optimiser][1]):
+                continue
             by_rates.setdefault((cell["lr"], cell["unitary_lr"]), []).append(cell)
         means = {rates: statistics.fmean(map(merit, cells)) for rates, cells in by_rates.items()}
         if not means:
@@ -311,11 +316,11 @@ def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
             yield task, recipe, lr, unitary_lr, seed
 
 
-def best_recipes(study: Study, count: int) -> list[Recipe]:
-    """Return the recipes of the best mean rank over the short tasks, and always the best frozen one and the paper's."""
+def mean_ranks(study: Study) -> dict[Recipe, float]:
+    """Return the mean rank of each recipe over the short tasks, 0 being the best, in order."""
     ranks: dict[Recipe, list[tuple[float, float]]] = {recipe: [] for recipe in RECIPES}
     for task in SHORT:
-        found = {recipe: study.chosen(task, recipe) for recipe in RECIPES}
+        found = {recipe: study.chosen(task, recipe, within_grid=True) for recipe in RECIPES}
         merits = {recipe: cell["merit"] for recipe, cell in found.items() if cell is not None}
         for recipe, value in merits.items():  # ties share a rank
             better = sum(other > value for other in merits.values())
@@ -325,7 +330,12 @@ def best_recipes(study: Study, count: int) -> list[Recipe]:
         recipe: sum(rank * weight for rank, weight in of) / sum(weight for _, weight in of)
         for recipe, of in ranks.items() if of
     }  # fmt: skip
-    ordered = sorted(means, key=lambda recipe: means[recipe])
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def best_recipes(study: Study, count: int) -> list[Recipe]:
+    """Return the recipes of the best mean rank over the short tasks, and always the best frozen one and the paper's."""
+    ordered = list(mean_ranks(study))
     still = next((recipe for recipe in ordered if recipe.optimiser == "frozen"), None)
     return list(dict.fromkeys([*ordered[:count], *([still] if still else []), PAPER]))
 
@@ -357,19 +367,30 @@ def rows(study: Study) -> list[dict[str, Any]]:
     return found
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[dict[str, Any]], ranks: dict[str, float]) -> str:
     """Return a row for every recipe and a column for every task: the median accuracy or loss of the seeds.
 
     The range of the seeds follows in square brackets.  If no seed has run, the result of the search is in parentheses.
     """
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     by = {(entry["recipe"], entry["task"]): entry for entry in entries}
-    lines = [["recipe", "rates", *tasks]]
-    for recipe in dict.fromkeys(entry["recipe"] for entry in entries):
-        of_recipe = [entry for entry in entries if entry["recipe"] == recipe]
-        rate = statistics.mode((entry["lr"], entry["unitary_lr"]) for entry in of_recipe)
-        cells = [_shown(by.get((recipe, task)), task) for task in tasks]
-        lines.append([recipe, f"{rate[0]:g}, {rate[1]:g}", *cells])
+    lines = [["recipe", "mean rank", *tasks]]
+    lines += [
+        [recipe, f"{rank:.1f}", *(_shown(by.get((recipe, task)), task) for task in tasks)]
+        for recipe, rank in ranks.items()
+    ]
+    return markdown(lines)
+
+
+def rates_table(entries: list[dict[str, Any]]) -> str:
+    """Return the learning rates of the recipes that have scores: of the transition, after that of all other weights."""
+    scored = [entry for entry in entries if entry["runs"]]
+    tasks = list(dict.fromkeys(entry["task"] for entry in scored))
+    by = {(entry["recipe"], entry["task"]): entry for entry in scored}
+    lines = [["recipe", *tasks]]
+    for recipe in dict.fromkeys(entry["recipe"] for entry in scored):
+        found = [by.get((recipe, task)) for task in tasks]
+        lines.append([recipe, *(f"{each['lr']:g}, {each['unitary_lr']:g}" if each else "" for each in found)])
     return markdown(lines)
 
 
@@ -386,10 +407,9 @@ def _shown(entry: dict[str, Any] | None, task: str) -> str:
     return form.format(statistics.median(values)) + spread + (f", {diverged} diverged" if diverged else "")
 
 
-def draw(path: Path, entries: list[dict[str, Any]]) -> None:
+def draw(path: Path, entries: list[dict[str, Any]], names: list[str]) -> None:
     """Draw a panel for every task: for each recipe the median and the range of seeds, or a hollow dot if none ran."""
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
-    names = list(dict.fromkeys(entry["recipe"] for entry in entries))
     figure = Figure(figsize=(3.4 + 2.1 * len(tasks), 0.28 * len(names) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
@@ -430,8 +450,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     record = recorded(options, "defaults_study", partial(_measure, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    draw(options.out / "defaults_study.png", record["rows"])
-    tell(options, "defaults study", f"\n{table(record['rows'])}\n")
+    draw(options.out / "defaults_study.png", record["rows"], list(record["ranks"]))
+    machine = f"Measured on {machine_of(record)}."
+    tables = table(record["rows"], record["ranks"])
+    if any(entry["runs"] for entry in record["rows"]):
+        tables += f"\n\n{rates_table(record['rows'])}"
+    tell(options, "defaults study", f"\n{tables}\n\n{machine}\n")
     return 0
 
 
@@ -453,7 +477,8 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(rounds):
         study.train_all(list(wanted(options.stage, study, tasks, best)))
         study.read()
-    return {"rows": rows(study), **environment()}
+    ranks = {recipe.name: round(rank, 2) for recipe, rank in mean_ranks(study).items()}
+    return {"rows": rows(study), "ranks": ranks, **environment()}
 
 
 if __name__ == "__main__":
