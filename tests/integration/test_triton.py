@@ -28,6 +28,11 @@ def on_gpu(monkeypatch):
 MAPS = {"D": (UnitaryLowRank, reference.retraction), "T": (UnitaryLowRankExact, reference.geodesic)}
 
 
+def first_sketch(x, g):
+    """What a new manifold makes of a gradient without kernels, in double precision."""
+    return double(UnitaryLowRank(1).sketcher.factors(matrix(x), g).dense())
+
+
 @pytest.mark.parametrize("length", [1e-6, 0.1, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(16, 16), (300, 300), (3, 70, 70), (2, 2, 5, 5)], ids=str)
@@ -36,8 +41,7 @@ def test_a_step_is_the_exact_map_and_draws_as_without_kernels(on_gpu, kind, map_
     draw = torch.Generator().manual_seed(0)
     manifold = kind(1, sweep=None)
     x, g = manifold.random(shape, dtype=dtype, generator=draw), torch.randn(shape, dtype=dtype, generator=draw)
-    sketch = double(manifold.sketcher.factors(matrix(x), g).dense())
-    u = reference.gradient(double(x), sketch)
+    u = reference.gradient(double(x), first_sketch(x, g))
     lr = length / torch.linalg.matrix_norm(u, 2).max().item()
     y = manifold.step_(x.clone(), g, lr)
     assert error(y, map_(double(x), -lr * u)) <= bound(dtype, length)
@@ -57,14 +61,11 @@ GRADIENTS = {
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("kind", "map_"), MAPS.values(), ids=MAPS)
 def test_points_and_gradients_at_right_angles_or_parallel_take_the_same_kernels(on_gpu, kind, map_, dtype, gradient):
-    draw, manifold = torch.Generator().manual_seed(0), kind(1, sweep=None)
+    draw, lr = torch.Generator().manual_seed(0), 0.3
     noise = torch.randn(20, 20, dtype=dtype, generator=draw)
-    for x in (torch.eye(20, dtype=dtype), manifold.random(20, 20, dtype=dtype, generator=draw)):
+    for x in (torch.eye(20, dtype=dtype), kind(1).random(20, 20, dtype=dtype, generator=draw)):
         g = gradient(x, noise)
-        manifold = kind(1, sweep=None)
-        sketch = double(manifold.sketcher.factors(matrix(x), g).dense())
-        lr = 0.3
-        y = manifold.step_(x.clone(), g, lr)
+        sketch, y = first_sketch(x, g), kind(1, sweep=None).step_(x.clone(), g, lr)
         step = lr * torch.linalg.matrix_norm(sketch, 2).item()  # what is normal to the manifold also leaves rounding
         assert error(y, map_(double(x), -lr * reference.gradient(double(x), sketch))) <= bound(dtype, step)
         assert dense.unitarity_error(y).max() <= bound(dtype, step)
@@ -76,7 +77,7 @@ def test_the_size_of_a_gradient_does_not_matter(on_gpu, kind, map_, dtype):
     draw = torch.Generator().manual_seed(0)
     x = kind(1).random(40, 40, dtype=dtype, generator=draw)
     g = torch.randn(40, 40, dtype=dtype, generator=draw)
-    u = reference.gradient(double(x), double(kind(1).sketcher.factors(matrix(x), g).dense()))
+    u = reference.gradient(double(x), first_sketch(x, g))
     lr = 1 / torch.linalg.matrix_norm(u, 2).item()
     for scale in (1e-15, 1e15) if torch.finfo(dtype).bits == 32 else (1e-70, 1e-50, 1e50, 1e70):
         manifold = kind(1, sweep=None)
@@ -89,8 +90,7 @@ def test_the_size_of_a_gradient_does_not_matter(on_gpu, kind, map_, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_out_of_range_move_nothing(on_gpu, dtype):
     draw, manifold = torch.Generator().manual_seed(0), UnitaryLowRank(1, sweep=None)
-    x, g = (torch.randn(20, 20, dtype=dtype, generator=draw) for _ in range(2))
-    x = torch.linalg.qr(x).Q.contiguous()
+    x, g = manifold.random(20, 20, dtype=dtype, generator=draw), torch.randn(20, 20, dtype=dtype, generator=draw)
     tiny, huge = (range(-40, -20), (22, 36)) if torch.finfo(dtype).bits == 32 else (range(-160, -78, 3), (85, 150))
     for power in tiny:
         assert torch.equal(manifold.step_(x.clone(), g * 10.0**power, 0.1), x)
@@ -98,6 +98,17 @@ def test_gradients_out_of_range_move_nothing(on_gpu, dtype):
     for power in huge:
         assert torch.equal(manifold.step_(x.clone(), g * 10.0**power, 0.1), x)
     assert manifold.pop_faults() == (2, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_change_of_phase_has_its_whole_length(on_gpu, dtype):
+    x = UnitaryLowRank(1).random(20, 20, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    longest = (2 * 20) ** 0.5 / torch.finfo(dtype).eps
+    for length, skipped in ((0.8 * longest, 0), (1.2 * longest, 1)):  # of i y y^H X, y of unit norm
+        manifold = UnitaryLowRank(1, sweep=None)
+        y = manifold.step_(x.clone(), 1j * x, length)
+        assert torch.equal(y, x) == bool(skipped)
+        assert manifold.pop_faults() == (skipped, 0, 0)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
