@@ -63,13 +63,13 @@ def launches(optimizer: str, k: int | None, dtype: torch.dtype) -> float:
     return counted.count / STEPS
 
 
-def launches_with_kernels() -> float:
+def launches_with_kernels(dtype: torch.dtype) -> float:
     """Return the same for a step by the kernels in Triton: three, and what is around them."""
     suits, kernels = gpu.suits, gpu.step_of_rank_one_
     gpu.suits = lambda x, g: True
     gpu.step_of_rank_one_ = lambda x, *_: torch.empty((), dtype=torch.uint8)
     try:
-        return launches("RiemannianSGD", 1, torch.float32) + 5  # with the two sums between the kernels
+        return launches("RiemannianSGD", 1, dtype) + 5  # with the two sums between the kernels
     finally:
         gpu.suits, gpu.step_of_rank_one_ = suits, kernels
 
@@ -78,14 +78,18 @@ def measure_all() -> dict[str, Any]:
     """Count every step."""
     context.readable = lambda x: False
     products.compiled = None
+    dtypes = {"float32": torch.float32, "complex64": torch.complex64}
     cells = [
-        {"optimizer": name, "k": k, "dtype": str(dtype).removeprefix("torch."), "launches": launches(name, k, dtype)}
-        for name in OPTIMIZERS
-        for k in (1, 4, 16, None)
-        for dtype in (torch.float32, torch.complex64)
+        {"optimizer": KERNELS, "k": 1, "dtype": name, "launches": launches_with_kernels(dtype)}
+        for name, dtype in dtypes.items()
     ]
-    kernels = {"optimizer": KERNELS, "k": 1, "dtype": "float32", "launches": launches_with_kernels()}
-    return {"cells": [kernels, *cells], "steps": STEPS, "side": SIDE, **environment()}
+    cells += [
+        {"optimizer": optimizer, "k": k, "dtype": name, "launches": launches(optimizer, k, dtype)}
+        for optimizer in OPTIMIZERS
+        for k in (1, 4, 16, None)
+        for name, dtype in dtypes.items()
+    ]
+    return {"cells": cells, "steps": STEPS, "side": SIDE, **environment()}
 
 
 def table(cells: list[dict[str, Any]]) -> str:

@@ -107,11 +107,13 @@ def add_product_(x: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> 
     return x.mul_(scale).add_(left @ right.mH)
 
 
-def plus_product(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return ``x + left @ right``, in one pass where PyTorch has an operator for it."""
+def plus_product(x: Tensor, left: Tensor, right: Tensor, beta: float = 1.0, alpha: float = 1.0) -> Tensor:
+    """Return ``beta x + alpha left @ right``, in one pass where PyTorch has an operator for it."""
     if x.dim() == left.dim() == right.dim() == 2:
-        return torch.addmm(x, left, right)
-    return torch.baddbmm(x, left, right) if x.dim() == left.dim() == right.dim() == 3 else x + left @ right
+        return torch.addmm(x, left, right, beta=beta, alpha=alpha)
+    if x.dim() == left.dim() == right.dim() == 3:
+        return torch.baddbmm(x, left, right, beta=beta, alpha=alpha)
+    return beta * x + alpha * (left @ right)
 
 
 def finite_entries(h: Tensor) -> Tensor:

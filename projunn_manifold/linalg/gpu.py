@@ -1,15 +1,19 @@
-r"""A step of rank one on a GPU in six launches, by kernels in Triton: square real X, in place.
+r"""A step of rank one on a GPU in six launches, by kernels in Triton: square X, in place.
 
-For the gradient's sketch :math:`y y^T G / \|y\|^2`, y = G z, the step is :math:`X \leftarrow X + W F S^T` with
-W = [X b, y], b = G^T y and S = X^T W.  Three kernels make it, each in one read of a large matrix from memory:
+For the gradient's sketch :math:`y y^H G / \|y\|^2`, y = G z, the step is :math:`X \leftarrow X + W F S^H` with
+W = [X b, a'], b = G^H y, a' = y - ρ X b and S = X^H W.  Three kernels make it, each in one read of a large matrix from
+memory:
 
-1. y and :math:`G^T y`, from G;
-2. X b, :math:`X^T [X b, y]` and the Gram matrix of W, from X;
-3. F, from that Gram matrix, and the update of X.
+1. y and :math:`G^H y`, from G;
+2. X b, :math:`X^H [X b, y]` and the Gram matrix of [X b, y], from X;
+3. ρ and F, from that Gram matrix, and the update of X.
 
-Sums over rows are left in parts, one for each block of rows, and added by PyTorch, so that results repeat.  F is that
-of :mod:`~projunn_manifold.moves.rank_one`, in double precision, brought from the basis [X b, a'] to [X b, y].  The
-columns of the sketch are not scaled to unit norm: squares of the gradient's norm must be in the range of its precision.
+Sums over rows are left in parts, one for each block of rows, and added by PyTorch, so that results repeat.  ρ and F are
+those of :mod:`~projunn_manifold.moves.rank_one`, in double precision.  The columns of the sketch are brought to unit
+norm by the last kernel: until then squares of the gradient's norm must be in the range of its precision, and fourth
+powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.  X is
+not read again where a' is much smaller than y: rounding grows with the length of the sketch, not only with that of its
+tangent part.  To the kernels complex numbers are pairs of real ones.
 """
 
 from __future__ import annotations
@@ -21,14 +25,15 @@ import torch
 from torch import Tensor
 
 from projunn_manifold import context
+from projunn_manifold.linalg import dense
 
 __all__ = ["step_of_rank_one_", "suits"]
 
 _RESIDENT = 2**18  # bytes of a block of rows, which is read twice: the second time from the cache of the second level
-_TILE = 256  # columns that a program takes at a time
+_TILE = 256  # real numbers of each row that a program takes at a time
 _LEAST, _MOST = 4, 16  # rows of a block
+_TALLEST = 128  # bytes of a block's column: of more the registers do not suffice for all columns of a thread
 _MOST_MATRICES = 2**16 - 1  # of a stack: the last dimensions of a grid are no longer
-_DTYPES = (torch.float32, torch.float64)
 
 
 @functools.cache
@@ -41,7 +46,7 @@ def suits(x: Tensor, g: Tensor) -> bool:
     """Return whether the kernels can take a point and its gradient."""
     if not (x.is_cuda and _is_installed()):
         return False
-    if not 0 < x.shape[:-2].numel() <= _MOST_MATRICES or x.shape[-1] != x.shape[-2] or x.dtype not in _DTYPES:
+    if not 0 < x.shape[:-2].numel() <= _MOST_MATRICES or x.shape[-1] != x.shape[-2] or x.dtype not in dense.DTYPES:
         return False
     return all(t.dtype is x.dtype and t.is_contiguous() and context.is_plain(t) for t in (x, g))
 
@@ -52,7 +57,7 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     Parameters
     ----------
     x, g : Tensor
-        ``(*batch, n, n)``, float32 or float64, contiguous.
+        ``(*batch, n, n)``, float32, float64, complex64 or complex128; contiguous.
     z : Tensor
         ``(n, 1)``, or ``(*batch, n, 1)``: the column with which the gradient is sketched.
     rate : Tensor
@@ -70,27 +75,34 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     from projunn_manifold.linalg import gpu_kernels
 
     n, batch = x.shape[-1], x.shape[:-2].numel()
-    rows = max(_LEAST, min(_MOST, _RESIDENT // (n * x.itemsize)))
+    rows = max(_LEAST, min(_MOST, _TALLEST // x.itemsize, _RESIDENT // (n * x.itemsize)))
     blocks = -(-n // rows)
-    whole = {"n": n, "ROWS": rows, "TILE": _TILE}
     z = z.expand(*x.shape[:-2], n, 1).contiguous()
     rate = rate.expand(x.shape[:-2]).contiguous()
-    y = x.new_empty(batch, n)
-    back = x.new_empty(batch, blocks, n)
-    gpu_kernels.sketch[blocks, batch](g, z, y, back, **whole)
+    point, gradient, test = map(_as_real, (x, g, z))
+    m = point.shape[-1]
+    whole = {"n": n, "PARTS": m // n, "ROWS": rows, "TILE": _TILE}
+    y = point.new_empty(batch, m)
+    back = point.new_empty(batch, blocks, m)
+    gpu_kernels.sketch[blocks, batch](gradient, test, y, back, **whole)
     b = back.sum(1)
-    xb = x.new_empty(batch, n)
-    images = x.new_empty(batch, blocks, 2, n)
-    gram = x.new_empty(batch, blocks, 4, dtype=torch.float64)
-    gpu_kernels.tangent[blocks, batch](x, b, y, xb, images, gram, **whole)
+    xb = point.new_empty(batch, m)
+    images = point.new_empty(batch, blocks, 2, m)
+    gram = point.new_empty(batch, blocks, 4, dtype=torch.float64)
+    gpu_kernels.tangent[blocks, batch](point, b, y, xb, images, gram, **whole)
     right = images.sum(1)
     lost = torch.empty(x.shape[:-2], dtype=torch.uint8, device=x.device)
-    grid = (blocks, -(-n // _TILE), batch)
-    gpu_kernels.update[grid](
-        x, xb, y, right, gram, rate, lost, limit, n, blocks, POLAR=polar, ROWS=rows, TILE=_TILE, BLOCKS=_power(blocks)
+    constants = {"POLAR": polar, "LEAST": torch.finfo(x.dtype).tiny ** 2, "BLOCKS": _power(blocks)}
+    gpu_kernels.update[blocks, -(-m // _TILE), batch](
+        point, xb, y, right, gram, rate, lost, limit, blocks=blocks, **whole, **constants
     )
     torch.autograd.graph.increment_version(x)
     return lost
+
+
+def _as_real(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, 2m) if complex, in the same memory
+    """Return a view of complex numbers as pairs of real ones, and a real matrix as it is."""
+    return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
 
 
 def _power(count: int) -> int:

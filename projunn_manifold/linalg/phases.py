@@ -37,6 +37,7 @@ __all__ = [
     "polar",
     "polar_functions",
     "polar_increment",
+    "polar_of_any_sum",
     "polar_of_sum",
     "within_reach",
 ]
@@ -46,7 +47,8 @@ LONGEST_SUM = math.sqrt(1 + LONGEST**2)  # ‖X + u‖₂ of such a tangent u at
 _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits that an eigendecomposition keeps
 _LONG_POLAR = 2.0  # ‖Ω‖₂ beyond which the coefficients of a polynomial outgrow its values
 _SHORT = 2.0**-20
-_SHORT_SQUARE = 1 / 16  # ‖D‖₂² up to which a polynomial of low degree serves
+_SHORT_SQUARE = 1 / 16  # ‖N‖₂ up to which a polynomial of low degree serves
+_UPPER = 1 / 32  # where the upper part of an interval of singular values starts, relative to its end
 _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
 
 
@@ -142,12 +144,30 @@ def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """
     start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
     square = dense.adjoint_times(d, d)
-    t = _plus_identity(square * (2 / _SHORT_SQUARE), -1.0)
-    shrink = -square @ _polynomial(_shrinking(_SHORT_SQUARE, torch.finfo(d.dtype).eps), t, None)
-    near = dense.plus_product(d, d, shrink)
-    near[..., : d.shape[-1], :].add_(shrink)
+    near = _short_increment(d, square, 0.0)
     far = polar((start + d) / LONGEST_SUM, LONGEST_SUM) - start
     return torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
+
+
+def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*batch, n, m) -> the same, (*batch,)
+    r"""Return the polar factor of Î + D, less Î, for any D = [H; C], and where it is not found, without a look.
+
+    There the increment is zero.  It is found for singular values of Î + D from σ / ``longest`` to σ, σ the largest or
+    1, and for no much smaller ones: what the iteration leaves of them is not unitary.  Short D is treated as by
+    :func:`polar_of_sum`, with :math:`N = H + H^H + D^H D`, which may be negative.
+    """
+    m = d.shape[-1]
+    start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
+    excess = dense.plus_product(2 * dense.sym(d[..., :m, :]), d.mH, d)
+    near = _short_increment(d, excess, -_SHORT_SQUARE)
+    gram = _plus_identity(excess.clone(), 1.0)
+    size = (_row_sums(gram @ gram) ** 0.25).clamp_min(1.0)
+    z = polar((start + d) / size[..., None, None], longest)
+    defect = torch.linalg.matrix_norm(_plus_identity(dense.adjoint_times(z, z), -1.0))
+    is_near = _row_sums(excess) <= _SHORT_SQUARE
+    lost = ~(is_near | (defect <= dense.tolerance(d.dtype, m) * math.sqrt(m)))  # which NaN is
+    far = (z - start).masked_fill(lost[..., None, None], 0)
+    return torch.where(is_near[..., None, None], near, far), lost
 
 
 def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (*batch, n, n), (*batch,)
@@ -220,14 +240,24 @@ def _inverse_root(level: float, eps: float) -> list[float]:
 
 
 @functools.cache
-def _shrinking(level: float, eps: float) -> list[float]:
-    """Return the coefficients of (1 - (1 + s)^(-1/2)) / s in powers of t = 2 s / level - 1, for |t| <= 1."""
+def _shrinking(low: float, high: float, eps: float) -> list[float]:
+    """Return the coefficients of (1 - (1 + s)^(-1/2)) / s in powers of t, -1 for s = low > -1 and 1 for s = high."""
 
     def shrinking(t: Any) -> Any:
-        root = np.sqrt(1 + level * (t + 1) / 2)
+        root = np.sqrt(1 + low + (high - low) * (t + 1) / 2)
         return 1 / (root * (1 + root))
 
-    return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(shrinking, _degree(level, eps)))]
+    degree = _degree((high - low) / (1 + low), eps)
+    return [float(c) for c in chebyshev.cheb2poly(chebyshev.chebinterpolate(shrinking, degree))]
+
+
+def _short_increment(d: Tensor, n: Tensor, low: float) -> Tensor:
+    """Return ``D + (Î + D) ((I + N)^(-1/2) - I)`` for N from ``low`` to ``_SHORT_SQUARE``: N times a polynomial."""
+    t = _plus_identity(n * (2 / (_SHORT_SQUARE - low)), -(_SHORT_SQUARE + low) / (_SHORT_SQUARE - low))
+    shrink = -n @ _polynomial(_shrinking(low, _SHORT_SQUARE, torch.finfo(d.dtype).eps), t, None)
+    increment = dense.plus_product(d, d, shrink)
+    increment[..., : d.shape[-1], :].add_(shrink)
+    return increment
 
 
 def _inverse_root_increment(s: Tensor, square: Tensor | None, bound: float) -> Tensor:
@@ -314,18 +344,22 @@ def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n,
     """
     for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
         e = _plus_identity(dense.adjoint_times(z, z), -1.0)
-        z = dense.plus_product((a + b + c) * z, z, dense.plus_product((b + 2 * c) * e, c * e, e))
+        z = dense.plus_product(z, z, dense.plus_product(e, e, e, b + 2 * c, c), a + b + c)
     return z
 
 
 @functools.cache
 def _minimax(longest: float, eps: float) -> list[tuple[float, float, float]]:
-    """Return polynomials a x + b x³ + c x⁵ whose composition is 1 on [1 / longest, 1] to rounding."""
+    """Return polynomials a x + b x³ + c x⁵ whose composition is 1 on [1 / longest, 1] to rounding.
+
+    Each is the best on the upper part of its interval, and at least proportional below: the best on a whole long
+    interval would bring some large singular values down to the smallest one, and so into rounding.
+    """
     low, high, found = 1 / longest, 1.0, []
     while high - low > eps:
-        a, b, c, error = _alternant(low, high)
+        a, b, c, error = _alternant(max(low, high * _UPPER), high)
         found.append((a, b, c))
-        low, high = 1 - error, 1 + error
+        low, high = min(low * (a + low * low * (b + low * low * c)), 1 - error), 1 + error
     return found
 
 

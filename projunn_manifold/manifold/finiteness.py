@@ -58,9 +58,12 @@ class Finiteness:
         Where the host cannot look, longer ones than a fixed number of products is good for are shortened and counted.
         """
         tangent = self._checked(x, tangent, longest_step(x), tangent if u is None else u, "step")
-        return self._within_reach(x, tangent) if context.would_wait(x) else tangent
+        return self.within_reach(x, tangent)
 
-    def _within_reach(self, x: Tensor, tangent: Tangent) -> Tangent:
+    def within_reach(self, x: Tensor, tangent: Tangent) -> Tangent:
+        """Return a step, shortened and counted where the host cannot look and it is too long for products."""
+        if not context.would_wait(x):
+            return tangent
         tangent, shortened = tangent.within_reach()
         if shortened is not None:
             self._state.count_faults(x.device, shortened=shortened)
@@ -74,7 +77,7 @@ class Finiteness:
         if not context.would_wait(x) or isinstance(lr, Tensor) or not math.isfinite(lr):
             return self.checked_step(x, self.checked_gradient(x, tangent, u).scaled(-lr))
         limit = min(torch.finfo(x.dtype).max, longest_step(x) / abs(lr) / abs(lr) if lr else math.inf)
-        return self._within_reach(x, self._checked(x, tangent, limit, u, "step").scaled(-lr))
+        return self.within_reach(x, self._checked(x, tangent, limit, u, "step").scaled(-lr))
 
     def _checked(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
         lost = self.lost(x, tangent.squared_norm(), limit, u, what)

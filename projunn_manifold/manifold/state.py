@@ -33,7 +33,7 @@ Members = slice | EllipsisType  # of a stack, or all that there is
 class Faults(NamedTuple):
     """What a manifold could not do, in matrices and columns."""
 
-    skipped: int  # matrices whose gradient or step was not finite
+    skipped: int  # matrices whose gradient or step was not finite, or led to a singular matrix
     uncorrected: int  # columns too far off the manifold for the drift correction
     shortened: int = 0  # matrices whose step was shortened, where the host cannot look at its length
 

@@ -36,9 +36,10 @@ from projunn_manifold.manifold.state import Faults, Members, State, counts_of, d
 from projunn_manifold.manifold.states import States
 from projunn_manifold.moves import drift
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
+from projunn_manifold.moves.frame import FramedStep
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
-from projunn_manifold.moves.projunn import move_d, move_t, tangent_of_gradient
+from projunn_manifold.moves.projunn import move_d, tangent_of_gradient
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
@@ -344,12 +345,19 @@ class UnitaryLowRank(Geometry):
     def raw_move(self, x: Tensor, factors: LowRank) -> Move:
         """Return the move along factors that need not be tangent: projUNN-D of ``X + a b^H``.
 
+        Not on CPU, a matrix with a numerically singular X + a b^H stays where it is and is counted
+        (:meth:`pop_faults`).
+
         Raises
         ------
         ValueError
             On CPU, if X + a b^H is numerically singular.
         """
-        return move_d(matrix(x), factors)
+        if not context.would_wait(x):
+            return move_d(matrix(x), factors)
+        move, lost = FramedStep.of_factors(matrix(x), factors).raw_retraction_by_products()
+        self._state.count_faults(x.device, skipped=lost)
+        return move
 
     # -- the parts of a step ----------------------------------------------------------------------------
 
@@ -406,9 +414,10 @@ class UnitaryLowRank(Geometry):
     def pop_faults(self) -> Faults:
         """Return how many matrices were skipped, columns left uncorrected and steps shortened, and forget them.
 
-        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or not on CPU).  Left
-        are columns too far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps
-        with angles beyond 64, where the host does not look at them.  Waits for the device.
+        Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or not on CPU), and,
+        not on CPU, those that :func:`~projunn_manifold.optim.constrain` would have made singular.  Left are columns too
+        far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps with angles beyond
+        64, where the host does not look at them.  Waits for the device.
         """
         faults = self._state.faults()
         self._state.forget_faults()
@@ -646,7 +655,7 @@ class UnitaryLowRankExact(UnitaryLowRank):
 
     def raw_move(self, x: Tensor, factors: LowRank) -> Move:
         """Return the move along factors that need not be tangent: projUNN-T of ``a b^H``."""
-        return move_t(matrix(x), factors)
+        return self.finiteness.within_reach(x, tangent_of_gradient(matrix(x), factors)).geodesic()
 
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute

@@ -78,6 +78,17 @@ class FramedStep:
             )
         return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None)
 
+    def raw_retraction_by_products(self) -> tuple[LowRankMove, Tensor]:
+        """Return the same move without a look, and which matrices it leaves where they are, ``(*batch,)``.
+
+        Those have a singular value of X + a b^H that is, relative to the largest or to 1, within the tolerance of X, as
+        on CPU, or below the root of the cores' precision, so that rounding would leave less than half the digits.
+        """
+        d = self.h if self.c is None else torch.cat((self.h, self.c), -2)
+        smallest = max(dense.tolerance(self.p.dtype, self.p.shape[-2]), torch.finfo(d.dtype).eps ** 0.5)
+        core, lost = phases.polar_of_any_sum(d, 1 / smallest)
+        return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None, 1 / smallest), lost
+
     def tangent(self) -> FramedTangent:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
         c = None if self.c is None else self.c / 2
@@ -171,7 +182,8 @@ class FramedTangent(Tangent):
                 core = phases.polar_of_sum(torch.cat((self.omega, self.c), -2))
             else:
                 core, _, _ = _polar_increment(self.omega, self.c)
-            return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None, self.in_reach)
+            longest = phases.LONGEST_SUM if self.in_reach else None
+            return LowRankMove(_basis(p, self.b), core.to(dtype), self.right, None, longest)
         group = small.to(self._group(angle), p)
         core = group if self.c is None else group[..., :r].contiguous()
         return LowRankMove(_basis(p, self.b), core, self.right, group)

@@ -49,7 +49,7 @@ class LowRankMove:
     core: Tensor  # F  (*batch, w, r)
     right: Tensor  # S  (*batch, m, r)
     group: Tensor | None  # Γ  (*batch, w, w); None: completed from F when it is needed
-    in_reach: bool = False  # of a completion by products
+    longest: float | None = None  # 1 / the smallest cosine of an angle that a completion by products is good for
 
     @classmethod
     def between(cls, x: Tensor, y: Tensor) -> LowRankMove:
@@ -84,7 +84,7 @@ class LowRankMove:
 
     def _rotation_of(self, v: Matrix) -> tuple[Tensor, Tensor]:
         """Return thin factors of ``g v - v = W Γ (v^H W)^H``."""
-        group = complete_to_unitary(self.core, self.in_reach) if self.group is None else self.group
+        group = complete_to_unitary(self.core, self.longest) if self.group is None else self.group
         return thin(self.left, group), v.adjoint_times(self.left)
 
 
@@ -113,17 +113,17 @@ def thin(left: Tensor, core: Tensor) -> Tensor:  # (*batch, n, w), (*batch, w, r
     return (core.mT @ left.mT).mT
 
 
-def complete_to_unitary(core: Tensor, in_reach: bool = False) -> Tensor:  # (*batch, w, r) -> (*batch, w, w)
+def complete_to_unitary(core: Tensor, longest: float | None = None) -> Tensor:  # (*batch, w, r) -> (*batch, w, w)
     r"""Return Γ of a move given only by F, for orthonormal W whose first r columns span X S.
 
     In the basis W the move takes :math:`\hat P = [I; 0]` to :math:`\hat R = [I; 0] + F`.  The unitary
     polar(R̂ P̂^H + (I - R̂ R̂^H)(I - P̂ P̂^H)) extends that map; its first r columns are R̂, the others the
-    polar factor of the rest: by products if the move is ``in_reach`` of them, for then the rest has no smaller singular
-    value than the cosine of its largest angle.
+    polar factor of the rest, whose singular values are the cosines of the move's angles.  With ``longest`` it is made
+    by products, for cosines of at least 1 / ``longest``; what has turned further is shortened.
     """
     w, r = core.shape[-2:]
     eye = dense.columns_of_identity(*core.shape[:-1], w, dtype=dense.high_precision(core), device=core.device)
     image = eye[..., :r] + core
     rest = (eye - image @ image.mH)[..., r:]
-    rest = phases.polar(rest, phases.LONGEST_SUM) if in_reach else dense.polar(rest)
+    rest = dense.polar(rest) if longest is None else phases.polar(rest, longest)
     return (torch.cat((image, rest), -1) - eye).to(core.dtype)

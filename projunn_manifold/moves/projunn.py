@@ -91,6 +91,9 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
     Notes
     -----
+    The core is factorised, for which the host waits on CUDA; the steps of :func:`~projunn_manifold.optim.constrain` do
+    not.
+
     Kiani, Balestriero, LeCun, Lloyd 2022, Lemma 4.1 and Theorem 4.2.  On O(n), a step so large that
     X + a b^H changes the sign of its determinant leaves the component of X.
 
@@ -115,7 +118,8 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     .. math:: Y = \exp(A)\,X,\qquad A = \tfrac12\,(a b^H X^H - X b a^H)
 
     Parameters and errors are those of :func:`projunn_d`, without the singular case: the exponential
-    always exists.  Cost: as there, with one read of square X less in compiled loops; at k = 1 the cores are scalars.
+    always exists.  Cost: as there, with one read of square X less in compiled loops; at k = 1 on square X the cores are
+    scalars, for which the host never waits.
 
     Notes
     -----

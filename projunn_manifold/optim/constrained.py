@@ -205,6 +205,9 @@ def raw_step_(
     (X, a, b), the closest unitary to :math:`X + a b^H`; on :class:`~projunn_manifold.UnitaryLowRankExact`
     :func:`~projunn_manifold.projunn_t`.  A move of zeros is no step: nothing is drawn or counted.
 
+    The host does not wait for a device: there a matrix stays where it is if its move is not finite or its
+    :math:`X + a b^H` singular, and T is shortened to angles of 64.  ``manifold.pop_faults()`` counts both.
+
     Parameters
     ----------
     manifold : UnitaryLowRank
@@ -323,8 +326,9 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
         LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it; what is no
         optimiser; geoopt's optimisers, which know manifolds themselves.
     ValueError
-        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite; the parameter is
-        back where it was, the optimiser's state is not.
+        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite, or for which X + a
+        b^H is singular (D); the parameter is back where it was, the optimiser's state is not.  Elsewhere such moves are
+        left out, and ``manifold.pop_faults()`` counts them.
 
     Examples
     --------

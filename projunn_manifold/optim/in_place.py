@@ -177,8 +177,8 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
         Default: ``False``.  See the module's text.
     fused : bool, optional
-        Whether steps of rank one without momentum, of square real matrices, use kernels in Triton where it is installed
-        and the parameter is on a CUDA device.  Default: ``True``.
+        Whether steps of rank one without momentum, of square matrices, real or complex, use kernels in Triton where it
+        is installed and the parameter is on a CUDA device.  Default: ``True``.
 
     Raises
     ------

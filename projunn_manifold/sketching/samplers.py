@@ -72,7 +72,8 @@ class Subspace:
     :math:`\mathrm{orth}((G G^H)^p\, G\, Z)` for a Gaussian Z of k + ``oversample`` columns, then the best k
     directions inside.  ``power=0, oversample=0`` is the one-pass range finder, which is the LSI sampler of
     the projUNN paper (section 4.3) from the left instead of the right.  Cost: ``2 + 2 power`` products of G
-    with k + ``oversample`` columns, a pair of them in one read where nothing comes between.
+    with k + ``oversample`` columns, a pair of them in one read where nothing comes between; and an eigendecomposition
+    of side k + ``oversample`` where this is more than k, for which the host waits on CUDA.
 
     Parameters
     ----------
@@ -107,7 +108,8 @@ class Column:
 
     Draws c columns of G with replacement, with probability proportional to their squared norms, rescales
     them by :math:`1/\sqrt{c\,p_j}`, and takes the k leading left singular vectors of the result as a.
-    Cost: one read of G for the norms, c columns, one product.  A zero gradient is sampled uniformly.
+    Cost: one read of G for the norms, c columns and their SVD, for which the host waits on CUDA, one product.  A zero
+    gradient is sampled uniformly.
 
     Parameters
     ----------

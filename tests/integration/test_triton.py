@@ -7,9 +7,10 @@ import sys
 import geoopt
 import pytest
 import torch
-from helpers import bound, double, error
+from helpers import DTYPES, bound, double, error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, optim, reference
+from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, context, optim, reference
 from projunn_manifold.linalg import dense, gpu, products
 from projunn_manifold.linalg.products import matrix
 
@@ -20,43 +21,106 @@ pytest.importorskip("triton")
 @pytest.fixture
 def on_gpu(monkeypatch):
     """The CPU as the device of the kernels."""
-    monkeypatch.setattr(gpu, "suits", lambda x, g: x.shape[-1] == x.shape[-2] and not x.is_complex())
+    monkeypatch.setattr(gpu, "suits", lambda x, g: x.shape[-1] == x.shape[-2])
     monkeypatch.setattr(products, "compiled", None)
 
 
 MAPS = {"D": (UnitaryLowRank, reference.retraction), "T": (UnitaryLowRankExact, reference.geodesic)}
 
 
+def first_sketch(x, g):
+    """What a new manifold makes of a gradient without kernels, in double precision."""
+    return double(UnitaryLowRank(1).sketcher.factors(matrix(x), g).dense())
+
+
 @pytest.mark.parametrize("length", [1e-6, 0.1, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(16, 16), (300, 300), (3, 70, 70)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (300, 300), (3, 70, 70), (2, 2, 5, 5)], ids=str)
 @pytest.mark.parametrize(("kind", "map_"), MAPS.values(), ids=MAPS)
 def test_a_step_is_the_exact_map_and_draws_as_without_kernels(on_gpu, kind, map_, shape, dtype, length):
     draw = torch.Generator().manual_seed(0)
     manifold = kind(1, sweep=None)
     x, g = manifold.random(shape, dtype=dtype, generator=draw), torch.randn(shape, dtype=dtype, generator=draw)
-    sketch = double(manifold.sketcher.factors(matrix(x), g).dense())
-    u = reference.gradient(double(x), sketch)
+    u = reference.gradient(double(x), first_sketch(x, g))
     lr = length / torch.linalg.matrix_norm(u, 2).max().item()
     y = manifold.step_(x.clone(), g, lr)
     assert error(y, map_(double(x), -lr * u)) <= bound(dtype, length)
     assert dense.unitarity_error(y).max() <= bound(dtype, length)
 
 
-def test_points_and_gradients_at_right_angles_or_parallel_take_the_same_kernels(on_gpu):
-    x = torch.eye(20, dtype=torch.float64)
-    manifold = UnitaryLowRank(1, sweep=None)
-    for g in (x.clone(), torch.ones(20, 20, dtype=torch.float64), torch.zeros(20, 20, dtype=torch.float64)):
-        sketch = manifold.sketcher.factors(matrix(x), g).dense()
-        y = manifold.step_(x.clone(), g, 0.3)
-        assert error(y, reference.retraction(x, -0.3 * reference.gradient(x, sketch))) <= bound(torch.float64, 2.0)
+GRADIENTS = {
+    "parallel": lambda x, noise: x.clone(),
+    "a change of phase": lambda x, noise: 1j * x if x.is_complex() else x.clone(),
+    "ones": lambda x, noise: torch.ones_like(x),
+    "zero": lambda x, noise: torch.zeros_like(x),
+    **{f"parallel but for {size}": lambda x, noise, size=size: x + size * noise for size in (1e-2, 1e-8)},
+}
 
 
-def test_matrices_that_are_not_finite_are_left_and_counted(on_gpu):
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "map_"), MAPS.values(), ids=MAPS)
+def test_points_and_gradients_at_right_angles_or_parallel_take_the_same_kernels(on_gpu, kind, map_, dtype, gradient):
+    draw, lr = torch.Generator().manual_seed(0), 0.3
+    noise = torch.randn(20, 20, dtype=dtype, generator=draw)
+    for x in (torch.eye(20, dtype=dtype), kind(1).random(20, 20, dtype=dtype, generator=draw)):
+        g = gradient(x, noise)
+        sketch, y = first_sketch(x, g), kind(1, sweep=None).step_(x.clone(), g, lr)
+        step = lr * torch.linalg.matrix_norm(sketch, 2).item()  # what is normal to the manifold also leaves rounding
+        assert error(y, map_(double(x), -lr * reference.gradient(double(x), sketch))) <= bound(dtype, step)
+        assert dense.unitarity_error(y).max() <= bound(dtype, step)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "map_"), MAPS.values(), ids=MAPS)
+def test_the_size_of_a_gradient_does_not_matter(on_gpu, kind, map_, dtype):
+    draw = torch.Generator().manual_seed(0)
+    x = kind(1).random(40, 40, dtype=dtype, generator=draw)
+    g = torch.randn(40, 40, dtype=dtype, generator=draw)
+    u = reference.gradient(double(x), first_sketch(x, g))
+    lr = 1 / torch.linalg.matrix_norm(u, 2).item()
+    for scale in (1e-15, 1e15) if torch.finfo(dtype).bits == 32 else (1e-70, 1e-50, 1e50, 1e70):
+        manifold = kind(1, sweep=None)
+        y = manifold.step_(x.clone(), g * scale, lr / scale)
+        assert error(y, map_(double(x), -lr * u)) <= bound(dtype)
+        assert manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|overflow|divide):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_out_of_range_move_nothing(on_gpu, dtype):
+    draw, manifold = torch.Generator().manual_seed(0), UnitaryLowRank(1, sweep=None)
+    x, g = manifold.random(20, 20, dtype=dtype, generator=draw), torch.randn(20, 20, dtype=dtype, generator=draw)
+    tiny, huge = (range(-40, -20), (22, 36)) if torch.finfo(dtype).bits == 32 else (range(-160, -78, 3), (85, 150))
+    for power in tiny:
+        assert torch.equal(manifold.step_(x.clone(), g * 10.0**power, 0.1), x)
+    assert manifold.pop_faults() == (0, 0, 0)
+    for power in huge:
+        assert torch.equal(manifold.step_(x.clone(), g * 10.0**power, 0.1), x)
+    assert manifold.pop_faults() == (2, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_a_change_of_phase_has_its_whole_length(on_gpu, dtype):
+    x = UnitaryLowRank(1).random(20, 20, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    longest = (2 * 20) ** 0.5 / torch.finfo(dtype).eps
+    for length, skipped in ((0.8 * longest, 0), (1.2 * longest, 1)):  # of i y y^H X, y of unit norm
+        manifold = UnitaryLowRank(1, sweep=None)
+        y = manifold.step_(x.clone(), 1j * x, length)
+        assert torch.equal(y, x) == bool(skipped)
+        assert manifold.pop_faults() == (skipped, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, complex(0, torch.nan), complex(0, -torch.inf)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matrices_that_are_not_finite_are_left_and_counted(on_gpu, dtype, bad):
+    if isinstance(bad, complex) and not dtype.is_complex:
+        return
     manifold, draw = UnitaryLowRank(1, sweep=None), torch.Generator().manual_seed(0)
-    p = geoopt.ManifoldParameter(manifold.random(3, 20, 20, generator=draw), manifold=manifold)
-    p.grad = torch.randn(3, 20, 20, generator=draw)
-    p.grad[1, 2, 3] = torch.nan
+    p = geoopt.ManifoldParameter(manifold.random(3, 20, 20, dtype=dtype, generator=draw), manifold=manifold)
+    p.grad = torch.randn(3, 20, 20, dtype=dtype, generator=draw)
+    p.grad[1, 2, 3] = bad
     before, version = p.detach().clone(), p._version
     optim.RiemannianSGD([p], lr=0.1).step()
     assert [torch.equal(a, b) for a, b in zip(p, before, strict=True)] == [False, True, False]
@@ -64,14 +128,46 @@ def test_matrices_that_are_not_finite_are_left_and_counted(on_gpu):
     assert p._version > version
 
 
-def test_a_trained_weight_stays_on_the_manifold(on_gpu):
-    manifold, draw = UnitaryLowRank(1), torch.Generator().manual_seed(0)
-    p = geoopt.ManifoldParameter(manifold.random(24, 24, generator=draw), manifold=manifold)
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(UnitaryLowRank, torch.float32), (UnitaryLowRankExact, torch.complex64)], ids=MAPS
+)
+def test_a_trained_weight_stays_on_the_manifold(on_gpu, kind, dtype):
+    manifold, draw = kind(1), torch.Generator().manual_seed(0)
+    p = geoopt.ManifoldParameter(manifold.random(24, 24, dtype=dtype, generator=draw), manifold=manifold)
     optimizer = optim.RiemannianSGD([p], lr=0.3)
     for _ in range(150):
-        p.grad = torch.randn(24, 24, generator=draw)
+        p.grad = torch.randn(24, 24, dtype=dtype, generator=draw)
         optimizer.step()
-    assert dense.unitarity_error(p.detach()) <= dense.tolerance(torch.float32, 24)
+    assert dense.unitarity_error(p.detach()) <= dense.tolerance(dtype, 24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("kind", [kind for kind, _ in MAPS.values()], ids=MAPS)
+def test_training_goes_as_without_kernels(on_gpu, kind, dtype):
+    steps, target = 10, kind(1).random(2, 21, 21, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    found = []
+    for fused in (True, False):
+        manifold, draw = kind(1), torch.Generator().manual_seed(0)
+        p = geoopt.ManifoldParameter(manifold.random(2, 21, 21, dtype=dtype, generator=draw), manifold=manifold)
+        optimizer = optim.RiemannianSGD([p], lr=0.3, fused=fused)
+        for _ in range(steps):
+            p.grad = p.detach() - target
+            optimizer.step()
+        found.append(p.detach())
+    assert error(*found) <= steps * bound(dtype)
+
+
+def test_square_matrices_of_all_dtypes_suit_the_kernels(monkeypatch):
+    monkeypatch.setattr(context, "is_plain", lambda t: True)
+    with FakeTensorMode():
+        for dtype in (*DTYPES, torch.float16, torch.bfloat16):
+            x = torch.empty(2, 8, 8, dtype=dtype, device="cuda")
+            assert gpu.suits(x, x) == (dtype in DTYPES)
+            assert not gpu.suits(x.mT, x)
+            tall = torch.empty(2, 8, 6, dtype=dtype, device="cuda")
+            assert not gpu.suits(tall, tall)
+            host = torch.empty(2, 8, 8, dtype=dtype)
+            assert not gpu.suits(host, host)
 
 
 def test_fused_is_an_argument_of_the_optimiser(on_gpu, monkeypatch):
@@ -93,15 +189,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from projunn_manifold.linalg import gpu_kernels as kernels
 
-tiles = {"ROWS": 16, "TILE": 256}
-for number in ("*fp32", "*fp64"):
+for number, parts in (("*fp32", 1), ("*fp64", 1), ("*fp32", 2), ("*fp64", 2)):
+    tiles = {"PARTS": parts, "ROWS": 16, "TILE": 256}
     x = lambda *names: dict.fromkeys(names, number)
     sketch = {**x("g", "z", "y", "back"), "n": "i32"}
     tangent = {**x("x", "b", "y", "xb", "images"), "gram": "*fp64", "n": "i32"}
     update = {**x("x", "xb", "y", "right"), "gram": "*fp64", "rate": "*fp64", "lost": "*u8", "limit": "fp32"}
     update |= {"n": "i32", "blocks": "i32"}
     jobs = [(kernels.sketch, sketch, tiles), (kernels.tangent, tangent, tiles)]
-    jobs += [(kernels.update, update, {**tiles, "POLAR": polar, "BLOCKS": 64}) for polar in (True, False)]
+    last = {**tiles, "LEAST": 1e-76, "BLOCKS": 64}
+    jobs += [(kernels.update, update, {**last, "POLAR": polar}) for polar in (True, False)]
     for kernel, arguments, constants in jobs:
         source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants)
         for capability in (80, 90):
@@ -116,4 +213,4 @@ def test_the_kernels_compile_without_a_gpu(tmp_path):
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 16
+    assert len(result.stdout.split()) == 32

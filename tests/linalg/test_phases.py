@@ -89,6 +89,81 @@ def test_a_transformed_call_is_the_plain_one(increment, skew):
     assert error(torch.func.vmap(function)(omega), function(omega)) <= bound(torch.float64)
 
 
+def polar_and_increment(d):
+    """The polar factor of Î + D, and what it adds to Î, in double precision."""
+    start = torch.zeros_like(double(d))
+    start.diagonal(dim1=-2, dim2=-1).fill_(1)
+    u, _, vh = torch.linalg.svd(start + double(d), full_matrices=False)
+    return u @ vh, u @ vh - start
+
+
+@pytest.fixture
+def of_singular_values(draw):
+    """D for which Î + D has these singular values."""
+
+    def make(values, *shape):
+        u, _, vh = torch.linalg.svd(draw.matrix(*shape, dtype=torch.complex128), full_matrices=False)
+        d = (u * torch.tensor(values, dtype=torch.float64)) @ vh
+        d.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return d
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [0.0, 1e-8, 1e-3, 0.02, 0.1, 0.99, 5.0])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (3, 2), (3, 8, 8), (2, 2, 7, 4), (0, 3, 3)], ids=str)
+def test_the_polar_factor_of_any_sum(draw, shape, norm, dtype):
+    """The increment of a short D has digits of its own: an error of constant size would add up over many steps."""
+    d = double(draw.matrix(*shape, dtype=dtype))
+    d = (d * (norm / torch.linalg.matrix_norm(d, 2)[..., None, None])).to(dtype)
+    increment, lost = phases.polar_of_any_sum(d, 1e3)
+    assert increment.shape == d.shape
+    assert increment.dtype == d.dtype
+    assert not lost.any()
+    if d.numel():
+        whole, exact = polar_and_increment(d)
+        smallest = torch.linalg.svdvals(whole - exact + double(d)).min().item()
+        assert error(increment, exact) <= bound(dtype, 1.0, smallest) * min(1.0, norm) + bound(torch.float64)
+
+
+@pytest.mark.parametrize("longest", [64.0, 1e3, 2.0**20, 2.0**26])
+@pytest.mark.parametrize("largest", [0.3, 1.0, 40.0, 1e5])
+@pytest.mark.parametrize("shape", [(4, 4, 4), (4, 6, 4)], ids=str)
+def test_singular_values_down_to_the_limit_and_below(of_singular_values, shape, largest, longest):
+    size = max(1.0, largest)
+    for smallest in (0.9, 0.1, 0.01, 1e-4, 1e-6, 2 / longest, 0.2 / longest, 0.01 / longest, 1e-12, 0.0):
+        d = of_singular_values([largest, largest, 0.7 * size * smallest, size * smallest], *shape)
+        increment, lost = phases.polar_of_any_sum(d, longest)
+        if smallest >= 2 / longest:
+            assert not lost.any()
+            whole, exact = polar_and_increment(d)
+            assert error(increment, exact) <= bound(torch.float64, 1.0, smallest)
+            assert error((whole - exact + increment).mH @ (whole - exact + increment), torch.eye(4)) <= bound(d.dtype)
+        elif smallest <= 0.2 / longest:
+            assert lost.all()
+            assert not increment.any()
+
+
+def test_members_of_a_stack_are_independent_and_what_is_not_finite_is_lost(of_singular_values, draw):
+    short, zero = 1e-6 * draw.matrix(3, 3, dtype=torch.complex128), torch.zeros(3, 3, dtype=torch.complex128)
+    members = [
+        short,
+        of_singular_values([1.0, 1.0, 0.0], 3, 3),
+        of_singular_values([4.0, 2.0, 0.1], 3, 3),
+        torch.full_like(zero, torch.nan),
+        zero,
+        torch.full_like(zero, torch.inf),
+        1e300 * short,
+    ]
+    increment, lost = phases.polar_of_any_sum(torch.stack(members), 1e6)
+    assert lost.tolist() == [False, True, False, True, False, True, True]
+    for member, found in zip(members, increment, strict=True):
+        alone, _ = phases.polar_of_any_sum(member, 1e6)
+        assert error(found, alone) <= bound(torch.float64) * alone.abs().max().item()
+    assert not increment[lost].any()
+
+
 @pytest.mark.parametrize(
     ("function", "size", "most"),
     [

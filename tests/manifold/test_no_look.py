@@ -1,7 +1,7 @@
 """A step where the host must not look at values: no look, no eigenproblem, and the same step as where it may.
 
-It holds with the sampler "lsi"; ``constrain`` on D and the other samplers go through a small eigenproblem or singular
-value decomposition.  Thin matrices have a QR.
+It holds with the sampler "lsi"; the other samplers go through a small eigenproblem or singular value decomposition.
+Thin matrices have a QR.
 """
 
 import geoopt
@@ -15,6 +15,7 @@ from projunn_manifold.linalg import dense, products, qr
 from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.linalg.products import matrix
 from projunn_manifold.moves.angle import GEODESIC, POLAR
+from projunn_manifold.optim.constrained import raw_step_
 from projunn_manifold.sketching.factored_tensor import FactoredTensor
 
 LOOKS = {"_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "_linalg_check_errors", "allclose"}
@@ -96,6 +97,102 @@ def test_a_step_needs_no_double_precision(device, monkeypatch, make, dtype, shap
     assert p.manifold.pop_faults() == (0, 0, 0)
     monkeypatch.setattr(dense, "is_single", lambda device: False)
     assert dense.unitarity_error(p.detach()).max() <= 2 * bound(dtype)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("feedback", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("shape", [(40, 40), (3, 40, 40), (48, 40)], ids=str)
+@pytest.mark.parametrize("kind", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 2, 4, None])
+def test_a_constrained_step_looks_at_nothing_and_factorises_nothing(
+    device, monkeypatch, k, kind, shape, dtype, feedback, single
+):
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
+    p = parameter(k, shape, dtype, kind, sweep=40)
+    start, optimizer = p.detach().clone(), torch.optim.RMSprop([p], lr=1e-2)
+    optim.constrain(optimizer, feedback=feedback)
+    with Single() if single else Blind():
+        for _ in range(4):
+            optimizer.step()
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
+    assert dense.unitarity_error(p.detach()).max() <= 2 * bound(dtype)
+    assert p.manifold.pop_faults() == (0, 0, 0)
+    assert (p.detach() - start).norm() > 0.1
+
+
+@pytest.mark.parametrize("length", [1e-8, 1e-3, 0.1, 1.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(24, 24), (2, 24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_a_constrained_step_is_the_exact_polar_factor_and_carries_what_it_leaves_out(device, k, shape, dtype, length):
+    p = parameter(k, shape, dtype, sweep=None)
+    x, move = p.detach().clone(), p.grad * (length / torch.linalg.matrix_norm(p.grad, 2).max())
+    a, b = p.manifold.sketcher.factors(matrix(x), move)
+    residual = torch.zeros_like(x)
+    y = raw_step_(p.manifold, x.clone(), move, residual)
+    u, sigma, vh = torch.linalg.svd(double(x) + double(a) @ double(b).mH, full_matrices=False)
+    exact = bound(dtype, length, sigma.min().item())
+    assert error(y, u @ vh) <= exact
+    assert dense.unitarity_error(y).max() <= bound(dtype, length)
+    rest = double(move) - double(a) @ double(b).mH
+    lengths = torch.linalg.matrix_norm(double(residual)), torch.linalg.matrix_norm(rest)
+    assert (lengths[0] - lengths[1]).abs().max() <= bound(dtype, length) * lengths[1].max()  # g is unitary,
+    before, after = double(x).mH @ rest, double(y).mH @ double(residual)
+    assert error(after, before) <= 4 * exact * max(1.0, length)  # and takes X to Y
+    assert p.manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 16, 16), (3, 20, 16)], ids=str)
+@pytest.mark.parametrize("k", [1, 3, None])
+def test_a_singular_step_leaves_its_matrix_where_it_is_and_is_counted(device, k, shape, dtype):
+    p = parameter(k, shape, dtype, sweep=None)
+    x, move = p.detach().clone(), 0.01 * p.grad
+    move[1] = -x[1] @ torch.ones(16, 16, dtype=dtype) / 16  # X + a b^H has a zero singular value
+    y = raw_step_(p.manifold, x.clone(), move)
+    assert p.manifold.pop_faults() == (1, 0, 0)
+    assert torch.equal(y[1], x[1])
+    for member in (0, 2):
+        assert (y[member] - x[member]).norm() > 1e-3
+        alone = parameter(k, shape, dtype, sweep=None)
+        zeros = torch.zeros_like(move)
+        zeros[member] = move[member]
+        assert error(raw_step_(alone.manifold, x.clone(), zeros)[member], y[member]) <= bound(dtype)
+        assert alone.manifold.pop_faults() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e15, 1e30])
+@pytest.mark.parametrize("shape", [(24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("kind", [UnitaryLowRank, UnitaryLowRankExact])
+@pytest.mark.parametrize("k", [1, 3, None])
+def test_constrained_steps_of_any_length_stay_on_the_manifold_or_are_counted(device, k, kind, shape, size):
+    p = parameter(k, shape, torch.float32, kind)
+    start = p.detach().clone()
+    y = raw_step_(p.manifold, p.detach().clone(), p.grad * size)
+    faults = p.manifold.pop_faults()
+    closed_form = k == 1 and kind is UnitaryLowRankExact and shape[0] == shape[1]
+    if size == 1e30 or kind is UnitaryLowRank:
+        assert faults.skipped == torch.equal(y, start)
+    else:
+        assert faults == (0, 0, not closed_form)
+    if not closed_form:
+        assert dense.unitarity_error(y) <= 2 * bound(torch.float32, LONGEST)
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("shape", [(24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("size", [1e-3, 0.3])
+def test_rounding_of_constrained_steps_does_not_add_up(device, monkeypatch, size, k, shape, single):
+    """Without the drift correction, over 2000 steps, short ones and some that are not."""
+    p = parameter(k, shape, torch.float32, sweep=None if single else 256)
+    draw, x = torch.Generator().manual_seed(1), p.detach().clone()
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
+    for _ in range(2000):
+        raw_step_(p.manifold, x, size / 5 * torch.randn(shape, generator=draw))
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
+    assert dense.unitarity_error(x) <= (bound(torch.float32) if single else 2 * dense.tolerance(torch.float32, 32))
 
 
 @pytest.mark.parametrize("single", [False, True])
