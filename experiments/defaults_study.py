@@ -246,7 +246,7 @@ class Study:
         ]  # fmt: skip
 
     def chosen(self, task: str, recipe: Recipe, *, within_grid: bool = False) -> dict[str, Any] | None:
-        """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran.
+        """Return the mean of the trainings at the best learning rates of a recipe, with its merit; None if none ran.
 
         Learning rates beyond the grid of stage 1, which only some recipes have, can be left out.
         """
@@ -259,7 +259,16 @@ class Study:
         if not means:
             return None
         best = max(means, key=lambda rates: means[rates])
-        return {**by_rates[best][0], "merit": means[best]}
+        return {**_mean(by_rates[best]), "merit": means[best]}
+
+
+def _mean(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a training of one recipe and its rates, with the mean results of all; None where one has diverged."""
+    results: dict[str, float | None] = {}
+    for key in ("loss", "score", "seconds"):
+        values = [cell[key] for cell in cells]
+        results[key] = None if None in values else statistics.fmean(values)
+    return cells[0] | results
 
 
 def merit(cell: dict[str, Any]) -> float:
