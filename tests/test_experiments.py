@@ -352,10 +352,11 @@ def test_the_best_recipe_is_that_of_the_best_ranks_and_divergence_is_the_worst(s
     for task, (what, values) in merits.items():
         for recipe, value in zip(reversed(small_study.RECIPES), values, strict=True):
             rates = {"lr": small_study.RATES[0], "unitary_lr": small_study.OPTIMISERS[recipe.optimiser][1][0]}
-            cell = {"task": task, "recipe": recipe.name, **rates, "seed": small_study.CHOOSING[0]}
+            cell = {"task": task, "recipe": recipe.name, **rates, "seed": small_study.CHOOSING[0], "seconds": 1.0}
             cell |= {"loss": 0.1, "score": 0.1, what: value} if value is not None else {"loss": None, "score": None}
             study.cells[task + recipe.name] = cell
     assert small_study.best_recipes(study, 2) == [*reversed(small_study.RECIPES[1:]), small_study.PAPER]
+    assert small_study.winners(study) == [small_study.RECIPES[-1]]
 
 
 def test_series_are_split_into_halves_and_folds(module):
