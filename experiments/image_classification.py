@@ -19,7 +19,18 @@ import torch
 from common.data import Batch, images
 from common.experiment import parser, run
 from common.networks import Choices, Optimizers
-from common.resnet import Convolution, Deep, ResNet9, aoc, blocks_error, dirac, orthogonal, plain, singular_range
+from common.resnet import (
+    Convolution,
+    Deep,
+    ResNet9,
+    aoc,
+    blocks_error,
+    dirac,
+    frozen,
+    orthogonal,
+    plain,
+    singular_range,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -133,7 +144,8 @@ class Kind:
         shape = (self.convolution(choices, deep), task.width, task.outputs, task.side, choices.hidden)
         network = Classifier(Deep(*shape, depth=task.depth) if deep else ResNet9(*shape)).to(device)
         optimizer = torch.optim.RMSprop(param_groups(network, choices.lr, unitary_lr=choices.unitary_lr))
-        constrain(optimizer)
+        if self.low_rank:
+            constrain(optimizer)
         return network, [optimizer]
 
 
@@ -146,6 +158,7 @@ METHODS: dict[str, Kind] = {
     for kind in (
         Kind("projUNN-D", _on(UnitaryLowRank), "tab:blue", low_rank=True),
         Kind("projUNN-T", _on(UnitaryLowRankExact), "tab:orange", low_rank=True),
+        Kind("frozen", lambda choices, deep: frozen(orthogonal(UnitaryLowRank, identity=deep)), "silver"),
         Kind("AOC", lambda choices, deep: aoc, "tab:green"),
         Kind("plain", lambda choices, deep: plain, "tab:gray"),
         Kind("plain, identity start", lambda choices, deep: dirac, "black"),

@@ -97,6 +97,28 @@ def test_images_are_classified_by_orthogonal_and_plain_networks(tmp_path):
     assert all(r["unitarity_error"] is None or r["unitarity_error"] < 1e-5 for r in records)
 
 
+@pytest.mark.parametrize("kind", ["sequence", "matrix", "images"])
+def test_frozen_weights_stay_where_they_are_and_all_others_learn(module, kind):
+    networks, tasks, matrices = module("common.networks"), module("common.tasks"), module("common.matrices")
+    descents, images = module("common.descents"), module("image_classification")
+    task, method = {
+        "sequence": (tasks.Copying(5, 4, 1, 0), networks.METHODS["frozen"]),
+        "matrix": (matrices.RandomUnitary(8, 4, 1, 0), descents.METHODS["frozen"]),
+        "images": (images.Images("digits", None, 64, 1, 0), images.METHODS["frozen"]),
+    }[kind]
+    network, optimizers = method.build(task, networks.Choices(4, lr=0.01, unitary_lr=0.01))
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    inputs, targets = next(iter(task.batches()))
+    task.loss(network(inputs), targets).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    moved = {name for name, p in network.named_parameters() if not torch.equal(p, before[name])}
+    square = {name for name in before if "weight_hh" in name or name == "linear.weight" or before[name].ndim > 2}
+    assert square
+    assert not moved & square
+    assert moved or kind == "matrix"
+
+
 def test_results_of_other_settings_are_not_taken_for_these(tmp_path):
     arguments = ["experiments/copying.py", *SMALL, "--methods", "RNN", "--out", tmp_path]
     assert run_script(*arguments, "--length", "20").returncode == 0
@@ -111,6 +133,20 @@ def test_a_training_that_diverges_leaves_no_result_and_stops_no_other(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "no result" in result.stdout
+
+
+def test_the_cost_of_a_rule_is_the_time_at_its_rank_over_that_at_the_best(tmp_path, module, monkeypatch):
+    study, matrices = module("rank_study"), module("common.matrices")
+    setting = study.Setting(lambda steps, seed: matrices.RandomRotation(40, 4, steps, seed), 40, False, steps=3000)
+    monkeypatch.setattr(study, "SETTINGS", {"rotation": setting})
+    assert study.main(["--out", str(tmp_path)]) == 0
+    (row,) = recorded(tmp_path / "rank_study.json")["rows"]
+    assert row["shares"]["4"] > 0.999 > row["shares"]["1"]  # the batch: gradients have rank four
+    assert row["chosen"]["always k = None"] == "None"
+    row["seconds"] = {"1": [4.0, None, 6.0], "4": [2.0, 3.0, 1.0], "16": [None, None, 1.0], "None": [8.0, 8.0, 8.0]}
+    assert [study.cost(row, k) for k in row["seconds"]] == [3.0, 1.0, float("inf"), 4.0]
+    assert "no goal" in study.rules_table([row])
+    assert (tmp_path / "rank_study.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, module, monkeypatch):
@@ -315,10 +351,12 @@ def test_the_best_recipe_is_that_of_the_best_ranks_and_divergence_is_the_worst(s
     merits = {"permuted digits": ("score", (0.9, 0.5, None)), "adding 50": ("loss", (1e-3, 1e-2, 1e-1))}
     for task, (what, values) in merits.items():
         for recipe, value in zip(reversed(small_study.RECIPES), values, strict=True):
-            cell = {"task": task, "recipe": recipe.name, "lr": 1.0, "unitary_lr": 1.0, "seed": small_study.CHOOSING[0]}
+            rates = {"lr": small_study.RATES[0], "unitary_lr": small_study.OPTIMISERS[recipe.optimiser][1][0]}
+            cell = {"task": task, "recipe": recipe.name, **rates, "seed": small_study.CHOOSING[0], "seconds": 1.0}
             cell |= {"loss": 0.1, "score": 0.1, what: value} if value is not None else {"loss": None, "score": None}
             study.cells[task + recipe.name] = cell
     assert small_study.best_recipes(study, 2) == [*reversed(small_study.RECIPES[1:]), small_study.PAPER]
+    assert small_study.winners(study) == [small_study.RECIPES[-1]]
 
 
 def test_series_are_split_into_halves_and_folds(module):

@@ -96,6 +96,8 @@ def _choices(options: argparse.Namespace, method: Any, task: Task, k: int, seed:
     lr, unitary = method.rates.get(task.name, (options.lr, options.unitary_lr))
     if getattr(method, "optimizers", None) is unconstrained:
         unitary = lr
+    if method.name == "frozen":
+        unitary = 0.0
     if method.riemannian_lr is not None:
         lr, unitary = options.lr, method.riemannian_lr
     own = {"hidden": options.hidden, "k": k, "seed": seed, "lr": lr, "unitary_lr": unitary}

@@ -27,6 +27,15 @@ def orthogonal(manifold: Callable[[], UnitaryLowRank], *, identity: bool = False
     return build
 
 
+def frozen(convolution: Convolution) -> Convolution:
+    """Return the same convolutions, never moved."""
+
+    def build(inward: int, outward: int, side: int) -> nn.Module:
+        return convolution(inward, outward, side).requires_grad_(False)
+
+    return build
+
+
 def plain(inward: int, outward: int, side: int) -> nn.Module:
     """Return torch's convolution of 3 x 3, circular."""
     return nn.Conv2d(inward, outward, min(3, side), padding="same", padding_mode="circular", bias=False)
