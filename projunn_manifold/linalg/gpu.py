@@ -75,7 +75,7 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     from projunn_manifold.linalg import gpu_kernels
 
     n, batch = x.shape[-1], x.shape[:-2].numel()
-    rows = max(_LEAST, min(_MOST, _TALLEST // x.itemsize, _RESIDENT // (n * x.itemsize)))
+    rows = _rows(n, x.itemsize)
     blocks = -(-n // rows)
     z = z.expand(*x.shape[:-2], n, 1).contiguous()
     rate = rate.expand(x.shape[:-2]).contiguous()
@@ -100,11 +100,17 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     return lost
 
 
+def _rows(n: int, itemsize: int) -> int:
+    """Return how many rows a block has: a power of two, as the lengths of Triton's ranges must be."""
+    most = max(_LEAST, min(_MOST, _TALLEST // itemsize, _RESIDENT // (n * itemsize)))
+    return 1 << (most.bit_length() - 1)
+
+
 def _as_real(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, 2m) if complex, in the same memory
     """Return a view of complex numbers as pairs of real ones, and a real matrix as it is."""
     return torch.view_as_real(x).flatten(-2) if x.is_complex() else x
 
 
 def _power(count: int) -> int:
-    """Return the smallest power of two that is not smaller, as Triton's ranges must be."""
+    """Return the smallest power of two that is not smaller."""
     return 1 << (count - 1).bit_length()
