@@ -87,7 +87,8 @@ class FramedStep:
         d = self.h if self.c is None else torch.cat((self.h, self.c), -2)
         smallest = max(dense.tolerance(self.p.dtype, self.p.shape[-2]), torch.finfo(d.dtype).eps ** 0.5)
         core, lost = phases.polar_of_any_sum(d, 1 / smallest)
-        return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None, 1 / smallest), lost
+        left, right = without(lost, _basis(self.p, self.b)), without(lost, self.q)  # whose NaN times 0 would be NaN
+        return LowRankMove(left, core.to(self.p.dtype), right, None, 1 / smallest), lost
 
     def tangent(self) -> FramedTangent:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
