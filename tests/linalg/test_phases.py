@@ -127,6 +127,29 @@ def test_the_polar_factor_of_any_sum(draw, shape, norm, dtype):
         assert error(increment, exact) <= bound(dtype, 1.0, smallest) * min(1.0, norm) + bound(torch.float64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_largest_singular_value_may_be_at_the_end_of_the_interval(draw, m, dtype):
+    """As it is where the bound of the norm is exact; rounding must not lead beyond the end."""
+    d = torch.diag_embed(draw.matrix(100_000 // m, m, dtype=dtype))
+    sizes = (1 + d.diagonal(dim1=-2, dim2=-1)).abs()
+    d = d[sizes.amin(-1) > 0.05 * sizes.amax(-1).clamp_min(1)]
+    increment, lost = phases.polar_of_any_sum(d, torch.finfo(dtype).eps ** -0.5)
+    assert not lost.any()
+    whole = double(increment.diagonal(dim1=-2, dim2=-1)) + 1
+    assert (whole.abs() - 1).abs().max() <= bound(dtype) / 20
+    exact = 1 + double(d.diagonal(dim1=-2, dim2=-1))
+    assert (whole - exact / exact.abs()).abs().max() <= bound(dtype, 1.0, 0.05)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4)], ids=str)
+def test_squares_of_a_long_sum_stay_in_the_range_of_single_precision(draw, shape):
+    d = 1e12 * draw.point(*shape, dtype=torch.float32)
+    increment, lost = phases.polar_of_any_sum(d, 1e3)
+    assert not lost.any()
+    assert error(increment, polar_and_increment(d)[1]) <= bound(torch.float32)
+
+
 @pytest.mark.parametrize("longest", [64.0, 1e3, 2.0**20, 2.0**26])
 @pytest.mark.parametrize("largest", [0.3, 1.0, 40.0, 1e5])
 @pytest.mark.parametrize("shape", [(4, 4, 4), (4, 6, 4)], ids=str)
