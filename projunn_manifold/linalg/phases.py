@@ -31,6 +31,8 @@ from projunn_manifold.linalg import dense, small
 __all__ = [
     "LONGEST",
     "LONGEST_SUM",
+    "corrected",
+    "excess_of",
     "exponential_functions",
     "exponential_increment",
     "increment_of_phases",
@@ -147,7 +149,8 @@ def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     square = dense.adjoint_times(d, d)
     near = _short_increment(d, square, 0.0)
     far = polar((start + d) / LONGEST_SUM, LONGEST_SUM) - start
-    return torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
+    increment = torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
+    return corrected(increment, excess_of(increment))
 
 
 def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*batch, n, m) -> the same, (*batch,)
@@ -158,18 +161,32 @@ def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*b
     of them is not unitary.  Small N is treated as by :func:`polar_of_sum`, with :math:`N = H + H^H + D^H D`, which may
     be negative.
     """
-    m = d.shape[-1]
     start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
-    excess = dense.plus_product(2 * dense.sym(d[..., :m, :]), d.mH, d)
+    excess = excess_of(d)
     near = _short_increment(d, excess, -_SHORT_SQUARE)
     gram = _plus_identity(excess.clone(), 1.0)
     size = _row_sums(gram).sqrt().clamp_min(1.0)
-    z = polar((start + d) / size[..., None, None], longest)
-    defect = torch.linalg.matrix_norm(_plus_identity(dense.adjoint_times(z, z), -1.0))
-    is_near = _row_sums(excess) <= _SHORT_SQUARE
-    lost = ~(is_near | (defect <= dense.tolerance(d.dtype, m) * math.sqrt(m)))  # which NaN is
-    far = (z - start).masked_fill(lost[..., None, None], 0)
-    return torch.where(is_near[..., None, None], near, far), lost
+    far = polar((start + d) / size[..., None, None], longest) - start
+    increment = torch.where((_row_sums(excess) <= _SHORT_SQUARE)[..., None, None], near, far)
+    defect = excess_of(increment)
+    limit = dense.tolerance(d.dtype, d.shape[-1]) * math.sqrt(d.shape[-1])
+    lost = ~(torch.linalg.matrix_norm(defect) <= limit)  # which NaN is
+    return corrected(increment, defect).masked_fill(lost[..., None, None], 0), lost
+
+
+def excess_of(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, m, m)
+    r"""Return :math:`(\hat I + D)^H (\hat I + D) - I`, to the digits of a small D."""
+    return dense.plus_product(2 * dense.sym(d[..., : d.shape[-1], :]), d.mH, d)
+
+
+def corrected(increment: Tensor, excess: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, m) -> (*batch, n, m)
+    """Return what the polar factor of a sum Î + D adds to Î, given its excess, after a step of Newton and Schulz.
+
+    It then has digits of its own: rounding of the size of Î or of D adds up where the same step is made again and again.
+    """
+    increment = dense.plus_product(increment, increment, excess, alpha=-0.5)
+    increment[..., : excess.shape[-1], :].sub_(excess, alpha=0.5)
+    return increment
 
 
 def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (*batch, n, n), (*batch,)
@@ -341,8 +358,7 @@ def _by_iteration(omega: Tensor, longest: float) -> Tensor:
 def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1.
 
-    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z, and their
-    rounding has no direction that would add up over many steps.
+    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z.
     """
     for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
         e = _plus_identity(dense.adjoint_times(z, z), -1.0)

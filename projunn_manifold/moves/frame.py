@@ -251,9 +251,10 @@ def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     eye = dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device)
     u, sigma, vh = torch.linalg.svd(eye + step, full_matrices=False)
     far = u @ vh - eye
-    excess, basis = torch.linalg.eigh(h + h.mH + step.mH @ step)
+    excess, basis = torch.linalg.eigh(phases.excess_of(step))
     one_plus = (1 + excess).clamp_min(torch.finfo(excess.dtype).tiny)
     shrink = (basis * (-excess / (one_plus + one_plus.sqrt())).unsqueeze(-2)) @ basis.mH
     near = step + step @ shrink + eye @ shrink
     is_near = (excess.abs().amax(-1) < 0.25)[..., None, None]
-    return torch.where(is_near, near, far), sigma[..., -1], sigma[..., 0]
+    increment = torch.where(is_near, near, far)
+    return phases.corrected(increment, phases.excess_of(increment)), sigma[..., -1], sigma[..., 0]

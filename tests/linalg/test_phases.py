@@ -142,6 +142,23 @@ def test_the_largest_singular_value_may_be_at_the_end_of_the_interval(draw, m, d
     assert (whole - exact / exact.abs()).abs().max() <= bound(dtype, 1.0, 0.05)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(6, 6), (9, 6)], ids=str)
+@pytest.mark.parametrize("size", [1e-2, 0.2, 3.0])
+def test_an_increment_is_as_unitary_as_its_own_size_allows(draw, size, shape, dtype):
+    """However long D is, as where a step repeats until X + u stays in its direction."""
+    root = draw.matrix(6, 6, dtype=dtype)
+    positive = root @ root.mH
+    turn = 1e-4 * draw.matrix(*shape, dtype=dtype)
+    turn[:6] = turn[:6] - turn[:6].mH.clone()
+    d = turn.clone()
+    d[:6] += positive * (size / torch.linalg.matrix_norm(positive, 2))
+    found = [(phases.polar_of_any_sum(d, 1e3)[0], 1e-4), (phases.polar_of_sum(turn * (size / 1e-4)), size)]
+    for increment, length in found:
+        f = double(increment)
+        assert torch.linalg.matrix_norm(f[:6] + f[:6].mH + f.mH @ f) <= bound(dtype) * min(1.0, length)
+
+
 @pytest.mark.parametrize("shape", [(4, 4), (6, 4)], ids=str)
 def test_squares_of_a_long_sum_stay_in_the_range_of_single_precision(draw, shape):
     d = 1e12 * draw.point(*shape, dtype=torch.float32)

@@ -249,6 +249,39 @@ def test_rounding_of_constrained_steps_does_not_add_up(device, monkeypatch, size
     assert dense.unitarity_error(x) <= (bound(torch.float32) if single else 2 * dense.tolerance(torch.float32, 32))
 
 
+@pytest.mark.parametrize("where", ["looked at", "double", "single"])
+@pytest.mark.parametrize("shape", [(24, 24), (30, 24)], ids=str)
+@pytest.mark.parametrize("size", [0.05, 0.2])
+def test_rounding_does_not_add_up_where_a_constrained_step_repeats(monkeypatch, size, shape, where):
+    """Its core is then the same each time."""
+    monkeypatch.setattr(products, "compiled", None)
+    monkeypatch.setattr(context, "readable", lambda x: where == "looked at")
+    dtype = torch.float32 if where == "single" else torch.float64
+    p = parameter(None, shape, dtype, sweep=None)
+    x, move = p.detach().clone(), size / 7 * p.grad
+    monkeypatch.setattr(dense, "is_single", lambda device: where == "single")
+    for _ in range(800):
+        raw_step_(p.manifold, x, move)
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
+    assert dense.unitarity_error(x) <= 2 * dense.tolerance(dtype, 24)
+
+
+@pytest.mark.parametrize("where", ["looked at", "double", "single"])
+@pytest.mark.parametrize("size", [0.2, 2.0])
+def test_rounding_does_not_add_up_where_a_tangent_is_carried_along(monkeypatch, size, where):
+    monkeypatch.setattr(products, "compiled", None)
+    monkeypatch.setattr(context, "readable", lambda x: where == "looked at")
+    dtype = torch.float32 if where == "single" else torch.float64
+    p = parameter(None, (30, 24), dtype, sweep=None)
+    x, u = p.detach().clone(), p.manifold.proju(p.detach(), p.grad)
+    u *= size / torch.linalg.matrix_norm(u, 2)
+    monkeypatch.setattr(dense, "is_single", lambda device: where == "single")
+    for _ in range(400):
+        p.manifold.retr_transp_(x, u, u)
+    monkeypatch.setattr(dense, "is_single", lambda device: False)
+    assert dense.unitarity_error(x) <= 2 * dense.tolerance(dtype, 24)
+
+
 @pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("make", [MAKE["SGD"], lambda p: optim.RiemannianAdam([p], lr=0.02)], ids=["SGD", "Adam"])
 @pytest.mark.parametrize("shape", [(32, 32), (40, 32)], ids=str)
