@@ -207,7 +207,8 @@ def raw_step_(
 
     The host does not wait for a device: there a matrix stays where it is, and keeps its residual, if its move is not
     finite, its :math:`X + a b^H` singular (D), or its step too long for its precision (T).  Steps of T with angles
-    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.
+    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  There the g of a step of D is not unitary on tall X
+    if a column turns by 90 degrees: it shortens what it carries, without being counted.
 
     Parameters
     ----------

@@ -131,6 +131,18 @@ def test_a_change_of_phase_has_its_whole_length(on_gpu, dtype):
         assert manifold.pop_faults() == (skipped, 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:(invalid|overflow|divide):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiny_gradients_at_large_rates_leave_a_point_on_the_manifold(on_gpu, dtype):
+    """Their squares have few digits, or none."""
+    draw, manifold = torch.Generator().manual_seed(0), UnitaryLowRank(1, sweep=None)
+    x, g = manifold.random(40, 40, dtype=dtype, generator=draw), torch.randn(40, 40, dtype=dtype, generator=draw)
+    for power in range(-22, -15) if torch.finfo(dtype).bits == 32 else range(-84, -76):
+        y = manifold.step_(x.clone(), g * 10.0**power, 0.1 * 10.0**-power)
+        assert dense.unitarity_error(y) <= bound(dtype)
+        assert error(y, x) <= 1.0
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, complex(0, torch.nan), complex(0, -torch.inf)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
