@@ -11,8 +11,9 @@ memory:
 Sums over rows are left in parts, one for each block of rows, and added by PyTorch, so that results repeat.  ρ and F are
 those of :mod:`~projunn_manifold.moves.rank_one`, in double precision.  The columns of the sketch are brought to unit
 norm by the last kernel: until then squares of the gradient's norm must be in the range of its precision, and fourth
-powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.  Where
-a' is much smaller than y it is not recomputed from X, so rounding grows with the length of the sketch.  To the kernels complex numbers are pairs of real ones.
+powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.
+Where a' is much smaller than y it is not recomputed from X, so rounding grows with the length of the sketch.  To the
+kernels complex numbers are pairs of real ones.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _rows(n: int, itemsize: int) -> int:
 
 
 def _least(dtype: torch.dtype) -> float:
-    """Return the least squared norm with a root that is a normal number, and with all its digits in double precision."""
+    """Return the least squared norm that has all its digits, and a root that is a normal number."""
     wide = torch.finfo(torch.float64)
     return max(torch.finfo(dtype).tiny ** 2, wide.tiny / wide.eps)
 

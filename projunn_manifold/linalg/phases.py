@@ -182,7 +182,7 @@ def excess_of(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, m, m)
 def corrected(increment: Tensor, excess: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, m) -> (*batch, n, m)
     """Return what the polar factor of a sum Î + D adds to Î, given its excess, after a step of Newton and Schulz.
 
-    It then has digits of its own: rounding of the size of Î or of D adds up where the same step is made again and again.
+    It then has digits of its own: rounding of the size of Î or of D would add up where a step repeats.
     """
     increment = dense.plus_product(increment, increment, excess, alpha=-0.5)
     increment[..., : excess.shape[-1], :].sub_(excess, alpha=0.5)

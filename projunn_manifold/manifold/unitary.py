@@ -415,9 +415,9 @@ class UnitaryLowRank(Geometry):
         """Return how many matrices were skipped, columns left uncorrected and steps shortened, and forget them.
 
         Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or not on CPU), and,
-        not on CPU, those under :func:`~projunn_manifold.optim.constrain` whose X + a b^H was singular.  Left are columns too
-        far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps with angles beyond
-        64, where the host does not look at them.  Waits for the device.
+        not on CPU, those under :func:`~projunn_manifold.optim.constrain` whose X + a b^H was singular.  Left are
+        columns too far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps with
+        angles beyond 64, where the host does not look at them.  Waits for the device.
         """
         faults = self._state.faults()
         self._state.forget_faults()

@@ -207,8 +207,8 @@ def raw_step_(
 
     The host does not wait for a device: there a matrix stays where it is, and keeps its residual, if its move is not
     finite, its :math:`X + a b^H` singular (D), or its step too long for its precision (T).  Steps of T with angles
-    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  There the g of a step of D is not unitary on tall X
-    if a column turns by 90 degrees: it shortens what it carries, without being counted.
+    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  There the g of a step of D is not unitary on tall
+    X if a column turns by 90 degrees: it shortens what it carries, without being counted.
 
     Parameters
     ----------
@@ -323,7 +323,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     feedback : bool
         Error feedback: what a rank-k step leaves out of the optimiser's move is added to the next one, carried along
         with the point.  It costs one more matrix for each parameter, ``optimizer.state[p]["residual"]``, which travels
-        with ``state_dict``.
+        with ``state_dict``.  Not on CPU, a step of D that turns a column of tall X by 90 degrees shortens what it
+        carries.
 
     Raises
     ------

@@ -185,6 +185,25 @@ def test_singular_values_down_to_the_limit_and_below(of_singular_values, shape, 
             assert not increment.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4])
+def test_between_found_and_lost_there_is_nothing_that_is_not_unitary(draw, m, dtype):
+    longest = 1e3
+    smallest = torch.logspace(-3, 0.5, 2000, dtype=torch.float64) / longest
+    u, v = (double(draw.point(m, m, dtype=dtype)) for _ in range(2))
+    values = torch.ones(2000, m, dtype=torch.float64)
+    values[:, -1] = smallest
+    d = (u * values[:, None]) @ v - torch.eye(m)
+    increment, lost = phases.polar_of_any_sum(d.to(dtype), longest)
+    assert lost[0]
+    assert not lost[-1]
+    assert not increment[lost].any()
+    whole = double(increment[~lost]) + torch.eye(m)
+    assert error(whole.mH @ whole, torch.eye(m)) <= bound(dtype) / 5
+    exact, rounding = u @ v, 2 * torch.finfo(dtype).eps / smallest[~lost]
+    assert (torch.linalg.matrix_norm(whole - exact) <= 5 * rounding + bound(dtype)).all()
+
+
 def test_members_of_a_stack_are_independent_and_what_is_not_finite_is_lost(of_singular_values, draw):
     short, zero = 1e-6 * draw.matrix(3, 3, dtype=torch.complex128), torch.zeros(3, 3, dtype=torch.complex128)
     members = [
