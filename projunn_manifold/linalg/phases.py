@@ -176,7 +176,8 @@ def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*b
 
 def excess_of(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, m, m)
     r"""Return :math:`(\hat I + D)^H (\hat I + D) - I`, to the digits of a small D."""
-    return dense.plus_product(2 * dense.sym(d[..., : d.shape[-1], :]), d.mH, d)
+    inside = d[..., : d.shape[-1], :]
+    return dense.plus_product(inside + inside.mH, d.mH, d)
 
 
 def corrected(increment: Tensor, excess: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, m) -> (*batch, n, m)
