@@ -11,9 +11,9 @@ memory:
 Sums over rows are left in parts, one for each block of rows, and added by PyTorch, so that results repeat.  ρ and F are
 those of :mod:`~projunn_manifold.moves.rank_one`, in double precision.  The columns of the sketch are brought to unit
 norm by the last kernel: until then squares of the gradient's norm must be in the range of its precision, and fourth
-powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.  X is
-not read again where a' is much smaller than y: rounding grows with the length of the sketch, not only with that of its
-tangent part.  To the kernels complex numbers are pairs of real ones.
+powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.
+Where a' is much smaller than y it is not recomputed from X, so rounding grows with the length of the sketch.  To the
+kernels complex numbers are pairs of real ones.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     from projunn_manifold.linalg import gpu_kernels
 
     n, batch = x.shape[-1], x.shape[:-2].numel()
-    rows = max(_LEAST, min(_MOST, _TALLEST // x.itemsize, _RESIDENT // (n * x.itemsize)))
+    rows = _rows(n, x.itemsize)
     blocks = -(-n // rows)
     z = z.expand(*x.shape[:-2], n, 1).contiguous()
     rate = rate.expand(x.shape[:-2]).contiguous()
@@ -92,12 +92,24 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Tensor, polar: bool
     gpu_kernels.tangent[blocks, batch](point, b, y, xb, images, gram, **whole)
     right = images.sum(1)
     lost = torch.empty(x.shape[:-2], dtype=torch.uint8, device=x.device)
-    constants = {"POLAR": polar, "LEAST": torch.finfo(x.dtype).tiny ** 2, "BLOCKS": _power(blocks)}
+    constants = {"POLAR": polar, "LEAST": _least(x.dtype), "BLOCKS": _power(blocks)}
     gpu_kernels.update[blocks, -(-m // _TILE), batch](
         point, xb, y, right, gram, rate, lost, limit, blocks=blocks, **whole, **constants
     )
     torch.autograd.graph.increment_version(x)
     return lost
+
+
+def _rows(n: int, itemsize: int) -> int:
+    """Return how many rows a block has: a power of two, as the lengths of Triton's ranges must be."""
+    most = max(_LEAST, min(_MOST, _TALLEST // itemsize, _RESIDENT // (n * itemsize)))
+    return 1 << (most.bit_length() - 1)
+
+
+def _least(dtype: torch.dtype) -> float:
+    """Return the least squared norm that has all its digits, and a root that is a normal number."""
+    wide = torch.finfo(torch.float64)
+    return max(torch.finfo(dtype).tiny ** 2, wide.tiny / wide.eps)
 
 
 def _as_real(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, 2m) if complex, in the same memory
@@ -106,5 +118,5 @@ def _as_real(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, 2m) if compl
 
 
 def _power(count: int) -> int:
-    """Return the smallest power of two that is not smaller, as Triton's ranges must be."""
+    """Return the smallest power of two that is not smaller."""
     return 1 << (count - 1).bit_length()

@@ -187,8 +187,8 @@ def update(
     """Add W F S^H to a tile of X, F from the Gram matrix of [X b, y]; nothing if the step is beyond the limit.
 
     W = [X b, a'], a' = y - ρ X b.  F is computed for these columns over ‖X b‖ and ‖y‖: then its entries have the size
-    of the step, whatever that of the gradient is.  Squared norms below LEAST, whose roots are no normal numbers of X's
-    precision, count as zero.
+    of the step, whatever that of the gradient is.  Squared norms below LEAST, which have too few digits, count as
+    zero.
     """
     block, across, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = n * PARTS

@@ -31,6 +31,8 @@ from projunn_manifold.linalg import dense, small
 __all__ = [
     "LONGEST",
     "LONGEST_SUM",
+    "corrected",
+    "excess_of",
     "exponential_functions",
     "exponential_increment",
     "increment_of_phases",
@@ -48,6 +50,7 @@ _LONG_GEODESIC = 8.0  # ‖Ω‖₂ beyond which repeated squaring loses digits 
 _LONG_POLAR = 2.0  # ‖Ω‖₂ beyond which the coefficients of a polynomial outgrow its values
 _SHORT = 2.0**-20
 _SHORT_SQUARE = 1 / 16  # ‖N‖₂ up to which a polynomial of low degree serves
+_BEYOND = 1 / 64  # share by which intervals are widened: rounding leads beyond their ends, where slopes are steep
 _UPPER = 1 / 32  # where the upper part of an interval of singular values starts, relative to its end
 _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
 
@@ -146,28 +149,45 @@ def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     square = dense.adjoint_times(d, d)
     near = _short_increment(d, square, 0.0)
     far = polar((start + d) / LONGEST_SUM, LONGEST_SUM) - start
-    return torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
+    increment = torch.where(_row_sums(square)[..., None, None] <= _SHORT_SQUARE, near, far)
+    return corrected(increment, excess_of(increment))
 
 
 def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*batch, n, m) -> the same, (*batch,)
     r"""Return the polar factor of Î + D, less Î, for any D = [H; C], and where it is not found, without a look.
 
-    There the increment is zero.  It is found for singular values of Î + D from σ / ``longest`` to σ, σ the largest or
-    1, and for no much smaller ones: what the iteration leaves of them is not unitary.  Short D is treated as by
-    :func:`polar_of_sum`, with :math:`N = H + H^H + D^H D`, which may be negative.
+    There the increment is zero.  It is found for singular values of Î + D from σ / ``longest`` to σ, σ the root of the
+    largest row sum of :math:`(\hat I + D)^H (\hat I + D)` or 1, and for no much smaller ones: what the iteration leaves
+    of them is not unitary.  Small N is treated as by :func:`polar_of_sum`, with :math:`N = H + H^H + D^H D`, which may
+    be negative.
     """
-    m = d.shape[-1]
     start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
-    excess = dense.plus_product(2 * dense.sym(d[..., :m, :]), d.mH, d)
+    excess = excess_of(d)
     near = _short_increment(d, excess, -_SHORT_SQUARE)
     gram = _plus_identity(excess.clone(), 1.0)
-    size = (_row_sums(gram @ gram) ** 0.25).clamp_min(1.0)
-    z = polar((start + d) / size[..., None, None], longest)
-    defect = torch.linalg.matrix_norm(_plus_identity(dense.adjoint_times(z, z), -1.0))
-    is_near = _row_sums(excess) <= _SHORT_SQUARE
-    lost = ~(is_near | (defect <= dense.tolerance(d.dtype, m) * math.sqrt(m)))  # which NaN is
-    far = (z - start).masked_fill(lost[..., None, None], 0)
-    return torch.where(is_near[..., None, None], near, far), lost
+    size = _row_sums(gram).sqrt().clamp_min(1.0)
+    far = polar((start + d) / size[..., None, None], longest) - start
+    increment = torch.where((_row_sums(excess) <= _SHORT_SQUARE)[..., None, None], near, far)
+    defect = excess_of(increment)
+    limit = dense.tolerance(d.dtype, d.shape[-1]) * math.sqrt(d.shape[-1])
+    lost = ~(torch.linalg.matrix_norm(defect) <= limit)  # which NaN is
+    return corrected(increment, defect).masked_fill(lost[..., None, None], 0), lost
+
+
+def excess_of(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, m, m)
+    r"""Return :math:`(\hat I + D)^H (\hat I + D) - I`, to the digits of a small D."""
+    inside = d[..., : d.shape[-1], :]
+    return dense.plus_product(inside + inside.mH, d.mH, d)
+
+
+def corrected(increment: Tensor, excess: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, m) -> (*batch, n, m)
+    """Return what the polar factor of a sum Î + D adds to Î, given its excess, after a step of Newton and Schulz.
+
+    It then has digits of its own: rounding of the size of Î or of D would add up where a step repeats.
+    """
+    increment = dense.plus_product(increment, increment, excess, alpha=-0.5)
+    increment[..., : excess.shape[-1], :].sub_(excess, alpha=0.5)
+    return increment
 
 
 def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (*batch, n, n), (*batch,)
@@ -339,8 +359,7 @@ def _by_iteration(omega: Tensor, longest: float) -> Tensor:
 def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
     """Return the polar factor of z, whose singular values are between 1 / ``longest`` and 1.
 
-    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z, and their
-    rounding has no direction that would add up over many steps.
+    The polynomials are written in powers of E = z^H z - I, which vanishes: so the last ones only correct z.
     """
     for a, b, c in _minimax(longest, torch.finfo(z.dtype).eps):
         e = _plus_identity(dense.adjoint_times(z, z), -1.0)
@@ -355,10 +374,11 @@ def _minimax(longest: float, eps: float) -> list[tuple[float, float, float]]:
     Each is the best on the upper part of its interval, and at least proportional below: the best on a whole long
     interval would bring some large singular values down to the smallest one, and so into rounding.
     """
-    low, high, found = 1 / longest, 1.0, []
+    low, high, found = 1 / longest, 1 + _BEYOND, []
     while high - low > eps:
         a, b, c, error = _alternant(max(low, high * _UPPER), high)
         found.append((a, b, c))
+        error *= 1 + _BEYOND
         low, high = min(low * (a + low * low * (b + low * low * c)), 1 - error), 1 + error
     return found
 

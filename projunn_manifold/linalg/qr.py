@@ -16,9 +16,10 @@ def thin_qr(y: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, k) -> (*batch, n
     By LAPACK or its like, but on devices that have single precision alone, whose factorisations take tens of times as
     long as the products, by products.
     """
-    if dense.is_single(y.device):
-        return _by_reflections(y)
-    return _by_lapack(y)
+    unit = y.detach().abs().sum(-2, keepdim=True)  # of each column, so that no square leaves the range
+    unit = unit.clamp_min(torch.finfo(y.dtype).tiny)
+    q, r = (_by_reflections if dense.is_single(y.device) else _by_lapack)(y / unit)
+    return q, r * unit
 
 
 def _by_lapack(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,9 +29,8 @@ def _by_lapack(y: Tensor) -> tuple[Tensor, Tensor]:
     divides by the remainder (complex routines overflow there).  So each column gets its rounding error, eps times its
     norm, as a floor.
     """
+    floor = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y.detach(), dim=-2)[..., : min(y.shape[-2:])]
     y = y.clone(memory_format=torch.contiguous_format)
-    norms = torch.linalg.vector_norm(y.detach(), dim=-2, dtype=dense.high_precision(y))
-    floor = (torch.finfo(y.dtype).eps * norms[..., : min(y.shape[-2:])]).to(y.dtype)
     y.diagonal(dim1=-2, dim2=-1).add_(floor)
     q, r = torch.linalg.qr(y)
     return q.contiguous(), r
@@ -44,9 +44,7 @@ def _by_reflections(y: Tensor) -> tuple[Tensor, Tensor]:
     """
     n, columns = y.shape[-2:]
     k = min(n, columns)
-    unit = y.detach().abs().amax(-2, keepdim=True) if n else y.new_ones(*y.shape[:-2], 1, columns).real
-    unit = unit.masked_fill(unit == 0, 1)  # of each column, so that no square leaves the range
-    rest, reflectors, rows = y / unit, [], []
+    rest, reflectors, rows = y, [], []
     rounding = torch.finfo(y.dtype).eps * torch.linalg.vector_norm(rest.detach(), dim=-2, keepdim=True)
     for c in range(k):
         first = rest[..., :1, :1]
@@ -61,7 +59,7 @@ def _by_reflections(y: Tensor) -> tuple[Tensor, Tensor]:
         rest = rest[..., 1:, 1:]
     if not k:
         return y.new_zeros(*y.shape[:-1], 0), y.new_zeros(*y.shape[:-2], 0, columns)
-    v, r = torch.cat(reflectors, -1), torch.cat(rows, -2) * unit
+    v, r = torch.cat(reflectors, -1), torch.cat(rows, -2)
     half = torch.diag_embed(v.new_full((k,), 0.5))
     top = v[..., :k, :].mH.resolve_conj()
     q = v @ torch.linalg.solve_triangular(torch.triu(v.mH @ v, 1) + half, top, upper=True)

@@ -342,11 +342,11 @@ class UnitaryLowRank(Geometry):
         self._correct_(x)
         return x
 
-    def raw_move(self, x: Tensor, factors: LowRank) -> Move:
-        """Return the move along factors that need not be tangent: projUNN-D of ``X + a b^H``.
+    def raw_move(self, x: Tensor, factors: LowRank) -> tuple[Move, Tensor | None]:
+        """Return the move along factors that need not be tangent, and which matrices it leaves (None: no one).
 
-        Not on CPU, a matrix with a numerically singular X + a b^H stays where it is and is counted
-        (:meth:`pop_faults`).
+        It is projUNN-D of ``X + a b^H``.  Not on CPU, a matrix with a numerically singular X + a b^H stays where it is
+        and is counted (:meth:`pop_faults`).
 
         Raises
         ------
@@ -354,10 +354,10 @@ class UnitaryLowRank(Geometry):
             On CPU, if X + a b^H is numerically singular.
         """
         if not context.would_wait(x):
-            return move_d(matrix(x), factors)
+            return move_d(matrix(x), factors), None
         move, lost = FramedStep.of_factors(matrix(x), factors).raw_retraction_by_products()
         self._state.count_faults(x.device, skipped=lost)
-        return move
+        return move, lost
 
     # -- the parts of a step ----------------------------------------------------------------------------
 
@@ -415,9 +415,9 @@ class UnitaryLowRank(Geometry):
         """Return how many matrices were skipped, columns left uncorrected and steps shortened, and forget them.
 
         Skipped are matrices with a gradient or step that was not finite (``non_finite="skip"``, or not on CPU), and,
-        not on CPU, those that :func:`~projunn_manifold.optim.constrain` would have made singular.  Left are columns too
-        far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps with angles beyond
-        64, where the host does not look at them.  Waits for the device.
+        not on CPU, those under :func:`~projunn_manifold.optim.constrain` whose X + a b^H was singular.  Left are
+        columns too far off the manifold for the drift correction, of which CPU also warns.  Shortened are steps with
+        angles beyond 64, where the host does not look at them.  Waits for the device.
         """
         faults = self._state.faults()
         self._state.forget_faults()
@@ -653,9 +653,22 @@ class UnitaryLowRankExact(UnitaryLowRank):
     name = "UnitaryLowRankExact"
     angle = GEODESIC
 
-    def raw_move(self, x: Tensor, factors: LowRank) -> Move:
-        """Return the move along factors that need not be tangent: projUNN-T of ``a b^H``."""
-        return self.finiteness.within_reach(x, tangent_of_gradient(matrix(x), factors)).geodesic()
+    def raw_move(self, x: Tensor, factors: LowRank) -> tuple[Move, Tensor | None]:
+        """Return the move along factors that need not be tangent, and which matrices it leaves (None: no one).
+
+        It is projUNN-T of ``a b^H``.  Not on CPU, a matrix whose step is too long for its precision stays where it is
+        and is counted (:meth:`pop_faults`), as with ``non_finite="skip"``.
+
+        Raises
+        ------
+        ValueError
+            On CPU, a step that is too long for its precision.
+        """
+        tangent = tangent_of_gradient(matrix(x), factors)
+        lost = self.finiteness.lost(x, tangent.squared_norm(), longest_step(x), tangent, "step")
+        if lost is not None:
+            tangent = tangent.without(lost)
+        return self.finiteness.within_reach(x, tangent).geodesic(), lost
 
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute

@@ -87,7 +87,8 @@ class FramedStep:
         d = self.h if self.c is None else torch.cat((self.h, self.c), -2)
         smallest = max(dense.tolerance(self.p.dtype, self.p.shape[-2]), torch.finfo(d.dtype).eps ** 0.5)
         core, lost = phases.polar_of_any_sum(d, 1 / smallest)
-        return LowRankMove(_basis(self.p, self.b), core.to(self.p.dtype), self.q, None, 1 / smallest), lost
+        left, right = without(lost, _basis(self.p, self.b)), without(lost, self.q)  # whose NaN times 0 would be NaN
+        return LowRankMove(left, core.to(self.p.dtype), right, None, 1 / smallest), lost
 
     def tangent(self) -> FramedTangent:
         """Project on the tangent space: ½(a b^H - X b a^H X)."""
@@ -250,9 +251,10 @@ def _polar_increment(h: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor, Tenso
     eye = dense.columns_of_identity(*step.shape, dtype=step.dtype, device=step.device)
     u, sigma, vh = torch.linalg.svd(eye + step, full_matrices=False)
     far = u @ vh - eye
-    excess, basis = torch.linalg.eigh(h + h.mH + step.mH @ step)
+    excess, basis = torch.linalg.eigh(phases.excess_of(step))
     one_plus = (1 + excess).clamp_min(torch.finfo(excess.dtype).tiny)
     shrink = (basis * (-excess / (one_plus + one_plus.sqrt())).unsqueeze(-2)) @ basis.mH
     near = step + step @ shrink + eye @ shrink
     is_near = (excess.abs().amax(-1) < 0.25)[..., None, None]
-    return torch.where(is_near, near, far), sigma[..., -1], sigma[..., 0]
+    increment = torch.where(is_near, near, far)
+    return phases.corrected(increment, phases.excess_of(increment)), sigma[..., -1], sigma[..., 0]

@@ -122,6 +122,8 @@ def complete_to_unitary(core: Tensor, longest: float | None = None) -> Tensor:  
     by products, for cosines of at least 1 / ``longest``; what has turned further is shortened.
     """
     w, r = core.shape[-2:]
+    if w == r:
+        return core
     eye = dense.columns_of_identity(*core.shape[:-1], w, dtype=dense.high_precision(core), device=core.device)
     image = eye[..., :r] + core
     rest = (eye - image @ image.mH)[..., r:]

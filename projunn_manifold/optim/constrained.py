@@ -205,8 +205,10 @@ def raw_step_(
     (X, a, b), the closest unitary to :math:`X + a b^H`; on :class:`~projunn_manifold.UnitaryLowRankExact`
     :func:`~projunn_manifold.projunn_t`.  A move of zeros is no step: nothing is drawn or counted.
 
-    The host does not wait for a device: there a matrix stays where it is if its move is not finite or its
-    :math:`X + a b^H` singular, and T is shortened to angles of 64.  ``manifold.pop_faults()`` counts both.
+    The host does not wait for a device: there a matrix stays where it is, and keeps its residual, if its move is not
+    finite, its :math:`X + a b^H` singular (D), or its step too long for its precision (T).  Steps of T with angles
+    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  There the g of a step of D is not unitary on tall
+    X if a column turns by 90 degrees: it shortens what it carries, without being counted.
 
     Parameters
     ----------
@@ -224,7 +226,8 @@ def raw_step_(
     Raises
     ------
     ValueError
-        On CPU, a move that is not finite, or, for projUNN-D, :math:`X + a b^H` singular; x is then as it was.
+        On CPU, a move that is not finite, for projUNN-D :math:`X + a b^H` singular, for projUNN-T a tangent part too
+        long for its precision; x is then as it was.
     """
     validation.check_in_place(x, move, "move")
     if residual is not None:
@@ -243,10 +246,12 @@ def raw_step_(
         lost = ~moving if lost is None else lost | ~moving
     if lost is not None:
         factors = factors.without(lost)
-    step = _agreed_move(manifold, x, factors)
+    step, left = _agreed_move(manifold, x, factors)
     step.apply_(matrix(x))
     if residual is not None:
         rest = _left_out(manifold, x, move, factors, averaging)
+        if left is not None:
+            lost = left if lost is None else lost | left
         if lost is not None:
             here = sharded.local_shard(rest)
             here.copy_(torch.where(lost[..., None, None], sharded.local_shard(residual), here))
@@ -275,16 +280,16 @@ def _factors_of_move(manifold: UnitaryLowRank, x: Tensor, move: Tensor, averagin
     return LowRank(move if averaging is None else averaging.mean(move.clone()), q)
 
 
-def _agreed_move(manifold: UnitaryLowRank, x: Tensor, factors: LowRank) -> Move:
-    """Return the move along any factors; if it fails for one process's matrices, it does for all."""
+def _agreed_move(manifold: UnitaryLowRank, x: Tensor, factors: LowRank) -> tuple[Move, Tensor | None]:
+    """Return the manifold's raw move along factors; if it fails for one process's matrices, it does for all."""
     try:
-        step, failure = manifold.raw_move(x, factors), None
+        found, failure = manifold.raw_move(x, factors), None
     except ValueError as error:
         failure = error
     moves = failure is None
     if not (sharded.all_agree(x, moves) if context.readable(x) else moves):
         raise failure or ValueError("the move of another process is singular; no process has moved")
-    return step
+    return found
 
 
 def _left_out(
@@ -318,7 +323,8 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
     feedback : bool
         Error feedback: what a rank-k step leaves out of the optimiser's move is added to the next one, carried along
         with the point.  It costs one more matrix for each parameter, ``optimizer.state[p]["residual"]``, which travels
-        with ``state_dict``.
+        with ``state_dict``.  Not on CPU, a step of D that turns a column of tall X by 90 degrees shortens what it
+        carries.
 
     Raises
     ------
@@ -326,9 +332,9 @@ def constrain(optimizer: torch.optim.Optimizer, *, feedback: bool = False) -> Co
         LBFGS, which evaluates the loss off the manifold between its steps; ASGD, whose average leaves it; what is no
         optimiser; geoopt's optimisers, which know manifolds themselves.
     ValueError
-        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite, or for which X + a
-        b^H is singular (D); the parameter is back where it was, the optimiser's state is not.  Elsewhere such moves are
-        left out, and ``manifold.pop_faults()`` counts them.
+        A second call that differs in ``feedback``.  In ``step``, on CPU: a move that is not finite, for which X + a b^H
+        is singular (D), or that is too long for its precision (T); the parameter is back where it was, the optimiser's
+        state is not.  Elsewhere such moves are left out, and ``manifold.pop_faults()`` counts them.
 
     Examples
     --------

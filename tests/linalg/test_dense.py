@@ -31,6 +31,22 @@ def test_thin_qr_of_any_rank(draw, monkeypatch, shape, dtype, single):
         assert error(double(q).mH @ double(q), eye(q)) <= bound(dtype)
 
 
+@pytest.mark.parametrize("single", [False, True], ids=["LAPACK", "reflections"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_thin_qr_of_tiny_and_large_dependent_columns(draw, monkeypatch, exact, dtype, single):
+    monkeypatch.setattr(dense, "is_single", lambda device: single)
+    y = draw.matrix(13, 1, dtype=dtype) @ draw.matrix(1, 6, dtype=dtype)
+    y = y if exact else y + 1e-3 * torch.finfo(dtype).eps * draw.matrix(13, 6, dtype=dtype)
+    for size in (1e-36, 1e-34, 1e-20, 1e18) if torch.finfo(dtype).bits == 32 else (1e-300, 1e-290, 1e-160, 1e150):
+        sizes = torch.tensor([1.0, size, 1.0, size, size, size], dtype=dtype)
+        for given in (y * size, y * sizes):
+            q, r = qr.thin_qr(given)
+            assert error(double(q).mH @ double(q), eye(q)) <= bound(dtype)
+            scale = given.abs().amax(-2)
+            assert error(double(q) @ double(r) / scale, double(given) / scale) <= bound(dtype, 6.0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_polar_factor_is_unitary_and_leaves_a_positive_factor(draw, shape, dtype):

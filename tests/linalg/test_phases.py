@@ -127,6 +127,46 @@ def test_the_polar_factor_of_any_sum(draw, shape, norm, dtype):
         assert error(increment, exact) <= bound(dtype, 1.0, smallest) * min(1.0, norm) + bound(torch.float64)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 3])
+def test_the_largest_singular_value_may_be_at_the_end_of_the_interval(draw, m, dtype):
+    """As it is where the bound of the norm is exact; rounding must not lead beyond the end."""
+    d = torch.diag_embed(draw.matrix(100_000 // m, m, dtype=dtype))
+    sizes = (1 + d.diagonal(dim1=-2, dim2=-1)).abs()
+    d = d[sizes.amin(-1) > 0.05 * sizes.amax(-1).clamp_min(1)]
+    increment, lost = phases.polar_of_any_sum(d, torch.finfo(dtype).eps ** -0.5)
+    assert not lost.any()
+    whole = double(increment.diagonal(dim1=-2, dim2=-1)) + 1
+    assert (whole.abs() - 1).abs().max() <= bound(dtype) / 20
+    exact = 1 + double(d.diagonal(dim1=-2, dim2=-1))
+    assert (whole - exact / exact.abs()).abs().max() <= bound(dtype, 1.0, 0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(6, 6), (9, 6)], ids=str)
+@pytest.mark.parametrize("size", [1e-2, 0.2, 3.0])
+def test_an_increment_is_as_unitary_as_its_own_size_allows(draw, size, shape, dtype):
+    """However long D is, as where a step repeats until X + u stays in its direction."""
+    root = draw.matrix(6, 6, dtype=dtype)
+    positive = root @ root.mH
+    turn = 1e-4 * draw.matrix(*shape, dtype=dtype)
+    turn[:6] = turn[:6] - turn[:6].mH.clone()
+    d = turn.clone()
+    d[:6] += positive * (size / torch.linalg.matrix_norm(positive, 2))
+    found = [(phases.polar_of_any_sum(d, 1e3)[0], 1e-4), (phases.polar_of_sum(turn * (size / 1e-4)), size)]
+    for increment, length in found:
+        f = double(increment)
+        assert torch.linalg.matrix_norm(f[:6] + f[:6].mH + f.mH @ f) <= bound(dtype) * min(1.0, length)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (6, 4)], ids=str)
+def test_squares_of_a_long_sum_stay_in_the_range_of_single_precision(draw, shape):
+    d = 1e12 * draw.point(*shape, dtype=torch.float32)
+    increment, lost = phases.polar_of_any_sum(d, 1e3)
+    assert not lost.any()
+    assert error(increment, polar_and_increment(d)[1]) <= bound(torch.float32)
+
+
 @pytest.mark.parametrize("longest", [64.0, 1e3, 2.0**20, 2.0**26])
 @pytest.mark.parametrize("largest", [0.3, 1.0, 40.0, 1e5])
 @pytest.mark.parametrize("shape", [(4, 4, 4), (4, 6, 4)], ids=str)
@@ -143,6 +183,25 @@ def test_singular_values_down_to_the_limit_and_below(of_singular_values, shape, 
         elif smallest <= 0.2 / longest:
             assert lost.all()
             assert not increment.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("m", [1, 4])
+def test_between_found_and_lost_there_is_nothing_that_is_not_unitary(draw, m, dtype):
+    longest = 1e3
+    smallest = torch.logspace(-3, 0.5, 2000, dtype=torch.float64) / longest
+    u, v = (double(draw.point(m, m, dtype=dtype)) for _ in range(2))
+    values = torch.ones(2000, m, dtype=torch.float64)
+    values[:, -1] = smallest
+    d = (u * values[:, None]) @ v - torch.eye(m)
+    increment, lost = phases.polar_of_any_sum(d.to(dtype), longest)
+    assert lost[0]
+    assert not lost[-1]
+    assert not increment[lost].any()
+    whole = double(increment[~lost]) + torch.eye(m)
+    assert error(whole.mH @ whole, torch.eye(m)) <= bound(dtype) / 5
+    exact, rounding = u @ v, 2 * torch.finfo(dtype).eps / smallest[~lost]
+    assert (torch.linalg.matrix_norm(whole - exact) <= 5 * rounding + bound(dtype)).all()
 
 
 def test_members_of_a_stack_are_independent_and_what_is_not_finite_is_lost(of_singular_values, draw):

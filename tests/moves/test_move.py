@@ -32,6 +32,12 @@ def test_one_point_follows_a_move_of_many(draw, dtype):
         move.apply(matrix(x.expand(3, 6, 6).contiguous()))
 
 
+@pytest.mark.parametrize("longest", [None, 1e3])
+def test_a_square_core_is_complete_and_nothing_is_computed(draw, longest):
+    core = draw.matrix(3, 4, 4, dtype=torch.float32)
+    assert complete_to_unitary(core, longest) is core
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("w", "r"), [(4, 4), (5, 2), (6, 3)])
 def test_a_core_is_completed_to_a_unitary_that_extends_it(draw, w, r, dtype):

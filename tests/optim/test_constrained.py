@@ -414,6 +414,24 @@ def test_feedback_waits_out_what_is_no_move(draw):
         constrain(optimizer)
 
 
+@pytest.mark.parametrize("shape", [(8, 8), (2, 9, 6)], ids=str)
+@pytest.mark.parametrize("k", [1, 2, None])
+def test_a_geodesic_too_long_for_its_precision_is_refused_or_skipped(draw, k, shape):
+    x, move = draw.point(*shape, dtype=torch.float32), 1e12 * draw.matrix(*shape, dtype=torch.float32)
+    for mode in ("raise", "skip"):
+        manifold, y = UnitaryLowRankExact(k, non_finite=mode, sweep=None), x.clone()
+        residual = 1e-3 * draw.matrix(*shape, dtype=torch.float32)
+        before = residual.clone()
+        if mode == "raise":
+            with pytest.raises(ValueError, match=r"step of shape .* too large for its precision"):
+                raw_step_(manifold, y, move, residual)
+        else:
+            raw_step_(manifold, y, move, residual)
+            assert manifold.pop_faults() == (len(x) if x.dim() > 2 else 1, 0, 0)
+        assert torch.equal(y, x)
+        assert error(residual, before) <= bound(torch.float32)  # carried by the identity
+
+
 def test_feedback_leaves_alone_what_has_no_gradient_yet(draw):
     first, second = (
         geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float32), manifold=UnitaryLowRank(1)) for _ in range(2)
