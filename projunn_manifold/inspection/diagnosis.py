@@ -138,8 +138,8 @@ def diagnose(
 
     The whole training step is the closure and the steps of all unitary weights, each at its present k.  The recommended
     k has the largest share² per second of the whole training step.  This is the speed at which steepest descent lowers
-    the loss.  On nine tasks, with learning rates tuned for each k, training at the recommended k took at most 1.67 times
-    as long as at the best one.
+    the loss.  On nine tasks, with learning rates tuned for each k, training at the recommended k took at most 1.67
+    times as long as at the best one.
 
     Afterwards parameters, gradients, buffers, modes, the optimiser's state, the manifolds' counts and the global random
     numbers are what they were before, bit for bit.  What the closure reads from elsewhere, such as batches of a data
