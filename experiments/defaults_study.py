@@ -33,6 +33,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -436,12 +437,17 @@ def _shown(entry: dict[str, Any] | None, task: str) -> str:
 def draw(path: Path, entries: list[dict[str, Any]], names: list[str]) -> None:
     """Draw a panel for every task: for each recipe the median and the range of seeds, or a hollow dot if none ran."""
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
-    figure = Figure(figsize=(3.4 + 2.1 * len(tasks), 0.28 * len(names) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for axes, task in zip(panels, tasks, strict=True):
-        _panel(axes, task, names, [entry for entry in entries if entry["task"] == task])
-    panels[0].set_yticks(range(len(names)), names, fontsize=8)
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
+    lines = math.ceil(len(tasks) / 4)
+    figure = Figure(figsize=(11.5, (0.2 * len(names) + 1) * lines), layout="constrained")
+    grid = figure.subplots(lines, min(4, len(tasks)), sharey=True, squeeze=False)
+    for axes, task in zip_longest(grid.flat, tasks):
+        if task is None:
+            axes.set_axis_off()
+        else:
+            _panel(axes, task, names, [entry for entry in entries if entry["task"] == task])
+    for axes in grid[:, 0]:
+        axes.set_yticks(range(len(names)), names, fontsize=7)
+    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     figure.savefig(path, dpi=120)
 
 
