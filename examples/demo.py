@@ -45,7 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo, or the study of its learning rates, and return the exit status."""
     options = parse(arguments)
     torch.set_num_threads(options.threads)
-    print("compiling the package's loops, once on this machine: up to half a minute", flush=True)
     warm_up(torch.float32)
     if options.study:
         return study(options)

@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from projunn_manifold import UnitaryLowRank, diagnose
-from projunn_manifold.inspection.diagnosis import Need
+from projunn_manifold.inspection.diagnosis import Need, speed_of_descent
 from projunn_manifold.layers import param_groups
 from projunn_manifold.optim import RiemannianAdam
 
@@ -100,16 +100,18 @@ SETTINGS = {
 # -- rules --------------------------------------------------------------------------------------------
 
 
-def _whole_ms(need: Need, k: int | None, closure_ms: float) -> float:
-    return closure_ms + need.step_ms[k]
-
-
-#: Rules: of a weight's need, a rank and the time of the closure, what is to be largest.
-RULES: dict[str, Callable[[Need, int | None, float], float]] = {
-    "share² per second (diagnose)": lambda need, k, closure: need.shares[k] ** 2 / _whole_ms(need, k, closure),
-    "share per second": lambda need, k, closure: need.shares[k] / _whole_ms(need, k, closure),
-    **{f"always k = {rank}": lambda need, k, closure, rank=rank: float(k == rank) for rank in RANKS},  # type: ignore[misc]
+#: Rules: of a rank, its share of the gradient's norm and the milliseconds of a whole step, what is to be largest.
+RULES: dict[str, Callable[[int | None, float, float], float]] = {
+    "share² per second (diagnose)": lambda _, share, ms: speed_of_descent(share, ms),
+    "share per second": lambda _, share, ms: share / ms,
+    **{f"always k = {rank}": partial(lambda fixed, k, *_: float(k == fixed), rank) for rank in RANKS},
 }
+
+
+def chosen_by(rule: str, need: Need, closure_ms: float) -> int | None:
+    """Return the trained rank that a rule chooses for a weight."""
+    return max(RANKS, key=lambda k: RULES[rule](k, need.shares[k], closure_ms + need.step_ms[k]))
+
 
 # -- measurements -------------------------------------------------------------------------------------
 
@@ -157,7 +159,6 @@ def measure(limit: float) -> dict[str, Any]:
             rates[str(k)] = min(tried, key=lambda rate: tried[rate])
             seconds[str(k)] = [seconds_to_goal(setting, k, rates[str(k)], seed, limit) for seed in SEEDS]
         need, closure_ms = diagnosed(setting)
-        chosen = {rule: str(max(RANKS, key=lambda k: value(need, k, closure_ms))) for rule, value in RULES.items()}
         rows.append(
             {
                 "task": name,
@@ -167,7 +168,7 @@ def measure(limit: float) -> dict[str, Any]:
                 "shares": {str(k): round(need.shares[k], 4) for k in RANKS},
                 "step_ms": {str(k): round(need.step_ms[k], 4) for k in RANKS},
                 "closure_ms": round(closure_ms, 4),
-                "chosen": chosen,
+                "chosen": {rule: str(chosen_by(rule, need, closure_ms)) for rule in RULES},
             }
         )
     return {"limit": limit, "rows": rows, **environment()}

@@ -29,7 +29,7 @@ from projunn_manifold.optim.in_place import RiemannianAdam, RiemannianSGD
 from projunn_manifold.optim.optimizers import inner_optimizer, parameters_of
 from projunn_manifold.validation import check_positive
 
-__all__ = ["Diagnosis", "Need", "diagnose"]
+__all__ = ["Diagnosis", "Need", "diagnose", "speed_of_descent"]
 
 RANKS = (1, 2, 4, 8, 16, 32)
 _REPETITIONS = 5
@@ -57,6 +57,11 @@ class Need:
     #: Median of :math:`\|X' - X\|_F / \|X\|_F` over the steps; without an optimiser, that of steepest descent with
     #: learning rate 1.
     update: float
+
+
+def speed_of_descent(share: float, ms: float) -> float:
+    """Return share² per millisecond: the speed at which short steps of a rank lower the loss."""
+    return share**2 / ms
 
 
 class Diagnosis(list[Need]):
@@ -302,7 +307,7 @@ def _need(record: _Record, step_ms: dict[int | None, float], rest: float) -> Nee
         name=record.weight.name,
         shape=tuple(record.weight.p.shape),
         k=record.weight.manifold.k,
-        recommended=max(shares, key=lambda k: shares[k] ** 2 / (rest + step_ms[k])),
+        recommended=max(shares, key=lambda k: speed_of_descent(shares[k], rest + step_ms[k])),
         shares=shares,
         step_ms=step_ms,
         parts={k: ms / (rest + ms) for k, ms in step_ms.items()},

@@ -1,8 +1,8 @@
 """Whether compiled loops (:mod:`projunn_manifold.linalg.kernels`) can be used: numba is imported when this is asked.
 
 The import of numba takes a tenth of a second, and the loops are compiled at their first call in each dtype, for up to
-a minute; numba keeps the machine code for later processes.  The logger ``projunn_manifold`` says once, at the
-level INFO, that loops are being compiled, or that there are none and why.
+a minute; numba keeps the machine code for later processes.  The logger ``projunn_manifold`` says once that loops are
+being compiled (at the level WARNING), or why there are none (INFO).
 
 ``PROJUNN_MANIFOLD_LOOPS=0`` in the environment takes the loops away: nothing is compiled, and PyTorch's products are
 used throughout, with the same results to rounding.

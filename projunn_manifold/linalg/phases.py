@@ -156,10 +156,10 @@ def polar_of_sum(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)
 def polar_of_any_sum(d: Tensor, longest: float) -> tuple[Tensor, Tensor]:  # (*batch, n, m) -> the same, (*batch,)
     r"""Return the polar factor of Î + D, less Î, for any D = [H; C], and where it is not found, without a look.
 
-    There the increment is zero.  It is found for singular values of Î + D from σ / ``longest`` to σ, σ the root of the
-    largest row sum of :math:`(\hat I + D)^H (\hat I + D)` or 1, and for no much smaller ones: what the iteration leaves
-    of them is not unitary.  Small N is treated as by :func:`polar_of_sum`, with :math:`N = H + H^H + D^H D`, which may
-    be negative.
+    There the increment is zero.  It is found for singular values of Î + D from σ / ``longest`` to σ, the larger of 1
+    and the root of the largest row sum of :math:`(\hat I + D)^H (\hat I + D)`.  For much smaller ones it is not found:
+    what the iteration makes of them is not unitary.  Small N is treated as by :func:`polar_of_sum`, with
+    :math:`N = H + H^H + D^H D`, which may be negative.
     """
     start = dense.columns_of_identity(*d.shape, dtype=d.dtype, device=d.device)
     excess = excess_of(d)
@@ -183,7 +183,7 @@ def excess_of(d: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, m, m)
 def corrected(increment: Tensor, excess: Tensor) -> Tensor:  # (*batch, n, m), (*batch, m, m) -> (*batch, n, m)
     """Return what the polar factor of a sum Î + D adds to Î, given its excess, after a step of Newton and Schulz.
 
-    It then has digits of its own: rounding of the size of Î or of D would add up where a step repeats.
+    Its rounding error is then relative to itself: one of the size of Î or of D would add up where a step repeats.
     """
     increment = dense.plus_product(increment, increment, excess, alpha=-0.5)
     increment[..., : excess.shape[-1], :].sub_(excess, alpha=0.5)
@@ -371,8 +371,8 @@ def polar(z: Tensor, longest: float) -> Tensor:  # (*batch, n, m) -> (*batch, n,
 def _minimax(longest: float, eps: float) -> list[tuple[float, float, float]]:
     """Return polynomials a x + b x³ + c x⁵ whose composition is 1 on [1 / longest, 1] to rounding.
 
-    Each is the best on the upper part of its interval, and at least proportional below: the best on a whole long
-    interval would bring some large singular values down to the smallest one, and so into rounding.
+    Each is the best on the upper part of its interval, and enlarges what lies below: the best on a whole long interval
+    would bring some large singular values down to the smallest one, and so into rounding.
     """
     low, high, found = 1 / longest, 1 + _BEYOND, []
     while high - low > eps:

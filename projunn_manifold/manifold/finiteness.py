@@ -50,18 +50,21 @@ class Finiteness:
 
     def checked_gradient(self, x: Tensor, tangent: Tangent, u: Tensor) -> Tangent:
         """Return the tangent made from the gradient u, with zero for matrices that are not finite."""
-        return self._checked(x, tangent, torch.finfo(x.dtype).max, u, "gradient")
+        return self._checked(x, tangent, torch.finfo(x.dtype).max, u, "gradient")[0]
 
     def checked_step(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> Tangent:
         """Return a step (made from u), with zero for matrices that are not finite or too long for their precision.
 
         Where the host cannot look, longer ones than a fixed number of products is good for are shortened and counted.
         """
-        tangent = self._checked(x, tangent, longest_step(x), tangent if u is None else u, "step")
-        return self.within_reach(x, tangent)
+        return self.step_and_lost(x, tangent, u)[0]
 
-    def within_reach(self, x: Tensor, tangent: Tangent) -> Tangent:
-        """Return a step, shortened and counted where the host cannot look and it is too long for products."""
+    def step_and_lost(self, x: Tensor, tangent: Tangent, u: Tensor | None = None) -> tuple[Tangent, Tensor | None]:
+        """Return a checked step, and which matrices it leaves where they are (None: none of them)."""
+        tangent, lost = self._checked(x, tangent, longest_step(x), tangent if u is None else u, "step")
+        return self._within_reach(x, tangent), lost
+
+    def _within_reach(self, x: Tensor, tangent: Tangent) -> Tangent:
         if not context.would_wait(x):
             return tangent
         tangent, shortened = tangent.within_reach()
@@ -77,11 +80,14 @@ class Finiteness:
         if not context.would_wait(x) or isinstance(lr, Tensor) or not math.isfinite(lr):
             return self.checked_step(x, self.checked_gradient(x, tangent, u).scaled(-lr))
         limit = min(torch.finfo(x.dtype).max, longest_step(x) / abs(lr) / abs(lr) if lr else math.inf)
-        return self.within_reach(x, self._checked(x, tangent, limit, u, "step").scaled(-lr))
+        tangent, _ = self._checked(x, tangent, limit, u, "step")
+        return self._within_reach(x, tangent.scaled(-lr))
 
-    def _checked(self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str) -> Tangent:
+    def _checked(
+        self, x: Tensor, tangent: Tangent, limit: float, u: Tensor | Tangent, what: str
+    ) -> tuple[Tangent, Tensor | None]:
         lost = self.lost(x, tangent.squared_norm(), limit, u, what)
-        return tangent if lost is None else tangent.without(lost)
+        return tangent if lost is None else tangent.without(lost), lost
 
     def lost(self, x: Tensor, sizes: Scalar, limit: float, u: Tensor | Tangent, what: str) -> Tensor | None:
         """Return which matrices to leave out, those whose squared norm is beyond the limit; None means none of them.

@@ -343,7 +343,7 @@ class UnitaryLowRank(Geometry):
         return x
 
     def raw_move(self, x: Tensor, factors: LowRank) -> tuple[Move, Tensor | None]:
-        """Return the move along factors that need not be tangent, and which matrices it leaves (None: no one).
+        """Return the move along factors that need not be tangent, and which matrices it leaves (None: none).
 
         It is projUNN-D of ``X + a b^H``.  Not on CPU, a matrix with a numerically singular X + a b^H stays where it is
         and is counted (:meth:`pop_faults`).
@@ -654,7 +654,7 @@ class UnitaryLowRankExact(UnitaryLowRank):
     angle = GEODESIC
 
     def raw_move(self, x: Tensor, factors: LowRank) -> tuple[Move, Tensor | None]:
-        """Return the move along factors that need not be tangent, and which matrices it leaves (None: no one).
+        """Return the move along factors that need not be tangent, and which matrices it leaves (None: none).
 
         It is projUNN-T of ``a b^H``.  Not on CPU, a matrix whose step is too long for its precision stays where it is
         and is counted (:meth:`pop_faults`), as with ``non_finite="skip"``.
@@ -664,11 +664,8 @@ class UnitaryLowRankExact(UnitaryLowRank):
         ValueError
             On CPU, a step that is too long for its precision.
         """
-        tangent = tangent_of_gradient(matrix(x), factors)
-        lost = self.finiteness.lost(x, tangent.squared_norm(), longest_step(x), tangent, "step")
-        if lost is not None:
-            tangent = tangent.without(lost)
-        return self.finiteness.within_reach(x, tangent).geodesic(), lost
+        step, lost = self.finiteness.step_and_lost(x, tangent_of_gradient(matrix(x), factors))
+        return step.geodesic(), lost
 
     @property
     def reversible(self) -> bool:  # type: ignore[override]  # geoopt declares a plain attribute

@@ -207,8 +207,8 @@ def raw_step_(
 
     The host does not wait for a device: there a matrix stays where it is, and keeps its residual, if its move is not
     finite, its :math:`X + a b^H` singular (D), or its step too long for its precision (T).  Steps of T with angles
-    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  There the g of a step of D is not unitary on tall
-    X if a column turns by 90 degrees: it shortens what it carries, without being counted.
+    beyond 64 are shortened.  ``manifold.pop_faults()`` counts both.  If a step of D turns a column of tall X by 90
+    degrees there, its g is not unitary: it shortens the residual, and this is not counted.
 
     Parameters
     ----------
@@ -242,21 +242,26 @@ def raw_step_(
     factors = _factors_of_move(manifold, x, move, averaging)
     sizes = dense.squared_norm(factors.b) * dense.squared_norm(factors.a)
     lost = manifold.finiteness.lost(x, sizes, torch.finfo(x.dtype).max, move, "move")
-    if isinstance(moving, Tensor):
-        lost = ~moving if lost is None else lost | ~moving
+    lost = _either(lost, ~moving if isinstance(moving, Tensor) else None)
     if lost is not None:
         factors = factors.without(lost)
     step, left = _agreed_move(manifold, x, factors)
     step.apply_(matrix(x))
     if residual is not None:
         rest = _left_out(manifold, x, move, factors, averaging)
-        if left is not None:
-            lost = left if lost is None else lost | left
+        lost = _either(lost, left)
         if lost is not None:
             here = sharded.local_shard(rest)
             here.copy_(torch.where(lost[..., None, None], sharded.local_shard(residual), here))
         residual.copy_(step.transport_(rest))
     return manifold.correct_(x)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """Return where one of both holds; None holds nowhere."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a | b
 
 
 def _moving(x: Tensor, move: Tensor, averaging: Averaging | None, of_batch: bool) -> Tensor | bool:
