@@ -87,6 +87,29 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_been(tmp_path, module
             training.train(other[0], method, other[1], checkpoint=file, quiet=True)
 
 
+def test_a_training_that_runs_out_of_time_leaves_a_record_and_goes_on_in_the_next_call(tmp_path, module, monkeypatch):
+    experiment, networks, tasks = module("common.experiment"), module("common.networks"), module("common.tasks")
+    methods = {name: networks.METHODS[name] for name in ("projUNN-D", "frozen")}
+    options = experiment.parser("", methods, ["projUNN-D"], hidden=16, lr=0.01, unitary_lr=0.001, out=tmp_path / "all")
+    whole = options.parse_args([])
+    whole.decay = True
+    (expected,) = experiment.run(whole, lambda seed: tasks.Copying(10, 4, 12, seed))
+    pieces = options.parse_args(["--minutes", "1e-9", "--out", str(tmp_path / "pieces")])
+    pieces.decay = True
+    monkeypatch.setattr(experiment, "monotonic", lambda: 0.0)  # so that each call has time for one step
+    for made in range(1, 13):
+        (found,) = experiment.run(pieces, lambda seed: tasks.Copying(10, 4, 12, seed))
+        assert found["steps_made"] == made
+        assert ("Not finished" in experiment.caption([found])) == (made < 12)
+    assert found["curves"]["loss"] == expected["curves"]["loss"]
+    assert found["score"] == expected["score"]
+    assert not list(tmp_path.rglob("*.pt"))
+    with pytest.raises(SystemExit, match="decay"):
+        experiment.run(
+            options.parse_args(["--out", str(tmp_path / "pieces")]), lambda seed: tasks.Copying(10, 4, 12, seed)
+        )
+
+
 def test_images_are_classified_by_orthogonal_and_plain_networks(tmp_path):
     sizes = ["--hidden", "4", "--epochs", "1", "--batch", "512"]
     for depth in ([], ["--depth", "3"]):

@@ -1,17 +1,19 @@
 """What the experiments of the paper share: a command line, runs side by side, a table, curves, JSON.
 
 A finished training leaves ``<task>-<method>-k<k>-s<seed>.json`` in the output folder and is not run again; an
-interrupted one goes on from its checkpoint.  So several processes can share a folder, each with methods of its own, and
-a last call without work to do draws them all.
+interrupted one goes on from its checkpoint, and one that ran out of time has both.  So several processes can share a
+folder, each with methods of its own, and a last call without work to do draws them all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -60,12 +62,13 @@ def parser(description: str, methods: dict[str, Any], chosen: list[str], **defau
             found.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{what} (default: %(default)s)")
     if "steps" in defaults:
         found.add_argument("--stop", action="store_true", help="end a training once it has solved the task")
+    found.add_argument("--minutes", type=float, help="after which trainings stop, until the next such call")
     found.add_argument("--device", help="such as cpu or cuda (default: %(default)s)")
     found.add_argument("--threads", type=int, help="for PyTorch (default: %(default)s)")
     found.add_argument("--save-every", type=int, help="steps between checkpoints (default: %(default)s)")
     found.add_argument("--out", type=Path, help="folder of the results (default: %(default)s)")
     found.set_defaults(**{"seeds": [0], "k": [1], "device": "cpu", "threads": 1, "save_every": 50, **defaults})
-    found.set_defaults(methods=chosen, stop=False)
+    found.set_defaults(methods=chosen, stop=False, decay=False)
     return found
 
 
@@ -75,17 +78,24 @@ def run(
     methods: dict[str, Any] = METHODS,
     *,
     look_of: Callable[[Task], Look] | None = None,
+    rates: Mapping[str, tuple[float, float]] | None = None,
     **choices: Any,
 ) -> list[dict[str, Any]]:
-    """Train every method at every rank from every seed, but what is done already, and report on all in the folder."""
+    """Train every method at every rank from every seed, but what is done already, and report on all in the folder.
+
+    ``rates`` are the learning rates of methods by name; other methods have those of the command line, or their own.
+    """
     torch.set_num_threads(options.threads)
+    ends = math.inf if options.minutes is None else monotonic() + 60 * options.minutes
     options.out.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
         for name in options.methods:
             for k in options.k if methods[name].low_rank else [0]:
                 task = task_of(seed)
                 own = _choices(options, methods[name], task, k, seed)
-                _run_one(options, task, methods[name], Choices(**own, **choices), look_of and look_of(task))
+                if rates and name in rates:
+                    own["lr"], own["unitary_lr"] = rates[name]
+                _run_one(options, task, methods[name], Choices(**own, **choices), look_of and look_of(task), ends)
     found = records(options.out, task_of(0).name, list(methods))
     report(options.out, found)
     return found
@@ -104,11 +114,18 @@ def _choices(options: argparse.Namespace, method: Any, task: Task, k: int, seed:
     return {**own, "nonlinearity": options.nonlinearity} if hasattr(options, "nonlinearity") else own
 
 
-def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choices, look: Look | None) -> None:
+def _run_one(
+    options: argparse.Namespace, task: Task, method: Any, choices: Choices, look: Look | None, ends: float
+) -> None:
     stem = f"{task.name}-{method.name}-k{choices.k}-s{choices.seed}".replace(" ", "_").replace(",", "")
     done, checkpoint = options.out / f"{stem}.json", options.out / f"{stem}.pt"
     if done.exists():
-        _refuse_another(done, {**settings_of(task, choices, options.device), "steps": task.steps})
+        settings = {"decay over": None, **settings_of(task, choices, options.device, decay=options.decay)}
+        _refuse_another(done, {**settings, "steps": task.steps})
+        if not checkpoint.exists():
+            return
+    left = ends - monotonic()
+    if left <= 0:
         return
     try:
         finished = train(
@@ -119,6 +136,8 @@ def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choi
             checkpoint=checkpoint,
             every=options.save_every,
             stop_when_solved=options.stop,
+            seconds=left,
+            decay=options.decay,
             look=look,
         )
     except NonFiniteError as error:
@@ -128,7 +147,13 @@ def _run_one(options: argparse.Namespace, task: Task, method: Any, choices: Choi
     partial = done.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.replace(done)  # a file that is there is whole
-    checkpoint.unlink(missing_ok=True)
+    if _ended(record):
+        checkpoint.unlink(missing_ok=True)
+
+
+def _ended(record: dict[str, Any]) -> bool:
+    """Return whether a training reached its last step or its goal."""
+    return record["steps_made"] == record["steps"] or record["solved_at"] is not None
 
 
 def _refuse_another(done: Path, settings: dict[str, Any]) -> None:
@@ -222,7 +247,10 @@ def caption(found: list[dict[str, Any]]) -> str:
     solved = "this task has no goal"
     if first["goal"] is not None:
         solved = f"first mean of {LAST} losses below {first['goal']:.4g}; with `--stop` the training ends there"
-    return CAPTION.format(what=what, score=score, solved=solved)
+    unfinished = [run for run in found if not _ended(run)]
+    told = [f"{run['method']} at step {run['steps_made']}" for run in unfinished]
+    rest = f"  Not finished: {', '.join(told)}." if told else ""
+    return CAPTION.format(what=what, score=score, solved=solved) + rest
 
 
 def _mean(values: list[float | None], form: str = ".4g") -> str:

@@ -14,9 +14,9 @@ DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
 
 def curves(path: Path, records: list[dict[str, Any]]) -> None:
     """Draw all runs of a task: losses against steps and seconds, and what was seen when they were looked at."""
-    looked_at = any(record.get("looks") for record in records)
-    figure = Figure(figsize=(11, 8.4 if looked_at else 4.6), layout="constrained")
-    upper, *lower = figure.subplots(2 if looked_at else 1, 2, squeeze=False)
+    seen = {name for record in records for look in record.get("looks", []) for name in look}
+    figure = Figure(figsize=(11, 8.4 if seen else 4.6), layout="constrained")
+    upper, *lower = figure.subplots(2 if seen else 1, 2, squeeze=False)
     named = set()
     several = len({record["settings"]["k"] for record in records}) > 1
     for record in records:
@@ -40,8 +40,12 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
     upper[0].set(ylabel="training loss", title=records[0]["task"])
     upper[1].sharey(upper[0])
     for panels in lower:
-        panels[0].set(xlabel="step", ylabel=records[0]["measure"], ylim=(0, 1))
-        panels[1].set(xlabel="step", ylabel="smallest and largest singular value", yscale="log")
+        panels[0].set(xlabel="step", ylabel=records[0]["measure"])
+        if "smallest" in seen:
+            panels[0].set(ylim=(0, 1))
+            panels[1].set(xlabel="step", ylabel="smallest and largest singular value", yscale="log")
+        else:
+            panels[1].set(xlabel="step", ylabel=f"1 - {records[0]['measure']}", yscale="log")
     for panel in figure.axes:
         panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
@@ -49,9 +53,12 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _looks(panels: Any, looks: list[dict[str, float]], style: dict[str, Any]) -> None:
-    """Draw scores, and the range of singular values."""
+    """Draw scores, and the range of singular values, or else what scores lack to one."""
     steps = [look["step"] for look in looks]
     panels[0].plot(steps, [look["score"] for look in looks], **style)
+    if not all("smallest" in look for look in looks):
+        panels[1].plot(steps, [1 - look["score"] for look in looks], **style)
+        return
     for end in ("smallest", "largest"):
         panels[1].plot(steps, [max(look[end], 1e-6) for look in looks], **style)
 

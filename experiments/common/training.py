@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -108,7 +109,7 @@ def train(
     stop_when_solved : bool
         Whether to end at the goal.
     seconds : float, optional
-        Time of training after which to end.
+        Time of training, counted from this call, after which to end; a checkpoint is left to go on from.
     decay : bool
         Whether all learning rates fall along a line to zero, which they would reach after the last step.
     observe : callable, optional
@@ -123,7 +124,7 @@ def train(
         task.name,
         method.name,
         method.colour,
-        settings_of(task, choices, device),
+        settings_of(task, choices, device, decay=decay),
         task.baseline,
         task.goal,
         task.measure,
@@ -133,6 +134,7 @@ def train(
     if checkpoint is not None and checkpoint.exists():
         _restore(checkpoint, run, network, optimizers)
     done, elapsed = len(run.losses), run.seconds[-1] if run.seconds else 0.0
+    limit = math.inf if seconds is None else elapsed + seconds
     label = f"{task.name}, {method.name}, k {choices.k}, seed {choices.seed}"
     measured, looked_at = set(thinned(task.steps)), set(thinned(task.steps, LOOKS)) if look is not None else set()
     batches = islice(task.batches(), done, None)
@@ -165,11 +167,9 @@ def train(
             if look is not None and step in looked_at:
                 run.looks.append({"step": step + 1, **look(network)})
             bar.set_postfix(loss=f"{run.losses[-1]:.4f}", refresh=False)
-            if checkpoint is not None and (step + 1) % every == 0:
+            if checkpoint is not None and ((step + 1) % every == 0 or elapsed >= limit):
                 _save(checkpoint, run, network, optimizers)
-            if stop_when_solved and step + 1 >= LAST and run.solved:
-                break
-            if seconds is not None and elapsed >= seconds:
+            if elapsed >= limit or (stop_when_solved and step + 1 >= LAST and run.solved):
                 break
     run.unitarity[-1:] = [network.unitarity_error()]
     run.held = _held(network, optimizers)
@@ -191,9 +191,10 @@ def _groups(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def settings_of(task: Task, choices: Choices, device: torch.device | str) -> dict[str, Any]:
-    """Return all that makes a training what it is, but its length, as JSON can hold it."""
+def settings_of(task: Task, choices: Choices, device: torch.device | str, *, decay: bool = False) -> dict[str, Any]:
+    """Return all that makes a training what it is, as JSON can hold it; its length only where rates depend on it."""
     whole = {**{f"task {name}": value for name, value in vars(task).items()}, **asdict(choices), "device": str(device)}
+    whole |= {"decay over": task.steps} if decay else {}
     left_out = ("task steps", "task epochs", "task folder", "task target")
     return {
         name: v if isinstance(v, int | float | str) else str(v) for name, v in whole.items() if name not in left_out

@@ -1,0 +1,106 @@
+"""Which learning rates permuted MNIST wants, for the long runs of ``pixels.py``: one epoch each, falling to zero.
+
+For each method the rate of all other weights is searched first, at the middle rate of the transition, and then that of
+the transition.  A sixth of the training images takes the place of the test images, which choose nothing.
+
+Run ``python experiments/pixels_rates.py --data package/data``.  Finished trainings are kept in the output folder and
+are not run again, so several processes can share it, each with methods of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common.networks import METHODS, Choices
+from common.report import add_record_options, environment, machine_of, markdown, recorded, tell
+from common.tasks import Pixels
+from common.training import NonFiniteError, train
+
+SEED = 100
+LRS = (1e-3, 3e-3, 1e-2)
+#: The methods that are searched, with the rates of the transition that are tried.
+SEARCHED: dict[str, tuple[float, ...]] = {
+    "projUNN-D": (3e-5, 1e-4, 3e-4),
+    "projUNN-D, RAdam": (1e-2, 3e-2, 1e-1),
+    "Stiefel-canonical, RAdam": (3e-3, 1e-2, 3e-2),
+    "Stiefel-euclidean, RAdam": (3e-3, 1e-2, 3e-2),
+    "frozen": (0.0,),
+}
+
+
+def search(options: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """Return the trainings of one method, the best one first."""
+    rates = SEARCHED[name]
+    found = [_trained(options, name, lr, rates[len(rates) // 2]) for lr in LRS]
+    lr = max(found, key=_accuracy)["lr"]
+    found += [_trained(options, name, lr, rate) for rate in rates if rate != rates[len(rates) // 2]]
+    return sorted(found, key=_accuracy, reverse=True)
+
+
+def best(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """Return the learning rates of each method in a record: of all other weights, and of the transition."""
+    found: dict[str, tuple[float, float]] = {}
+    for cell in sorted(record["rows"], key=_accuracy):
+        found[cell["method"]] = cell["lr"], cell["unitary_lr"]
+    return found
+
+
+def _accuracy(cell: dict[str, Any]) -> float:
+    return -math.inf if cell["score"] is None else cell["score"]
+
+
+def _trained(options: argparse.Namespace, name: str, lr: float, unitary_lr: float) -> dict[str, Any]:
+    """Return a training, made now or before."""
+    file = options.out / f"{name}-{lr:g}-{unitary_lr:g}.json".replace(", ", "_")
+    if file.exists():
+        return json.loads(file.read_text(encoding="utf-8"))
+    k = 1 if METHODS[name].low_rank else 0
+    choices = Choices(options.hidden, k=k, seed=SEED, nonlinearity="modrelu", lr=lr, unitary_lr=unitary_lr)
+    task = Pixels(128, 1, SEED, folder=options.data, choosing=True)
+    cell = {"method": name, "hidden": options.hidden, "lr": lr, "unitary_lr": unitary_lr, "loss": None, "score": None}
+    try:
+        run = train(task, METHODS[name], choices, decay=True)
+        cell |= {"loss": run.final_loss, "score": run.score}
+    except NonFiniteError as error:
+        print(f"{name}, {lr:g}, {unitary_lr:g}: {error}", flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(cell) + "\n", encoding="utf-8")
+    return cell
+
+
+def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    return {"rows": [cell for name in options.methods for cell in search(options, name)], **environment()}
+
+
+def table(cells: list[dict[str, Any]]) -> str:
+    """Return a row for each training."""
+    rows = [["method", "", "learning rates", "loss", "accuracy"]]
+    for cell in cells:
+        results = ("diverged", "") if cell["score"] is None else (f"{cell['loss']:.4f}", f"{cell['score']:.4f}")
+        rows.append([cell["method"], "", f"{cell['lr']:g}, {cell['unitary_lr']:g}", *results])
+    return markdown(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train what is missing, report, and return the exit status."""
+    command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    command.add_argument("--data", type=Path, help="folder of MNIST's four IDX files (default: scikit-learn's digits)")
+    command.add_argument("--methods", nargs="+", choices=SEARCHED, default=list(SEARCHED), metavar="METHOD")
+    command.add_argument("--hidden", type=int, default=170, help="hidden units n (default: %(default)s)")
+    add_record_options(command, "results/pixels_rates")
+    options = command.parse_args(arguments)
+    record = recorded(options, "pixels_rates", partial(_measure, options))
+    tell(options, "pixels rates", f"\n{table(record['rows'])}\n\nMeasured on {machine_of(record)}.\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
