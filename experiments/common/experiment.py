@@ -243,6 +243,8 @@ def caption(found: list[dict[str, Any]]) -> str:
         sizes |= {name: first["settings"][name] for name in ("hidden", "nonlinearity")}
     named = [name if v is True else f"{name} {v}" for name, v in sizes.items() if name != "seed"]
     what = f"{first['task']}: {', '.join(named)}, at most {max(run['steps'] for run in found)} steps"
+    if "decay over" in first["settings"]:
+        what += ", all learning rates falling along a line to zero"
     score = first["measure"] + " on held-out data" * (first["measure"] in HELD_OUT)
     solved = "this task has no goal"
     if first["goal"] is not None:
