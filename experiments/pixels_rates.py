@@ -1,6 +1,6 @@
 """Which learning rates permuted MNIST wants, for the long runs of ``pixels.py``: one epoch each, falling to zero.
 
-For each method the rate of all other weights is searched first, at the middle rate of the transition, and then that of
+For each method the rate of all other weights is searched first, at the second rate of the transition, and then that of
 the transition.  A sixth of the training images takes the place of the test images, which choose nothing.
 
 Run ``python experiments/pixels_rates.py --data package/data``.  Finished trainings are kept in the output folder and
@@ -27,10 +27,10 @@ SEED = 100
 LRS = (1e-3, 3e-3)
 #: The methods that are searched, with the rates of the transition that are tried.
 SEARCHED: dict[str, tuple[float, ...]] = {
-    "projUNN-D": (3e-5, 1e-4, 3e-4),
+    "projUNN-D": (3e-5, 1e-4, 3e-4, 1e-3),
     "projUNN-D, RAdam": (1e-2, 3e-2, 1e-1),
-    "Stiefel-canonical, RAdam": (3e-3, 1e-2, 3e-2),
-    "Stiefel-euclidean, RAdam": (3e-3, 1e-2, 3e-2),
+    "Stiefel-canonical, RAdam": (3e-3, 1e-2, 3e-2, 1e-1),
+    "Stiefel-euclidean, RAdam": (3e-3, 1e-2, 3e-2, 1e-1),
     "frozen": (0.0,),
 }
 
@@ -38,7 +38,7 @@ SEARCHED: dict[str, tuple[float, ...]] = {
 def search(options: argparse.Namespace, name: str) -> None:
     """Make the trainings of one method that are missing."""
     rates = SEARCHED[name]
-    found = [_trained(options, name, lr, rates[len(rates) // 2]) for lr in LRS]
+    found = [_trained(options, name, lr, rates[min(1, len(rates) - 1)]) for lr in LRS]
     lr = max(found, key=_accuracy)["lr"]
     for rate in rates:
         _trained(options, name, lr, rate)
