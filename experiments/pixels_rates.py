@@ -38,17 +38,18 @@ SEARCHED: dict[str, tuple[float, ...]] = {
 def search(options: argparse.Namespace, name: str) -> None:
     """Make the trainings of one method that are missing."""
     rates = SEARCHED[name]
-    found = [_trained(options, name, lr, rates[min(1, len(rates) - 1)]) for lr in LRS]
-    lr = max(found, key=_accuracy)["lr"]
-    for rate in rates:
-        _trained(options, name, lr, rate)
+    for k in options.k if METHODS[name].low_rank else [0]:
+        found = [_trained(options, name, k, lr, rates[min(1, len(rates) - 1)]) for lr in LRS]
+        lr = max(found, key=_accuracy)["lr"]
+        for rate in rates:
+            _trained(options, name, k, lr, rate)
 
 
-def best(record: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Return the learning rates of each method in a record: of all other weights, and of the transition."""
-    found: dict[str, tuple[float, float]] = {}
+def best(record: dict[str, Any]) -> dict[tuple[str, int], tuple[float, float]]:
+    """Return the learning rates of each method and rank in a record: of all other weights, and of the transition."""
+    found: dict[tuple[str, int], tuple[float, float]] = {}
     for cell in sorted(record["rows"], key=_accuracy):
-        found[cell["method"]] = cell["lr"], cell["unitary_lr"]
+        found[cell["method"], cell["k"]] = cell["lr"], cell["unitary_lr"]
     return found
 
 
@@ -56,20 +57,20 @@ def _accuracy(cell: dict[str, Any]) -> float:
     return -math.inf if cell["score"] is None else cell["score"]
 
 
-def _trained(options: argparse.Namespace, name: str, lr: float, unitary_lr: float) -> dict[str, Any]:
+def _trained(options: argparse.Namespace, name: str, k: int, lr: float, unitary_lr: float) -> dict[str, Any]:
     """Return a training, made now or before."""
-    file = options.out / f"{name}-{lr:g}-{unitary_lr:g}.json".replace(", ", "_")
+    file = options.out / f"{name}-k{k}-{lr:g}-{unitary_lr:g}.json".replace(", ", "_")
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    k = 1 if METHODS[name].low_rank else 0
     choices = Choices(options.hidden, k=k, seed=SEED, nonlinearity="modrelu", lr=lr, unitary_lr=unitary_lr)
     task = Pixels(128, 1, SEED, folder=options.data, choosing=True)
-    cell = {"method": name, "hidden": options.hidden, "lr": lr, "unitary_lr": unitary_lr, "loss": None, "score": None}
+    rates = {"lr": lr, "unitary_lr": unitary_lr}
+    cell = {"method": name, "k": k, "hidden": options.hidden, **rates, "loss": None, "score": None}
     try:
         run = train(task, METHODS[name], choices, decay=True)
         cell |= {"loss": run.final_loss, "score": run.score}
     except NonFiniteError as error:
-        print(f"{name}, {lr:g}, {unitary_lr:g}: {error}", flush=True)
+        print(f"{name}, k {k}, {lr:g}, {unitary_lr:g}: {error}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(cell) + "\n", encoding="utf-8")
     return cell
@@ -81,16 +82,16 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         search(options, name)
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in options.out.glob("*-*.json")]
     order = list(SEARCHED)
-    cells.sort(key=lambda cell: (order.index(cell["method"]), -_accuracy(cell)))
+    cells.sort(key=lambda cell: (order.index(cell["method"]), cell["k"], -_accuracy(cell)))
     return {"rows": cells, **environment()}  # those of other calls, too
 
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Return a row for each training."""
-    rows = [["method", "", "learning rates", "loss", "accuracy"]]
+    rows = [["method", "k", "learning rates", "loss", "accuracy"]]
     for cell in cells:
         results = ("diverged", "") if cell["score"] is None else (f"{cell['loss']:.4f}", f"{cell['score']:.4f}")
-        rows.append([cell["method"], "", f"{cell['lr']:g}, {cell['unitary_lr']:g}", *results])
+        rows.append([cell["method"], str(cell["k"] or ""), f"{cell['lr']:g}, {cell['unitary_lr']:g}", *results])
     return markdown(rows)
 
 
@@ -99,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     command.add_argument("--data", type=Path, help="folder of MNIST's four IDX files (default: scikit-learn's digits)")
     command.add_argument("--methods", nargs="+", choices=SEARCHED, default=list(SEARCHED), metavar="METHOD")
+    command.add_argument("--k", nargs="+", type=int, default=[1], help="ranks, for methods that have one (default: 1)")
     command.add_argument("--hidden", type=int, default=170, help="hidden units n (default: %(default)s)")
     add_record_options(command, "results/pixels_rates")
     options = command.parse_args(arguments)

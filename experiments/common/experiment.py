@@ -78,12 +78,12 @@ def run(
     methods: dict[str, Any] = METHODS,
     *,
     look_of: Callable[[Task], Look] | None = None,
-    rates: Mapping[str, tuple[float, float]] | None = None,
+    rates: Mapping[tuple[str, int], tuple[float, float]] | None = None,
     **choices: Any,
 ) -> list[dict[str, Any]]:
     """Train every method at every rank from every seed, but what is done already, and report on all in the folder.
 
-    ``rates`` are the learning rates of methods by name; other methods have those of the command line, or their own.
+    ``rates`` are the learning rates of methods by name and rank; others have those of the command line, or their own.
     """
     torch.set_num_threads(options.threads)
     ends = math.inf if options.minutes is None else monotonic() + 60 * options.minutes
@@ -93,8 +93,8 @@ def run(
             for k in options.k if methods[name].low_rank else [0]:
                 task = task_of(seed)
                 own = _choices(options, methods[name], task, k, seed)
-                if rates and name in rates:
-                    own["lr"], own["unitary_lr"] = rates[name]
+                if rates and (name, k) in rates:
+                    own["lr"], own["unitary_lr"] = rates[name, k]
                 _run_one(options, task, methods[name], Choices(**own, **choices), look_of and look_of(task), ends)
     found = records(options.out, task_of(0).name, list(methods))
     report(options.out, found)
