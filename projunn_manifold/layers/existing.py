@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.init import nearest
+from projunn_manifold.manifold.notes import note_name, noted_name
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.plan import Guard, Plan, guard_of
@@ -88,7 +89,7 @@ def attach(module: nn.Module, name: str, point: Tensor, manifold: UnitaryLowRank
     """Put a point of a manifold in the place of a weight, guard it, and return the module."""
     weight = module.get_parameter(name)
     setattr(module, name, ManifoldParameter(point, manifold=manifold, requires_grad=weight.requires_grad))
-    note_replacements([(f"{type(module).__name__}.{name}", weight)])
+    note_replacements([(noted_name(weight) or f"{type(module).__name__}.{name}", weight)])
     module.add_module(f"{name}_manifold", manifold)
     guard = guard_of(module) or Guard(module, Plan({}))
     guard.plan[name] = manifold
@@ -121,7 +122,7 @@ def plain_(module: nn.Module, name: str = "weight") -> nn.Module:
         path, _, leaf = now.rpartition(".")
         free = nn.Parameter(weight.detach().as_subclass(Tensor).clone(), weight.requires_grad)
         setattr(module.get_submodule(path), leaf, free)
-        note_replacements([(f"{type(module).__name__}.{now}", weight)])
+        note_replacements([(noted_name(weight) or f"{type(module).__name__}.{now}", weight)])
     return module
 
 
@@ -163,11 +164,16 @@ def param_groups(model: nn.Module, lr: float, *, unitary_lr: float) -> list[dict
 
     With torch's RMSprop and Adam, constrained, the paper's choice is ``unitary_lr=lr/32`` (Kiani et al. 2022,
     section 5).  The learning rates of geoopt's optimisers, and of those of :mod:`projunn_manifold.optim`, are of
-    another kind, and there lr/32 would hardly move anything.  A group without parameters is left out.
+    another kind, and there lr/32 would hardly move anything.  A group without parameters is left out.  Messages about
+    unitary parameters use their names in this model.
     """
     unitary: list[Any] = []
     others: list[Any] = []
-    for p in model.parameters():
-        (others if unitary_of(p) is None else unitary).append(p)
+    for name, p in model.named_parameters():
+        if unitary_of(p) is None:
+            others.append(p)
+        else:
+            unitary.append(p)
+            note_name(p, name)
     groups: Iterable[tuple[list[Any], float]] = ((others, lr), (unitary, unitary_lr))
     return [{"params": params, "lr": rate} for params, rate in groups if params]

@@ -11,6 +11,7 @@ from torch import Tensor
 from projunn_manifold import context
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.dense import Scalar
+from projunn_manifold.manifold.notes import noted_name
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
@@ -124,12 +125,14 @@ def _largest(numbers: Scalar) -> float:
 
 def _error(u: Tensor, what: str, x: Tensor | None) -> ValueError:
     """Return the error for a tensor with inf or NaN in it, or with entries whose products overflow at a finite x."""
+    name = noted_name(u if x is None else x)
+    called = f"{what}{'' if name is None else f' of {name!r}'} of shape {tuple(u.shape)}"
     bad = int((~torch.isfinite(sharded.local_shard(u))).sum())
     problem = f"{bad} non-finite entries of {u.numel()}" if bad else "entries too large for its precision"
     start = None if x is None or bad or sharded.is_sharded(x) else dense.probed_unitarity_error(x.detach())
     if start is not None and is_far_off(start):
         return ValueError(
-            f"{what} of shape {tuple(u.shape)} is too large for its precision, because the parameter is off the "
+            f"{called} is too large for its precision, because the parameter is off the "
             f"manifold, ‖X^H X - I‖_F/√m about {start.max().item():.2g}: it started there, or something else wrote to "
             f"it; {PUT_BACK}; the parameter was not changed"
         )
@@ -139,4 +142,4 @@ def _error(u: Tensor, what: str, x: Tensor | None) -> ValueError:
         problem += ", or the sampler returned such factors"
     if sharded.is_sharded(u) and not bad:
         problem += ", or non-finite ones in another process"
-    return ValueError(f"{what} of shape {tuple(u.shape)} has {problem}; the parameter was not changed")
+    return ValueError(f"{called} has {problem}; the parameter was not changed")

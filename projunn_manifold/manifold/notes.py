@@ -1,7 +1,7 @@
-"""What is known of the gradients at a parameter, noted by those who know it for the manifold that sees only a matrix.
+"""What is known of a parameter and its gradients, noted by those who know it for the manifold that sees only a matrix.
 
 An optimiser of geoopt adds weight decay before the manifold is given a gradient; a line search takes inner products
-with the sketches of gradients, and means those of the gradients.
+with the sketches of gradients, and means those of the gradients.  A model knows its parameters' names.
 """
 
 from __future__ import annotations
@@ -11,10 +11,40 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["note_added_decay", "note_whole_gradient", "search_along_slopes", "take_added_decay", "whole_gradient"]
+__all__ = [
+    "in_words",
+    "note_added_decay",
+    "note_name",
+    "note_whole_gradient",
+    "noted_name",
+    "search_along_slopes",
+    "take_added_decay",
+    "whole_gradient",
+]
 
 _added_decay: Any = WeakIdKeyDictionary()
 _whole_gradients: Any = WeakIdKeyDictionary()  # parameters of line searches: whole gradients by sketched ones
+_NAME = "_projunn_manifold_name"  # an attribute, for PyTorch swaps no tensor that has weak references
+
+
+# -- names ---------------------------------------------------------------------------------------------------
+
+
+def note_name(p: Tensor, name: str) -> None:
+    """Note the name by which messages call a parameter."""
+    p.__dict__[_NAME] = name
+
+
+def noted_name(p: Tensor) -> str | None:
+    """Return the name that was noted, or None."""
+    name: str | None = p.__dict__.get(_NAME)
+    return name
+
+
+def in_words(p: Tensor, unnamed: str = "a parameter") -> str:
+    """Return what a message calls a parameter: its name, if one was noted, and its shape."""
+    name = noted_name(p)
+    return f"{unnamed if name is None else repr(name)} of shape {tuple(p.shape)}"
 
 
 # -- weight decay --------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from projunn_manifold.linalg.products import Matrix, matrix
 from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off, longest_step
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.hooks import watch_optimizers
-from projunn_manifold.manifold.notes import note_whole_gradient, take_added_decay, whole_gradient
+from projunn_manifold.manifold.notes import in_words, note_whole_gradient, take_added_decay, whole_gradient
 from projunn_manifold.manifold.parameters import manifold_of
 from projunn_manifold.manifold.sketcher import Sketcher
 from projunn_manifold.manifold.state import Faults, Members, State, counts_of, digits_of
@@ -405,8 +405,8 @@ class UnitaryLowRank(Geometry):
         self._state.count_faults(x.device, members, uncorrected=left)
         if context.readable(x):
             validation.warn(
-                f"a point of shape {tuple(x.shape)} is off the manifold: columns overlap by more than {drift.FAR}, too "
-                f"far for the drift correction; {PUT_BACK}"
+                f"{in_words(x, 'a point')} is off the manifold: columns overlap by more than {drift.FAR}, too far for "
+                f"the drift correction; {PUT_BACK}"
             )
 
     # -- state --------------------------------------------------------------------------------------------
@@ -595,8 +595,8 @@ class UnitaryLowRank(Geometry):
         error = dense.probed_unitarity_error(x.detach())
         if is_far_off(error[error.isfinite()]):  # what is not finite will be refused
             validation.warn(
-                f"a parameter of shape {tuple(x.shape)} starts off the manifold, ‖X^H X - I‖_F/√m about "
-                f"{error.max().item():.2g}, where its moves are wrong; {PUT_BACK}"
+                f"{in_words(x)} starts off the manifold, ‖X^H X - I‖_F/√m about {error.max().item():.2g}, where its "
+                f"moves are wrong; {PUT_BACK}"
             )
 
     def has_seen(self, p: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from projunn_manifold import context, validation
 from projunn_manifold.manifold.hooks import before_steps
+from projunn_manifold.manifold.notes import in_words
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 
 __all__ = [
@@ -146,6 +147,6 @@ def _refuse(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for p in about_to_move(optimizer, args, kwargs):
         if is_dtensor(p) and not keeps(optimizer, p):
             raise TypeError(
-                f"{type(optimizer).__name__} would move a sharded unitary parameter of shape {tuple(p.shape)} as a "
-                "Euclidean one: use the optimisers of projunn_manifold.optim, or constrain this one"
+                f"{type(optimizer).__name__} would move {in_words(p, 'a sharded unitary parameter')} as a Euclidean "
+                "one: use the optimisers of projunn_manifold.optim, or constrain this one"
             )

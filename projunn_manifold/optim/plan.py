@@ -364,7 +364,10 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
             new.grad = old.grad if new.grad is None else new.grad + old.grad
     for optimizer in map(inner_optimizer, optimizers):
         for group in optimizer.param_groups:
-            replaced = (mended.get(id(p), p) for p in group["params"])
+            replaced = [mended.get(id(p), p) for p in group["params"]]
+            if "param_names" in group:  # those of the parameters that stay, the first of each
+                names = dict(zip(map(id, reversed(replaced)), reversed(group["param_names"]), strict=True))
+                group["param_names"] = [names[key] for key in dict.fromkeys(map(id, replaced))]
             group["params"] = list({id(p): p for p in replaced}.values())
         for old in olds.values():
             if old in optimizer.state:

@@ -14,7 +14,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from projunn_manifold import context, validation
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.hooks import after_steps, before_steps
-from projunn_manifold.manifold.notes import note_added_decay, search_along_slopes
+from projunn_manifold.manifold.notes import (
+    in_words,
+    note_added_decay,
+    note_name,
+    noted_name,
+    search_along_slopes,
+)
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.in_place import InPlace
@@ -44,8 +50,9 @@ def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     counts = _count(optimizer), count_of_replacements()
     known, places = _guarded.get(optimizer, (None, []))
     if known != counts:
-        _tell_of_replaced(optimizer)
         guarded = guarded_parameters()
+        _note_names(optimizer, guarded)
+        _tell_of_replaced(optimizer)
         places = [place for place, p in enumerate(parameters_of(optimizer)) if id(p) in guarded]
         _guarded[optimizer] = counts, places
     if not places:
@@ -54,24 +61,46 @@ def _refuse_lost(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     moving = [p for p in map(parameters.__getitem__, places) if has_closure or p.grad is not None]
     for p in moving:
         if p.dtype not in dense.DTYPES:
-            validation.check_dtype(p.dtype, guarded_parameters().get(id(p), "x"))
+            validation.check_dtype(p.dtype, _names(optimizer, guarded_parameters()).get(id(p), "x"))
     lost = [p for p in moving if manifold_of(p) is None]
     if lost:
         guarded = guarded_parameters()
-        names = [f"{guarded[id(p)]!r} of shape {tuple(p.shape)}" for p in lost if id(p) in guarded]
-        if names:
+        names = _names(optimizer, guarded)
+        called = [f"{names[id(p)]!r} of shape {tuple(p.shape)}" for p in lost if id(p) in guarded]
+        if called:
             raise ValueError(
                 f"{type(optimizer).__name__} would move as Euclidean a unitary weight that has lost its manifold: "
-                f"{', '.join(names)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ to "
+                f"{', '.join(called)}; call reattach_manifolds(model, manifolds_of(model), optimizer), or plain_ to "
                 "leave it unconstrained"
             )
+
+
+def _own_names(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Return the names that an optimiser was given (``named_parameters()``), by the ids of the parameters."""
+    groups = optimizer.param_groups
+    return {id(p): name for g in groups for p, name in zip(g["params"], g.get("param_names", ()), strict=False)}
+
+
+def _names(optimizer: torch.optim.Optimizer, guarded: dict[int, str]) -> dict[int, str]:
+    """Return names of parameters by their ids: those that the optimiser was given, those noted, those of guards."""
+    noted = {id(p): name for p in parameters_of(optimizer) if (name := noted_name(p)) is not None}
+    return guarded | noted | _own_names(optimizer)
+
+
+def _note_names(optimizer: torch.optim.Optimizer, guarded: dict[int, str]) -> None:
+    """Have messages call parameters by their names."""
+    names = _names(optimizer, guarded)
+    for p in parameters_of(optimizer):
+        if id(p) in names and manifold_of(p) is not None:
+            note_name(p, names[id(p)])
 
 
 def _tell_of_replaced(optimizer: torch.optim.Optimizer) -> None:
     """Warn of parameters that are no longer those of their modules: no step moves what has taken their place."""
     old = [p for p in parameters_of(optimizer) if replaced_name(p) is not None]
     if old:
-        names = ", ".join(f"{replaced_name(p)!r}" for p in old)
+        own = _own_names(optimizer)
+        names = ", ".join(repr(own.get(id(p), replaced_name(p))) for p in old)
         for p in old:
             forget_replacement(p)
         validation.warn(
@@ -116,9 +145,9 @@ def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
 def _tell_of_euclidean_moves(optimizer: torch.optim.Optimizer, p: Tensor, manifold: UnitaryLowRank) -> None:
     _settled[optimizer] = _WARNED
     validation.warn(
-        f"{type(optimizer).__name__} moves a parameter of shape {tuple(p.shape)} on {type(manifold).__name__} as a "
-        f"Euclidean one, and so off its manifold: {ADVICE}; if this class keeps parameters on their manifolds, "
-        "register it in projunn_manifold.optim.keepers"
+        f"{type(optimizer).__name__} moves {in_words(p)} on {type(manifold).__name__} as a Euclidean one, and so off "
+        f"its manifold: {ADVICE}; if this class keeps parameters on their manifolds, register it in "
+        "projunn_manifold.optim.keepers"
     )
 
 
@@ -179,7 +208,7 @@ def _notice_writes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
             _tell_of_euclidean_moves(optimizer, p, manifold)
         elif manifold.has_seen(p):
             validation.warn(
-                f"a parameter of shape {tuple(p.shape)} has left its manifold between two steps of "
+                f"{in_words(p)} has left its manifold between two steps of "
                 f"{type(optimizer).__name__}, ‖X^H X - I‖_F/√m about {error.max().item():.2g}: something else has "
                 "written to it, such as a wrapper like Lookahead, an average, or a checkpoint in half precision; "
                 f"{PUT_BACK_WRAPPED}"

@@ -25,6 +25,7 @@ from projunn_manifold.layers.fourier_conv import FourierConv
 from projunn_manifold.layers.linear import UnitaryLinear
 from projunn_manifold.layers.plain_conv import centred_kernel, conv_problem, size_problem
 from projunn_manifold.layers.rnn import UnitaryRNN, UnitaryRNNCell
+from projunn_manifold.manifold.notes import note_name
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.optim.plan import guard_of
 from projunn_manifold.optim.replaced import note_replacements
@@ -177,7 +178,11 @@ def unitarize(
         plans.append((entry, new))
         report.append(converted)
     for entry, new in plans:
+        note_name(entry.module.get_parameter(entry.own), entry.name)
         _apply(model, entry.module, entry.own, new, manifold(k))
+    for name, p in model.named_parameters():
+        if unitary_of(p) is not None:
+            note_name(p, name)
     return report
 
 
@@ -223,7 +228,8 @@ def fold(model: nn.Module) -> nn.Module:
         raise ValueError("; ".join(problems))
     for module, new in plain.items():
         model = _replace(model, module, new)
-    for _, module, own in freed.values():
+    for p, (name, module, own) in freed.items():
+        note_name(p, name)
         plain_(module, own)
     return model
 
@@ -363,7 +369,8 @@ def _apply(model: nn.Module, module: Any, own: str, new: Any, manifold: UnitaryL
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
     """Put a module in the place of another wherever that stands; return the model."""
     kept = set(new.parameters())
-    note_replacements((f"{type(old).__name__}.{name}", p) for name, p in old.named_parameters() if p not in kept)
+    path = next((path for path, module in model.named_modules() if module is old), "") or type(old).__name__
+    note_replacements((f"{path}.{name}", p) for name, p in old.named_parameters() if p not in kept)
     if model is old:
         return new
     for parent in list(model.modules()):

@@ -171,10 +171,10 @@ def convolution():
 REPLACING = {
     "unitary_": (lambda: torch.nn.Linear(8, 8), layers.unitary_, "'Linear.weight'"),
     "plain_": (lambda: layers.UnitaryLinear(8, 8), layers.plain_, "'UnitaryLinear.weight'"),
-    "unitarize": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), unitarize, "'Linear.weight'"),
-    "of a wide one": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 4)), unitarize, "'Linear.weight', 'Linear.bias'"),
-    "of a convolution": (convolution, lambda m: unitarize(m, inputs=torch.ones(1, 4, 6)), "'Conv1d.weight'"),
-    "fold": (lambda: torch.nn.Sequential(layers.UnitaryLinear(8, 8)), fold, "'UnitaryLinear.weight'"),
+    "unitarize": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 8)), unitarize, "'0.weight'"),
+    "of a wide one": (lambda: torch.nn.Sequential(torch.nn.Linear(8, 4)), unitarize, "'0.weight', '0.bias'"),
+    "of a convolution": (convolution, lambda m: unitarize(m, inputs=torch.ones(1, 4, 6)), "'0.weight'"),
+    "fold": (lambda: torch.nn.Sequential(layers.UnitaryLinear(8, 8)), fold, "'0.weight'"),
 }
 
 
@@ -190,6 +190,14 @@ def test_an_optimiser_that_holds_what_was_replaced_is_told_of_once(name, kind):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        optimizer.step()
+
+
+def test_an_optimiser_of_named_parameters_names_what_was_replaced_in_full():
+    model = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    layers.unitary_(model[1])
+    with pytest.warns(RuntimeWarning, match=r"SGD was built before '1.weight' got another parameter"):
         optimizer.step()
 
 
@@ -237,6 +245,112 @@ def test_a_point_that_starts_far_off_is_named_once(draw):
                 warnings.simplefilter("always")
                 manifold.step_(p, p.grad, 0.01)
             assert any("starts off the manifold" in str(warning.message) for warning in caught) is expected
+
+
+# -- names in messages --------------------------------------------------------------------------------------------
+
+NAMING = {
+    "the optimiser": lambda model: model.named_parameters(),
+    "param_groups": lambda model: layers.param_groups(model, lr=0.1, unitary_lr=0.1),
+    "unitarize": lambda model: model.parameters(),
+    "the layer": lambda model: model.parameters(),
+    "nobody": lambda model: model.parameters(),
+}
+STEPPING = {
+    "geoopt": lambda params: geoopt.optim.RiemannianAdam(params, lr=0.1),
+    "in place": lambda params: optim.RiemannianSGD(params, lr=0.1),
+    "in place, momentum": lambda params: optim.RiemannianSGD(params, lr=0.1, momentum=0.9),
+    "feedback": lambda params: optim.RiemannianSGD(params, lr=0.1, feedback=True),
+    "constrained": lambda params: constrained(params),
+}
+
+
+def nested(naming):
+    """Return a model with one unitary weight, and what messages call it."""
+    if naming == "unitarize":
+        model = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        unitarize(model)
+    elif naming == "nobody":
+        model = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(8, 8))
+        manifold = UnitaryLowRank(k=1)
+        model[1].weight = geoopt.ManifoldParameter(manifold.random(8, 8), manifold=manifold)
+    else:
+        model = torch.nn.Sequential(torch.nn.Tanh(), layers.UnitaryLinear(8, 8))
+    return model, {"the layer": "'UnitaryLinear.weight'", "nobody": "a parameter"}.get(naming, "'1.weight'")
+
+
+@pytest.mark.parametrize("name", STEPPING)
+@pytest.mark.parametrize("naming", NAMING)
+def test_messages_about_a_start_and_a_gradient_call_the_parameter_by_its_name(draw, naming, name):
+    model, called = nested(naming)
+    optimizer = STEPPING[name](NAMING[naming](model))
+    weight = model[1].weight
+    with torch.no_grad():
+        weight.mul_(2)
+    weight.grad = draw.matrix(8, 8, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match=rf"^{called} of shape \(8, 8\) starts off the manifold"):
+        optimizer.step()
+    with torch.no_grad():
+        weight.proj_()
+    weight.grad = torch.full((8, 8), torch.nan)
+    owner = "" if naming == "nobody" else f" of {called}"
+    with pytest.raises(ValueError, match=rf"^(gradient|move){owner} of shape \(8, 8\) has 64 non-finite"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("naming", NAMING)
+def test_messages_about_steps_off_the_manifold_call_the_parameter_by_its_name(draw, naming):
+    model, called = nested(naming)
+    plain = torch.optim.SGD(NAMING[naming](model), lr=0.1)
+    model[1].weight.grad = draw.matrix(8, 8, dtype=torch.float32)
+    with pytest.warns(RuntimeWarning, match=rf"^SGD moves {called} of shape \(8, 8\) on UnitaryLowRank"):
+        plain.step()
+    with torch.no_grad():
+        model[1].weight.proj_()
+    keeping = optim.RiemannianSGD(NAMING[naming](model), lr=0.1)
+    keeping.step()
+    with torch.no_grad():
+        model[1].weight.add_(0.01)
+    with pytest.warns(RuntimeWarning, match=rf"^{called} of shape \(8, 8\) has left its manifold"):
+        keeping.step()
+
+
+def test_a_singular_move_is_refused_with_the_parameters_name(draw):
+    model, called = nested("the optimiser")
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=1.0)
+    optim.constrain(optimizer)
+    x = model[1].weight.detach()
+    model[1].weight.grad = x[:, :1] @ torch.eye(8)[:1]  # X less its first column
+    with pytest.raises(ValueError, match=rf"^{called} of shape \(8, 8\): .* numerically singular"):
+        optimizer.step()
+
+
+def test_a_lost_weight_is_refused_under_its_full_name(draw):
+    model = torch.nn.Sequential(torch.nn.Tanh(), layers.unitary_(torch.nn.Linear(8, 8)))
+    model[1].weight = torch.nn.Parameter(model[1].weight.detach().as_subclass(torch.Tensor).clone())
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    model(draw.matrix(2, 8, dtype=torch.float32)).sum().backward()
+    with pytest.raises(ValueError, match=r"manifold: '1.weight' of shape .8, 8.; call reattach"):
+        optimizer.step()
+
+
+def test_names_follow_their_parameters_when_ties_are_restored():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.manifold = UnitaryLowRank(k=1)
+            self.first = geoopt.ManifoldParameter(self.manifold.random(8, 8), manifold=self.manifold)
+            self.second, self.third = self.first, torch.nn.Parameter(torch.ones(3))
+
+    model = Tied()
+    plan = manifolds_of(model)
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+    assert model.first is not model.second
+    optimizer = optim.RiemannianSGD(model.named_parameters(), lr=0.1)
+    reattach_manifolds(model, plan, optimizer)
+    (group,) = optimizer.param_groups
+    assert [name for name, _ in model.named_parameters()] == group["param_names"] == ["first", "third"]
+    assert all(map(torch.equal, group["params"], model.parameters()))
 
 
 # -- weights that were made unitary, and have lost their manifold -------------------------------------------------
