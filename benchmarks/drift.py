@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+from common.labels import label_ends
 from common.report import add_record_options, environment, machine_of, recorded, tell
 
 from projunn_manifold import UnitaryLowRank, UnitaryLowRankExact, projunn_d_
@@ -47,6 +49,15 @@ POINTS = {
     "4 blocks, n = 64": (torch.complex64, (4, 64, 64)),
     "n = 128, double": (torch.float64, (128, 128)),
     "n = 512, double": (torch.float64, (512, 512)),
+}
+#: Who is drawn beside this package, under which name and how; the table has all.
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "projUNN-D, T alike": ("this package", {"color": "tab:blue"}),
+    "the same, sweep=None": ("this package, sweep=None", {"color": "tab:blue", "linestyle": "--"}),
+    "SVD in every step": ("SVD in every step", {"color": "0.6"}),
+    "Stiefel canonical": ("CanonicalStiefel", {"color": "0.2"}),
+    "Stiefel canonical, stabilize=100": ("CanonicalStiefel, stabilize=100", {"color": "0.2", "linestyle": "--"}),
+    "Stiefel Euclidean": ("EuclideanStiefel", {"color": "0.4"}),
 }
 WALKS = 100_000
 RIVALS = TRAINING = 20_000
@@ -256,35 +267,46 @@ def _follow(index: int, share: int) -> dict[str, Any]:
 
 
 def draw(path: Path, curves: list[dict[str, Any]]) -> None:
-    """Draw a panel for every kind of point, against steps, with what was promised as a dashed line."""
-    panels = list(dict.fromkeys(curve["panel"] for curve in curves))
-    figure = Figure(figsize=(15, 4.2 * math.ceil(len(panels) / 2)), layout="constrained")
-    grid = figure.subplots(math.ceil(len(panels) / 2), 2, squeeze=False).flatten().tolist()
-    for axes, panel in zip(grid, panels, strict=False):
-        _draw_panel(axes, [curve for curve in curves if curve["panel"] == panel])
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    figure.savefig(path, dpi=110)
+    """Draw this package beside the others, and below, for every kind of point, how much of a promise errors use."""
+    figure = Figure(figsize=(8, 7.6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, height_ratios=(3, 2.4))
+    _draw_others(upper, [curve for curve in curves if curve["promised"] is None and curve["size"] == SIZES[0]])
+    _draw_promises(lower, [curve for curve in curves if curve["promised"]])
+    figure.savefig(path, dpi=150)
 
 
-def _draw_panel(axes: Axes, curves: list[dict[str, Any]]) -> None:
+def _draw_others(axes: Axes, curves: list[dict[str, Any]]) -> None:
+    """Draw the largest error so far against steps."""
     for curve in curves:
-        size = f", steps of {curve['size']:g}" if curve["promised"] and curve["size"] else ""
-        style = "--" if curve["size"] == SIZES[1] and curve["promised"] else "-"
-        axes.plot(curve["steps"][1:], curve["errors"][1:], style, label=curve["name"] + size, linewidth=1.3)
-    if curves[0]["promised"]:
-        axes.set_ylim(curves[0]["promised"] / 10, 2 * curves[0]["promised"])
-        axes.axhline(curves[0]["promised"], color="black", linestyle=":", linewidth=1, label="promised")
+        label, style = OTHERS.get(curve["name"], (None, {}))
+        if label is not None:
+            so_far = list(accumulate(curve["errors"][1:], max))
+            axes.plot(curve["steps"][1:], so_far, label=label, linewidth=1.8, **style)
     dtype, shape = curves[0]["dtype"], "×".join(map(str, curves[0]["shape"]))
-    axes.set(
-        xlabel="step",
-        ylabel=r"$\|X^H X - I\|_F\,/\,\sqrt{m}$",
-        xscale="log",
-        yscale="log",
-        title=f"{curves[0]['panel']} ({dtype}, {shape})",
-    )
+    axes.set(xlabel="step", ylabel="largest error so far", xscale="log", yscale="log")
+    axes.set_title(f"Beside others: {shape}, {dtype}, steps of {curves[0]['size']:g}", fontsize=11)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, ncols=2 if len(curves) > 4 else 1)
+    label_ends(axes)
+
+
+def _draw_promises(axes: Axes, curves: list[dict[str, Any]]) -> None:
+    """Draw a row of dots for each kind of point, the largest error of every run in units of its promise."""
+    panels = list(dict.fromkeys(curve["panel"] for curve in curves))
+    for curve in curves:
+        is_t = curve["name"] == "T" or curve["name"].endswith(", T")
+        style = {"color": "tab:orange" if is_t else "tab:blue", "markersize": 7, "alpha": 0.6}
+        height = panels.index(curve["panel"]) + (0.16 if is_t else -0.16)
+        axes.plot(curve["largest"] / curve["promised"], height, "o", **style)
+    axes.axvline(1, color="black", linestyle=":", linewidth=1.2)
+    axes.annotate("promised", (1, 3), (-5, 0), textcoords="offset points", ha="right", va="center")
+    for height, colour, name in ((0, "tab:blue", "D"), (0.55, "tab:orange", "T")):
+        axes.annotate(f"● projUNN-{name}", (0.02, height), color=colour, va="center")
+    names = [panel if "double" in panel else f"{panel}, single" for panel in panels]
+    axes.set_yticks(range(len(panels)), names)
+    axes.set(xlabel="largest error, in units of what is promised", xlim=(0, 1.05))
+    axes.set_title("This package: every run, 20 000 or 100 000 steps", fontsize=11)
+    axes.grid(alpha=0.3)
+    axes.invert_yaxis()
 
 
 def table(curves: list[dict[str, Any]]) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from suite.plots import draw
 from suite.tables import tables
 

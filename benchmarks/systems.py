@@ -380,42 +380,33 @@ def about(setting: Setting, seconds: float | None) -> str:
 
 
 def draw(path: Path, record: dict[str, Any]) -> None:
-    """Draw losses against seconds and the times to the goal, a row for each task."""
+    """Draw a panel for each task, a bar for each system that reaches the goal; of ours the better of D and T."""
     tasks = list(record["tasks"])
-    figure = Figure(figsize=(13, 3.6 * len(tasks)), layout="constrained")
-    for (left, right), task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
-        groups = _groups(_cells(record, task))
-        _curves(left, groups)
-        _bars(right, [c for group in groups.values() for c in group])
-        left.set(title=task, ylabel="loss", yscale="log")
-        right.set(title="seconds to the goal")
-    figure.savefig(path, dpi=90)
-
-
-def _curves(panel: Axes, groups: dict[str, list[dict[str, Any]]]) -> None:
-    """Draw losses against seconds, ours in colour and in front."""
-    dashes = {1: "-", 4: "--", 16: ":", 0: "-."}
-    for c in [*groups["references"], *groups["others"], *groups["ours"]]:
-        system = SYSTEMS[c["system"]]
-        style = dashes[system.k] if system.group == "ours" else "-"
-        panel.plot(c["curves"]["seconds"], c["curves"]["loss"], style, color=system.colour, linewidth=1.2)
-    panel.set_xlabel("seconds of training")
-    panel.grid(alpha=0.3)
+    figure = Figure(figsize=(9, 2.9 * math.ceil(len(tasks) / 2)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(tasks) / 2), 2, squeeze=False).flatten().tolist()
+    for panel, task in zip(panels, tasks, strict=False):
+        _bars(panel, _cells(record, task))
+        panel.set_title(f"{task}: seconds to the goal", fontsize=10)
+    for panel in panels[len(tasks) :]:
+        panel.set_axis_off()
+    figure.savefig(path, dpi=150)
 
 
 def _bars(panel: Axes, cells: list[dict[str, Any]]) -> None:
-    """Draw the time of each system to the goal; a hollow bar does not reach it."""
-    for place, c in enumerate(cells):
-        system, reached = SYSTEMS[c["system"]], c["solved_after"] is not None
-        panel.barh(
-            place,
-            c["solved_after"] or c["seconds"],
-            color=system.colour if reached else "none",
-            edgecolor=system.colour,
-        )
-        label = f"{c['solved_after']:.3g}" if reached else f"loss {c['final_loss']:.2g}"
-        panel.annotate(label, (c["solved_after"] or 0, place), (3, 0), textcoords="offset points", va="center", size=7)
-    panel.set_yticks(range(len(cells)), [c["system"] for c in cells], fontsize=7)
+    shown, ranks = [], set()
+    for c in (c for group in _groups(cells).values() for c in group):
+        system = SYSTEMS[c["system"]]
+        if c["solved_after"] is None or (system.group == "ours" and system.k in ranks):
+            continue
+        ranks.add(system.k if system.group == "ours" else None)
+        shown.append(c)
+    shown.sort(key=_place)
+    names = [c["system"].partition(" (")[0] for c in shown]
+    bars = panel.barh(names, [c["solved_after"] for c in shown], color=[SYSTEMS[c["system"]].colour for c in shown])
+    panel.bar_label(bars, [f"{c['solved_after']:.3g}" for c in shown], padding=3, fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.margins(x=0.12)
+    panel.spines[["top", "right"]].set_visible(False)
     panel.invert_yaxis()
 
 

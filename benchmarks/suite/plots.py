@@ -1,4 +1,4 @@
-"""The pictures of a run, from its record alone; all axes are logarithmic."""
+"""The pictures of a run, from its record alone; the axes of lines are logarithmic."""
 
 from __future__ import annotations
 
@@ -6,28 +6,43 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common.labels import label_ends
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .records import Cell, exponent, matrices_per_step, times_by_size
+from .records import Cell, matrices_per_step, times_by_size
 from .tables import subjects
 
 Points = list[tuple[float, float]]
+Style = tuple[str, dict[str, Any]]  # the label of a line, and how it is drawn
 
-COLOURS = {
-    "in place": "tab:blue",
-    "in-place RiemannianSGD": "tab:cyan",
-    "RiemannianSGD": "tab:green",
-    "in-place RiemannianAdam": "tab:orange",
-    "RiemannianAdam": "tab:red",
+#: Which lines a panel has; D and T take the same time, and the tables have all.
+OURS: dict[str, Style] = {
+    "in place D": ("manifold.step_", {"color": "tab:cyan"}),
+    "in-place RiemannianSGD D": ("optim.RiemannianSGD", {"color": "tab:blue"}),
+    "in-place RiemannianAdam D": ("optim.RiemannianAdam", {"color": "tab:blue", "linestyle": "--"}),
+    "RiemannianSGD D": ("geoopt's RiemannianSGD", {"color": "tab:green"}),
+    "RiemannianAdam D": ("geoopt's RiemannianAdam", {"color": "tab:green", "linestyle": "--"}),
+    "torch SGD": ("torch SGD", {"color": "black"}),
+    "torch Adam": ("torch Adam", {"color": "black", "linestyle": "--"}),
 }
-GREYS = ("0.0", "0.2", "0.35", "0.5", "0.6", "0.7", "0.8")
-RIVAL_COLOURS = (
-    *("tab:purple", "tab:brown", "tab:pink", "tab:olive", "goldenrod"),
-    *("navy", "slateblue", "darkred", "teal"),
-)
-MARKERS = "osv^DPX*<>"
+RIVALS: dict[str, Style] = {
+    "RiemannianSGD D": ("this package", {"color": "tab:green"}),
+    "EuclideanStiefel, RiemannianSGD": ("EuclideanStiefel", {"color": "0.45"}),
+    "CanonicalStiefel, RiemannianSGD": ("CanonicalStiefel", {"color": "0.6"}),
+    "POGO": ("POGO", {"color": "tab:purple"}),
+    "parametrizations.orthogonal, cayley": ("parametrizations.orthogonal, Cayley", {"color": "tab:brown"}),
+    "torch SGD": ("torch SGD", {"color": "black"}),
+}
+STACKS: dict[str, Style] = {
+    "dense exponential": ("dense exponential", {"color": "tab:red"}),
+    "POGO": ("POGO", {"color": "tab:purple"}),
+    "RiemannianSGD D": ("geoopt's RiemannianSGD", {"color": "tab:green"}),
+    "in place D": ("manifold.step_", {"color": "tab:cyan"}),
+    "torch SGD": ("torch SGD", {"color": "black"}),
+}
+RANKS: dict[str, Style] = {name: OURS[name] for name in ("in place D", "RiemannianSGD D")}
 
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
@@ -43,7 +58,7 @@ def draw(record: dict[str, Any], folder: Path) -> list[Path]:
         if figure is not None:
             paths.append(folder / f"benchmark_{name}.png")
             figure.suptitle(record["machine"], fontsize=8, color="0.4")
-            figure.savefig(paths[-1], dpi=120)
+            figure.savefig(paths[-1], dpi=150)
     return paths
 
 
@@ -51,22 +66,15 @@ def _draw_size(cells: list[Cell]) -> Figure | None:
     ours, rivals = (_measured(cells, section) for section in ("speed", "rivals"))
     if not ours and not rivals:
         return None
-    beside = [cell for cell in ours if cell["subject"] in ("torch SGD", "RiemannianSGD D")]
-    panels = [("this package, torch and geoopt alone", ours), ("rivals", [*rivals, *beside])]
-    figure, axes = _panels([shown for _, shown in panels])
-    for panel, (title, shown) in zip(axes, panels, strict=True):
-        for name in subjects(shown):
+    figure, (upper, lower) = _panels(2)
+    for panel, styles, title in (
+        (upper, OURS, "A step of this package (D; T alike), and of torch's optimisers"),
+        (lower, RIVALS, "Beside other systems: this package with geoopt's RiemannianSGD"),
+    ):
+        for name, style in styles.items():
             section = "rivals" if name in subjects(rivals) else "speed"
-            slope = exponent(times_by_size(cells, section, name))
-            label = name if slope is None else f"{name}: n^{slope:.2f}"
-            _line(
-                panel,
-                name,
-                [(n, 1e3 * seconds) for n, seconds in times_by_size(cells, section, name, least=0)],
-                cells,
-                label,
-            )
-        _finish(panel, "side n", "milliseconds for a step", f"{title}; float32, k = 1, exponents fitted from n = 512")
+            _line(panel, style, [(n, 1e3 * seconds) for n, seconds in times_by_size(cells, section, name, least=0)])
+        _finish(panel, "side n (float32, k = 1)", "milliseconds for a step", title)
     return figure
 
 
@@ -74,12 +82,10 @@ def _draw_rank(cells: list[Cell]) -> Figure | None:
     found = _measured(cells, "rank")
     if not found:
         return None
-    figure, (axes,) = _panels([found])
-    for name in subjects(found):
-        points = [(cell["k"], 1e3 * cell["seconds"]["median"]) for cell in found if cell["subject"] == name]
-        slope = exponent(points)
-        _line(axes, name, points, cells, name if slope is None else f"{name}: k^{slope:.2f}")
-    _finish(axes, "rank k", "milliseconds for a step", f"n = {found[0]['shape'][-1]}, float32")
+    figure, (axes,) = _panels(1)
+    for name, style in RANKS.items():
+        _line(axes, style, [(c["k"], 1e3 * c["seconds"]["median"]) for c in found if c["subject"] == name])
+    _finish(axes, "rank k", "milliseconds for a step", f"D (T alike) by rank; n = {found[0]['shape'][-1]}, float32")
     return figure
 
 
@@ -87,70 +93,73 @@ def _draw_batch(cells: list[Cell]) -> Figure | None:
     found = [cell for cell in _measured(cells, "batch") if cell["dtype"] == "float32"]
     if not found:
         return None
-    figure, (axes,) = _panels([found])
-    for name in subjects(found):
-        points = [(cell["shape"][0], 1e3 * cell["seconds"]["median"]) for cell in found if cell["subject"] == name]
-        _line(axes, name, points, cells, name)
+    figure, (axes,) = _panels(1)
+    for name, style in STACKS.items():
+        _line(axes, style, [(c["shape"][0], 1e3 * c["seconds"]["median"]) for c in found if c["subject"] == name])
     side = found[0]["shape"][-1]
-    _finish(axes, "blocks in the stack", "milliseconds for a step", f"stacks of {side} x {side} blocks, float32, k = 1")
+    _finish(
+        axes, f"blocks of {side} x {side} in the stack (float32, k = 1)", "milliseconds for a step", "A stack of blocks"
+    )
     return figure
 
 
 def _draw_memory(cells: list[Cell]) -> Figure | None:
-    found = _measured(cells, "memory")
+    """Draw a bar for every subject at the largest side at which all were measured."""
+    left_out = (" T", "copy_", "clone")
+    found = [cell for cell in _measured(cells, "memory") if not cell["subject"].endswith(left_out)]
     if not found:
         return None
-    panels = [[cell for cell in found if (cell["family"] == "rival") == rivals] for rivals in (False, True)]
-    figure, axes = _panels(panels)
-    for panel, shown, title in zip(axes, panels, ("this package, torch and geoopt alone", "rivals"), strict=True):
-        for name in subjects(shown):
-            of_name = [cell for cell in shown if cell["subject"] == name]
-            points = [(cell["shape"][-1], cell["peak_bytes"] / 2**20) for cell in of_name if cell["peak_bytes"]]
-            matrices = matrices_per_step(of_name[-1], "peak_bytes")
-            _line(panel, name, points, cells, f"{name}: {matrices:.3g} n² at n = {of_name[-1]['shape'][-1]}")
-        _finish(panel, "side n", "peak in MiB", f"{title}: memory of a step besides point, gradient and state")
+    sides = [{cell["shape"][-1] for cell in found if cell["subject"] == name} for name in subjects(found)]
+    common = set.intersection(*sides)
+    if not common:
+        return None
+    shown = sorted((cell for cell in found if cell["shape"][-1] == max(common)), key=matrices_at_peak)
+    figure = Figure(figsize=(8, 0.28 * len(shown) + 1), layout="constrained")
+    axes = figure.subplots()
+    colours = ["tab:blue" if cell["family"] == "ours" else "0.65" for cell in shown]
+    names = [OURS.get(cell["subject"], (cell["subject"],))[0] for cell in shown]
+    bars = axes.barh(names, [*map(matrices_at_peak, shown)], color=colours)
+    axes.bar_label(bars, [f"{matrices_at_peak(cell):.2g}" for cell in shown], padding=3, fontsize=9)
+    axes.set_xlabel(f"peak in a step, in matrices n x n (n = {max(common)})")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(y=0.02)
+    axes.grid(axis="x", alpha=0.3)
+    axes.invert_yaxis()
     return figure
+
+
+def matrices_at_peak(cell: Cell) -> float:
+    """Return what a step holds at one time, in multiples of the matrix."""
+    return matrices_per_step(cell, "peak_bytes")
 
 
 def _measured(cells: list[Cell], section: str) -> list[Cell]:
     return [cell for cell in cells if cell["section"] == section and "not_run" not in cell]
 
 
-def _panels(shown: list[list[Cell]]) -> tuple[Figure, list[Axes]]:
-    """Return a figure with a panel above the other for every set of cells, as high as its legend asks."""
-    heights = [3.5 + 0.14 * len(subjects(cells)) for cells in shown]
-    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
-    return figure, list(figure.subplots(len(shown), 1, squeeze=False, height_ratios=heights)[:, 0])
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels one above the other."""
+    figure = Figure(figsize=(8, 4.2 * count + 0.3), layout="constrained")
+    return figure, list(figure.subplots(count, 1, squeeze=False)[:, 0])
 
 
-def _line(axes: Axes, name: str, points: Points, cells: list[Cell], label: str) -> None:
-    """Draw D solid and T dashed in the colour of their form, the unconstrained in grey, each rival in its own."""
-    if not points:
-        return
-    family = {cell["subject"]: cell["family"] for cell in cells}
-    if family[name] == "ours":
-        form, variant = name[:-2], name[-1]
-        style: dict[str, Any] = {"color": COLOURS[form], "linestyle": "-" if variant == "D" else "--", "marker": "o"}
-    else:
-        rival = family[name] == "rival"
-        alike = [other for other, kind in family.items() if (kind == "rival") == rival and kind != "ours"]
-        place, colours = alike.index(name), RIVAL_COLOURS if rival else GREYS
-        style = {"color": colours[place % len(colours)], "marker": MARKERS[place % len(MARKERS)]}
-        style["linestyle"] = "-" if rival else ":"
-    x, y = zip(*points, strict=True)
-    axes.plot(x, y, label=label, markersize=4, **style)
+def _line(axes: Axes, style: Style, points: Points) -> None:
+    if points:
+        label, options = style
+        axes.plot(*zip(*points, strict=True), label=label, marker="o", markersize=4, **options)
 
 
 def _finish(axes: Axes, x: str, y: str, title: str) -> None:
-    """Label the axes, mark the values that were measured, and list the lines in the order they end."""
+    """Label the axes, mark the values that were measured, and name the lines where they end."""
     axes.set(xlabel=x, ylabel=y, xscale="log", yscale="log")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
+    axes.margins(y=0.1)
     ticks = sorted({value for line in axes.lines for value in np.asarray(line.get_xdata())})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    lines = sorted(axes.lines, key=lambda line: -np.asarray(line.get_ydata())[-1])
-    axes.legend(handles=lines, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    label_ends(axes)

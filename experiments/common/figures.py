@@ -7,7 +7,10 @@ from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
+
+from .labels import label_ends
 
 DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
 
@@ -64,60 +67,62 @@ def _looks(panels: Any, looks: list[dict[str, float]], style: dict[str, Any]) ->
 
 
 def study(path: Path, cells: list[dict[str, Any]]) -> None:
-    """Draw the losses of all variants and seeds, a row for each task: at equal steps, and at equal time."""
+    """Draw a panel for each task: of every variant the median loss of the seeds after equal steps, and the range."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
-    names = list(dict.fromkeys(cell["name"] for cell in cells))
-    figure = Figure(figsize=(4.2 * len(tasks), 0.22 * len(names) * 2 + 2), layout="constrained")
-    for row, key in zip(figure.subplots(2, len(tasks), squeeze=False), ("losses", "losses_at_equal_time"), strict=True):
-        for panel, task in zip(row, tasks, strict=True):
-            for cell in (cell for cell in cells if cell["task"] == task):
-                height = -names.index(cell["name"])
-                colour = "tab:blue" if cell["k"] == 1 else "tab:orange"
-                panel.plot(cell[key], [height] * len(cell[key]), ".", color=colour, alpha=0.6)
-                panel.plot([median(cell[key])], [height], "|", color=colour, markersize=12)
-            budget = next(cell["budget"] for cell in cells if cell["task"] == task)
-            when = "after equal steps" if key == "losses" else f"after {budget:.1f} s"
-            panel.set(xscale="log", title=f"{task}: loss {when}", yticks=[-i for i in range(len(names))])
-            panel.set_yticklabels(names if panel is row[0] else [], fontsize="x-small")
-            losses = [loss for cell in cells if cell["task"] == task for loss in cell[key]]
-            wide = max(losses) > 100 * min(losses)
-            panel.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
+    names = list(dict.fromkeys(map(_variant, cells)))
+    figure = Figure(figsize=(9, 0.36 * len(names) + 1.3), layout="constrained")
+    for panel, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
+        of_task = [cell for cell in cells if cell["task"] == task]
+        for cell in of_task:
+            height, colour = names.index(_variant(cell)), "tab:blue" if cell["k"] == 1 else "tab:orange"
+            height += -0.14 if cell["k"] == 1 else 0.14
+            panel.plot([min(cell["losses"]), max(cell["losses"])], [height] * 2, color=colour, linewidth=1.2)
+            panel.plot(median(cell["losses"]), height, "o", color=colour, markersize=5)
+        losses = [loss for cell in of_task for loss in cell["losses"]]
+        wide = max(losses) > 100 * min(losses)
+        panel.set(xscale="log", xlabel="loss after equal steps")
+        panel.set_title(task, fontsize=11)
+        panel.xaxis.set_major_locator(LogLocator(numticks=5) if wide else LogLocator(subs=(1.0, 2.0, 5.0)))
+        if not wide:
             panel.xaxis.set_major_formatter("{x:g}")
-            panel.xaxis.set_minor_formatter(NullFormatter())
-            panel.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.3)
+    panel.set_yticks(range(len(names)), names)
+    panel.invert_yaxis()
+    dots = [
+        Line2D([], [], color=colour, marker="o", label=f"k = {k}") for k, colour in ((1, "tab:blue"), (4, "tab:orange"))
+    ]
+    figure.legend(handles=dots, loc="outside upper center", ncols=2, frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _variant(cell: dict[str, Any]) -> str:
+    return cell["sampler"] if cell["rest"] == "dropped" else f"{cell['sampler']}, {cell['rest']}"
 
 
 def premise(path: Path, trainings: list[dict[str, Any]]) -> None:
-    """Draw for each task the share of rank-k parts and the spectrum of G, and how far derivatives reach back."""
+    """Draw for each task the share of rank-k parts of G and of RMSprop's move, and how far derivatives reach back."""
     tasks = list(dict.fromkeys(training["task"] for training in trainings))
-    figure = Figure(figsize=(14, 4 * len(tasks)), layout="constrained")
-    for row, task in zip(figure.subplots(len(tasks), 3, squeeze=False), tasks, strict=True):
+    figure = Figure(figsize=(9, 3.6 * len(tasks)), layout="constrained")
+    for row, task in zip(figure.subplots(len(tasks), 2, squeeze=False), tasks, strict=True):
         of_task = [training for training in trainings if training["task"] == task]
         seen = of_task[0]["observations"]
-        for k in seen[0]["share"]:
-            (line,) = row[0].plot([o["step"] for o in seen], [o["share"][k] for o in seen], label=f"k = {k}")
-            row[0].plot([o["step"] for o in seen], [o["share_of_move"][k] for o in seen], ":", color=line.get_color())
-        row[0].set(
-            xlabel="step", ylabel="‖G_k‖ / ‖G‖", ylim=(0, 1.02), title=f"{task}: G (solid), RMSprop's move (dotted)"
-        )
-        for o in seen[:: max(1, len(seen) // 4)]:
-            row[1].plot(range(1, len(o["singular_values"]) + 1), o["singular_values"], label=f"step {o['step']}")
-        row[1].set(
-            xlabel="index",
-            ylabel="singular value / largest",
-            xscale="log",
-            yscale="log",
-            ylim=(1e-3, 2),
-            title="spectrum of G",
-        )
+        for k, colour in (("1", "tab:blue"), ("4", "tab:green"), ("16", "tab:purple")):
+            steps = [o["step"] for o in seen]
+            row[0].plot(steps, [o["share"][k] for o in seen], color=colour, label=f"k = {k}")
+            row[0].plot(steps, [o["share_of_move"][k] for o in seen], ":", color=colour, linewidth=1)
+        row[0].set(xlabel="step", ylabel="‖G_k‖ / ‖G‖", ylim=(0, 1.02))
+        row[0].set_title(f"{task}: G (solid), RMSprop's move (dotted)", fontsize=10)
         for training, colour in zip(of_task, ("tab:blue", "tab:orange", "tab:gray"), strict=True):
-            for o, dash in ((training["observations"][0], ":"), (training["observations"][-1], "-")):
-                label = f"{training['network']}, step {o['step']}"
+            for o, dash, when in ((training["observations"][0], ":", None), (training["observations"][-1], "-", "")):
                 norms = [value or None for value in o["states"]]  # nothing at all cannot be drawn
-                row[2].plot(range(1, len(norms) + 1), norms, dash, color=colour, label=label)
-        row[2].set(xlabel="t", ylabel="‖∂L/∂h_t‖", yscale="log", title="how far derivatives reach back")
+                label = None if when is None else training["network"]
+                row[1].plot(range(1, len(norms) + 1), norms, dash, color=colour, label=label)
+        row[1].set(xlabel="t", ylabel="‖∂L/∂h_t‖", yscale="log")
+        row[1].set_title("derivatives at the start (dotted) and the end", fontsize=10)
         for panel in row:
             panel.grid(alpha=0.3)
-            panel.legend(fontsize="x-small", frameon=False)
-    figure.savefig(path, dpi=120)
+        label_ends(row[0])
+    handles, labels = row[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=150)
