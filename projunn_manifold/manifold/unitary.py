@@ -354,7 +354,10 @@ class UnitaryLowRank(Geometry):
             On CPU, if X + a b^H is numerically singular.
         """
         if not context.would_wait(x):
-            return move_d(matrix(x), factors), None
+            try:
+                return move_d(matrix(x), factors), None
+            except ValueError as error:
+                raise ValueError(f"{in_words(x)}: {error}") from None
         move, lost = FramedStep.of_factors(matrix(x), factors).raw_retraction_by_products()
         self._state.count_faults(x.device, skipped=lost)
         return move, lost

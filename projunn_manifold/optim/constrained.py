@@ -22,7 +22,6 @@ from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.products import matrix
-from projunn_manifold.manifold.notes import in_words
 from projunn_manifold.manifold.parameters import is_dtensor, local_view
 from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.move import Move
@@ -291,7 +290,7 @@ def _agreed_move(manifold: UnitaryLowRank, x: Tensor, factors: LowRank) -> tuple
     try:
         found, failure = manifold.raw_move(x, factors), None
     except ValueError as error:
-        failure = ValueError(f"{in_words(x)}: {error}")
+        failure = error
     moves = failure is None
     if not (sharded.all_agree(x, moves) if context.readable(x) else moves):
         raise failure or ValueError("the move of another process is singular; no process has moved")

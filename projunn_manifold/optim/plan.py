@@ -365,9 +365,11 @@ def reattach_manifolds(model: torch.nn.Module, plan: Plan, *optimizers: torch.op
     for optimizer in map(inner_optimizer, optimizers):
         for group in optimizer.param_groups:
             replaced = [mended.get(id(p), p) for p in group["params"]]
-            if "param_names" in group:  # those of the parameters that stay, the first of each
-                names = dict(zip(map(id, reversed(replaced)), reversed(group["param_names"]), strict=True))
-                group["param_names"] = [names[key] for key in dict.fromkeys(map(id, replaced))]
+            if "param_names" in group:  # of parameters that are one again, the first name
+                names: dict[int, str] = {}
+                for own, known in zip(replaced, group["param_names"], strict=False):
+                    names.setdefault(id(own), known)
+                group["param_names"] = list(names.values())
             group["params"] = list({id(p): p for p in replaced}.values())
         for old in olds.values():
             if old in optimizer.state:
