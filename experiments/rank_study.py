@@ -28,7 +28,6 @@ from common.report import add_record_options, environment, machine_of, markdown,
 from common.tasks import Adding, Copying, Pixels
 from common.training import NonFiniteError, train
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from tqdm import tqdm
 
 from projunn_manifold import UnitaryLowRank, diagnose
@@ -219,20 +218,16 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(8, 0.45 * len(rows) + 1.4), layout="constrained")
     axes = figure.subplots()
     rule = next(iter(RULES))
-    for i, (k, colour) in enumerate(zip(map(str, RANKS), ("skyblue", "tab:blue", "navy", "black"), strict=True)):
-        costs, heights = [cost(row, k) for row in rows], [place + 0.12 * (i - 1.5) for place in range(len(rows))]
-        axes.plot(costs, heights, "o", color=colour, label=f"k = {k}")
-        ringed = [(c, h) for c, h, row in zip(costs, heights, rows, strict=True) if row["chosen"][rule] == k]
-        ring = {"color": "tab:red", "markersize": 12, "fillstyle": "none", "label": None if i else "recommended"}
-        axes.plot([c for c, _ in ringed], [h for _, h in ringed], "o", **ring)
-    axes.set_yticks(range(len(rows)), [row["task"] + ", held out" * row["held_out"] for row in rows], fontsize=9)
+    for k, marker in zip(map(str, RANKS), "osD^", strict=True):
+        costs = [cost(row, k) for row in rows]
+        axes.plot(costs, range(len(rows)), marker, color="tab:blue", alpha=0.7, label=f"k = {k}", linestyle="none")
+    chosen = [cost(row, row["chosen"][rule]) for row in rows]
+    axes.plot(chosen, range(len(rows)), "o", color="tab:red", markersize=14, fillstyle="none", label="recommended")
+    axes.set_yticks(range(len(rows)), [row["task"] + ", held out" * row["held_out"] for row in rows], fontsize=8)
     axes.set(xscale="log", xlabel="seconds to the goal, over those at the best k", ylim=(len(rows) - 0.5, -0.5))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    figure.savefig(path, dpi=150)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def main(arguments: list[str] | None = None) -> int:
