@@ -68,7 +68,7 @@ class KeepsManifolds(StaysComplex):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert parameters, and put them back on their manifolds."""
-        self._check_conversion(fn(torch.empty(0)).dtype)
+        self._check_conversion(fn(torch.empty(0, device="cpu")).dtype)
         for p in self.parameters(recurse=False):
             if isinstance(p.grad, FactoredTensor):
                 p.grad = p.grad.clone()  # PyTorch would convert the wrapper, but not its factors

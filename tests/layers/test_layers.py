@@ -172,6 +172,23 @@ def test_a_network_may_be_made_complex(dtype, nonlinearity):
     assert unitarity_error(network.weight_hh_l1_reverse.detach()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: UnitaryLinear(3, 5),
+        lambda: UnitaryRNN(3, 5),
+        lambda: OrthogonalConv2d(2, 2, image_size=4),
+        lambda: unitary_(nn.Linear(4, 4)),
+    ],
+)
+def test_a_default_device_does_not_reach_into_a_conversion(build):
+    module = build()
+    with torch.device("meta"):
+        module.cpu().double()
+    assert not any(p.is_meta for p in module.parameters())
+    assert {p.real.dtype for p in module.parameters()} == {torch.float64}
+
+
 @pytest.mark.filterwarnings("ignore:Complex modules")
 @pytest.mark.parametrize("kind", [UnitaryRNN, UnitaryRNNCell])
 def test_a_network_with_relu_is_not_made_complex(kind):
