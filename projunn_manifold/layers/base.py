@@ -63,8 +63,12 @@ class KeepsManifolds(StaysComplex):
     def _prepare(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Put this layer's entries in the place of those of torch's layer; the dictionary is the loader's own."""
 
+    def _check_conversion(self, dtype: torch.dtype) -> None:
+        """Raise, before anything is converted, for a dtype that this layer cannot have."""
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert parameters, and put them back on their manifolds."""
+        self._check_conversion(fn(torch.empty(0, device="cpu")).dtype)
         for p in self.parameters(recurse=False):
             if isinstance(p.grad, FactoredTensor):
                 p.grad = p.grad.clone()  # PyTorch would convert the wrapper, but not its factors

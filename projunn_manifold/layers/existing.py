@@ -13,7 +13,7 @@ from projunn_manifold.context import in_full_precision
 from projunn_manifold.init import nearest
 from projunn_manifold.manifold.notes import note_name, noted_name
 from projunn_manifold.manifold.parameters import is_dtensor, manifold_of
-from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
+from projunn_manifold.manifold.unitary import UnitaryLowRank, manifold_or_new, unitary_of
 from projunn_manifold.optim.plan import Guard, Plan, guard_of
 from projunn_manifold.optim.replaced import note_replacements
 from projunn_manifold.validation import check_precision, shape_problem
@@ -73,7 +73,7 @@ def unitary_(
     if problem:
         raise ValueError(problem)
     check_precision(weight.dtype, name)
-    manifold = UnitaryLowRank(k) if manifold is None else manifold
+    manifold = manifold_or_new(manifold, k)
     return attach(module, name, nearest(weight, f"`{name}`"), manifold)
 
 

@@ -49,10 +49,10 @@ def conv_exponential(kernel: Tensor, image_size: int | tuple[int, ...]) -> Tenso
     Tomczak, Welling, *The convolution exponential and generalized Sylvester flows*, NeurIPS 2020.
     """
     grid = _grid_of(kernel, image_size)
-    centred = fourier.embedded(kernel, grid.size)
+    centred = fourier.embedded(fourier.at_least_single(kernel), grid.size)
     by_operators = kernel.shape[0] > 1 or context.operators_only()
     whole = _by_operators(centred, grid) if by_operators else _Phases.apply(centred, grid)  # type: ignore[no-untyped-call]
-    return fourier.from_origin(whole, grid.size)
+    return fourier.from_origin(whole, grid.size).to(kernel.dtype)
 
 
 def _grid_of(kernel: Tensor, size: int | tuple[int, ...]) -> fourier.Spectrum:
@@ -151,7 +151,7 @@ class _ExpConv(StaysComplex):
         blocks = self.blocks() if blocks is None else blocks
         several = self.channels > 1
         turned = (blocks @ waves.permute(2, 1, 0)).permute(2, 1, 0) if several else waves * blocks[:, 0, 0]
-        y = fourier.synthesise(turned, grid)
+        y = fourier.synthesise(turned, grid).to(x.dtype)
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * self.dims)
 
     def _grid(self) -> fourier.Spectrum:

@@ -24,6 +24,7 @@ from projunn_manifold.context import constant_in_graphs
 __all__ = [
     "Spectrum",
     "analyse",
+    "at_least_single",
     "blocks_of_kernel",
     "centre_of",
     "depth_to_space",
@@ -94,9 +95,15 @@ def _on_cpu(size: tuple[int, ...], real: bool) -> Spectrum:
     return Spectrum(size, real, paired, self_conjugate, rank[torch.minimum(position, mirrored)], position > mirrored)
 
 
+def at_least_single(t: Tensor) -> Tensor:
+    """Return t in single precision if it has half: PyTorch has no transforms of half precision on CPU."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
 def analyse(x: Tensor, grid: Spectrum) -> Tensor:  # (..., *size) -> (..., stored)
     """Return the Fourier transform of signals at the stored frequencies."""
     dims = tuple(range(-len(grid.size), 0))
+    x = at_least_single(x)
     transformed = torch.fft.rfftn(x, dim=dims) if grid.real else torch.fft.fftn(x, dim=dims)
     return transformed.flatten(-len(grid.size))
 
@@ -135,7 +142,7 @@ def blocks_of_kernel(kernel: Tensor, grid: Spectrum) -> Tensor:  # (..., out, in
     """Return the blocks of a kernel whose entry 0 is its centre."""
     dims = tuple(range(-len(grid.size), 0))
     transform = torch.fft.ihfftn if grid.real else torch.fft.ifftn  # e^{+iωj}, and no factor of 1/N
-    return transform(kernel, dim=dims, norm="forward").flatten(-len(grid.size)).movedim(-1, -3)
+    return transform(at_least_single(kernel), dim=dims, norm="forward").flatten(-len(grid.size)).movedim(-1, -3)
 
 
 def kernel_of_blocks(blocks: Tensor, grid: Spectrum) -> Tensor:  # (..., stored, out, in) -> (..., out, in, *size)

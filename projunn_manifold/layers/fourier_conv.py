@@ -24,7 +24,7 @@ from projunn_manifold.layers.confined import confined
 from projunn_manifold.layers.plain_conv import PLAIN, centred_kernel
 from projunn_manifold.linalg import dense
 from projunn_manifold.manifold.state import digits_of, numbers_of
-from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
+from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors, manifold_or_new
 from projunn_manifold.validation import check_dtype, check_image_size, check_positive, sides_of
 
 __all__ = ["FourierConv", "NearestBlocks"]
@@ -78,10 +78,9 @@ class FourierConv(KeepsManifolds):
                 raise ValueError(f"support={support} sets the initial kernel: leave init at its default, got {init!r}")
         self.in_channels, self.out_channels, self.stride, self.groups = in_channels, out_channels, stride, groups
         self.init, self.support = init, support
-        self.manifold = UnitaryLowRank(k) if manifold is None else manifold
+        self.manifold = manifold_or_new(manifold, k)
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if self.real and dtype.is_complex:
-            raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
+        self._check_conversion(dtype)
         check_dtype(dtype, "dtype")
         precision = torch.empty((), dtype=dtype).real.dtype
         wide = torch.promote_types(precision, torch.complex64)
@@ -93,6 +92,10 @@ class FourierConv(KeepsManifolds):
         self.bias = nn.Parameter(torch.empty(out_channels, device=device, dtype=own)) if bias else None
         self.reset_parameters()
         self.remember_manifolds()
+
+    def _check_conversion(self, dtype: torch.dtype) -> None:
+        if self.real and dtype.is_complex:
+            raise TypeError(f"{type(self).__name__} is for real signals, got dtype {dtype}")
 
     def get_extra_state(self) -> Tensor:  # (4 + dims, 8) int64
         """Return what the blocks belong to, for ``state_dict``: other grids have stacks of the same shape."""
@@ -195,7 +198,7 @@ class FourierConv(KeepsManifolds):
                 adjoint = self._block[0] < self._block[1]
                 parts.append(apply_blocks(stack, at.contiguous(), adjoint, keeps_factors(stack)))
         answer = fourier.everywhere(torch.cat(parts, 1) if len(parts) > 1 else parts[0], grid)
-        y = fourier.synthesise(answer.permute(3, 0, 2, 1).flatten(1, 2), grid)
+        y = fourier.synthesise(answer.permute(3, 0, 2, 1).flatten(1, 2), grid).to(x.dtype)
         return y if self.bias is None else y + self.bias.view(-1, *(1,) * d)
 
     def waves(self, x: Tensor, grid: fourier.Spectrum) -> Tensor:  # -> (groups, stored, in, batch)
@@ -337,7 +340,7 @@ class FourierConv(KeepsManifolds):
             (self.weight_real, grid.self_conjugate, 1),
         ):
             if stack is not None:
-                own = stack if blocks is None else blocks.index_select(1, chosen)
+                own = fourier.at_least_single(stack) if blocks is None else blocks.index_select(1, chosen)
                 found.append(torch.linalg.svdvals(own).flatten().repeat(times))
         return torch.cat(found).sort(descending=True).values
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
-from projunn_manifold.manifold.unitary import UnitaryLowRank
+from projunn_manifold.manifold.unitary import UnitaryLowRank, manifold_or_new
+from projunn_manifold.validation import check_choice, check_positive
 
 __all__ = ["UnitaryLinear"]
 
@@ -35,9 +36,10 @@ class UnitaryLinear(KeepsManifolds):
     Raises
     ------
     ValueError
-        Unknown ``init``, or one that does not fit the shape.
+        Sizes below 1; unknown ``init``, or one that does not fit the shape.
     TypeError
-        In ``forward``: input that is not floating, or that the weight's dtype would cut.
+        A ``bias`` that is not True or False; a ``manifold`` that is none.  In ``forward``: input that is not floating,
+        or that the weight's dtype would cut.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class UnitaryLinear(KeepsManifolds):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_positive("in_features", in_features)
+        check_positive("out_features", out_features)
+        check_choice(bias, "bias")
         self.in_features, self.out_features = in_features, out_features
-        self.manifold = UnitaryLowRank(k) if manifold is None else manifold
+        self.manifold = manifold_or_new(manifold, k)
         self.init = init
         shape = (max(in_features, out_features), min(in_features, out_features))
         self.weight = on_manifold(shape, self.manifold, init, device, dtype)

@@ -44,6 +44,15 @@ class ModReLU(nn.Module):
         """Return the activation of z."""
         return modrelu(z, self.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Convert the bias, which stays real where its network becomes complex."""
+
+        def converted(t: Tensor) -> Tensor:
+            found: Tensor = fn(t)
+            return found.real.clone() if found.is_complex() else found
+
+        return super()._apply(converted, recurse)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         """Return the number of features."""
         return f"{len(self.bias)}"

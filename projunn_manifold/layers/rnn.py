@@ -14,8 +14,8 @@ from projunn_manifold import context
 from projunn_manifold.layers.base import INITS, KeepsManifolds, cast, on_manifold
 from projunn_manifold.layers.modrelu import ModReLU
 from projunn_manifold.layers.recurrence import NONLINEARITIES, Nonlinearity, recurrence, step_by_step, steps
-from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors
-from projunn_manifold.validation import check_positive, warn
+from projunn_manifold.manifold.unitary import UnitaryLowRank, keeps_factors, manifold_or_new
+from projunn_manifold.validation import check_choice, check_positive, warn
 
 __all__ = ["UnitaryRNN", "UnitaryRNNCell"]
 
@@ -37,16 +37,19 @@ class _Recurrent(KeepsManifolds):
         super().__init__()
         check_positive("input_size", input_size)
         check_positive("hidden_size", hidden_size)
-        _check_bool("bias", bias)
+        check_choice(bias, "bias")
         if not callable(nonlinearity) and nonlinearity not in NONLINEARITIES:
             known = ", ".join(map(repr, NONLINEARITIES))
             raise ValueError(f"nonlinearity must be one of {known}, or a function of a tensor, got {nonlinearity!r}")
-        if nonlinearity == "relu" and torch.empty((), dtype=dtype).is_complex():
+        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
+        self.nonlinearity, self.init = nonlinearity, init
+        self._check_conversion(dtype or torch.get_default_dtype())
+
+    def _check_conversion(self, dtype: torch.dtype) -> None:
+        if dtype.is_complex and self.nonlinearity == "relu":
             raise ValueError(
                 "nonlinearity 'relu' is for real numbers; a complex network has 'modrelu', 'tanh' or 'none'"
             )
-        self.input_size, self.hidden_size, self.bias = input_size, hidden_size, bias
-        self.nonlinearity, self.init = nonlinearity, init
 
     def _add_layer(
         self, suffix: str, input_size: int, manifold: UnitaryLowRank, device: Any, dtype: torch.dtype | None
@@ -166,11 +169,6 @@ def _uniform_(inward: Tensor) -> None:
     (torch.view_as_real(inward) if inward.is_complex() else inward).uniform_(-bound, bound)
 
 
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
 class UnitaryRNNCell(_Recurrent):
     r"""``torch.nn.RNNCell`` with a unitary transition: :math:`h' = \sigma(V x + \beta + W h)`, W unitary.
 
@@ -200,7 +198,7 @@ class UnitaryRNNCell(_Recurrent):
         init: str = "henaff",
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
-        self._add_layer("", input_size, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
+        self._add_layer("", input_size, manifold_or_new(manifold, k), device, dtype)
         self.remember_manifolds()
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # (B, m) or (m), like hx (B, n) or (n)
@@ -342,8 +340,8 @@ class UnitaryRNN(_Recurrent):
     ) -> None:
         super().__init__(input_size, hidden_size, bias, nonlinearity, init, dtype)
         check_positive("num_layers", num_layers)
-        _check_bool("batch_first", batch_first)
-        _check_bool("bidirectional", bidirectional)
+        check_choice(batch_first, "batch_first")
+        check_choice(bidirectional, "bidirectional")
         if proj_size != 0:
             raise ValueError(
                 f"proj_size must be 0, as for torch.nn.RNN, got {proj_size!r}; pass device and dtype by keyword, or "
@@ -355,7 +353,7 @@ class UnitaryRNN(_Recurrent):
             suffixes = self._suffixes(layer)
             width = input_size if layer == 0 else len(suffixes) * hidden_size
             for suffix in suffixes:
-                self._add_layer(suffix, width, UnitaryLowRank(k) if manifold is None else manifold, device, dtype)
+                self._add_layer(suffix, width, manifold_or_new(manifold, k), device, dtype)
         self.remember_manifolds()
 
     def _suffixes(self, layer: int) -> list[str]:

@@ -19,6 +19,7 @@ from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
+from geoopt.manifolds.base import Manifold
 from torch import Tensor
 
 from projunn_manifold import context, validation
@@ -45,10 +46,19 @@ from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain,
 from projunn_manifold.sketching.lowrank import LowRank
 from projunn_manifold.sketching.samplers import Sampler, Subspace, takes_generators
 
-__all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "unitary_of"]
+__all__ = ["UnitaryLowRank", "UnitaryLowRankExact", "keeps_factors", "manifold_or_new", "unitary_of"]
 
 _DENSE_RATE = 2  # a product over all columns rounds once, whatever their number; k passes round k times
 _THIN = 16  # cost of an entry in a product with thin factors, relative to the product that forms a gradient
+
+
+def manifold_or_new(manifold: UnitaryLowRank | None, k: int | None) -> UnitaryLowRank:
+    """Return the manifold given, or for None a new one whose moves have rank k; raise TypeError for anything else."""
+    if manifold is None:
+        return UnitaryLowRank(k)
+    if not isinstance(manifold, Manifold):
+        raise TypeError(f"`manifold` must be one such as UnitaryLowRank(k=1), got {manifold!r}")
+    return manifold
 
 
 def unitary_of(p: Tensor) -> UnitaryLowRank | None:

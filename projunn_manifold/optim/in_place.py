@@ -51,6 +51,9 @@ from projunn_manifold.validation import check_choice, check_number, check_same_m
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
+#: Options that torch.optim.Adam, of which geoopt's Adam is a subclass, has added, and that no step here knows.
+_UNKNOWN = ("maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+
 
 def check_attached(parameters: Iterable[Tensor]) -> None:
     """Raise if there are sharded parameters and none at all is on a manifold: then they have lost it.
@@ -84,20 +87,38 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         choices = {name: kwargs.pop(name) for name in self._choices}
         _check_choices(choices)
         super().__init__(*args, **kwargs)
-        self.defaults |= choices
-        self._fill_in_choices()
+        known = {name: value for name, value in self.defaults.items() if name not in _UNKNOWN}
+        self.defaults = known | choices | {"stabilize": kwargs["stabilize"]}  # geoopt keeps it apart
+        self._fill_in_options()
+        self._check_groups()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over the state of this optimiser or of geoopt's, from a state_dict, a copy or a pickle."""
         super().__setstate__(state)
-        self._fill_in_choices()
+        self._stabilize = self.defaults.get("stabilize")  # of geoopt's, which has groups added by it, and no copy of it
+        self._fill_in_options()
 
-    def _fill_in_choices(self) -> None:
-        """Give this optimiser's own choices to groups without any, as those of geoopt's optimisers are."""
+    def _fill_in_options(self) -> None:
+        """Give what they lack to groups of other optimisers, geoopt's or torch's, whose state has been loaded."""
         for group in self.param_groups:
             for name, otherwise in self._choices.items():
                 if group.get(name) is None:
                     group[name] = self.defaults.get(name, otherwise)
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
+    def _check_groups(self) -> None:
+        """Raise TypeError for options that no step obeys, or that are none."""
+        name = type(self).__name__
+        for group in self.param_groups:
+            _check_choices({choice: group[choice] for choice in self._choices})
+            if group.get("maximize"):
+                raise TypeError(f"{name} has no `maximize`, got True in a group: set it to False, and negate the loss")
+            if group.get("decoupled_weight_decay") and group["weight_decay"]:
+                raise TypeError(
+                    f"the weight decay of {name} is added to gradients, but a group has decoupled_weight_decay=True "
+                    f"and weight_decay={group['weight_decay']}: set one of them to False or 0"
+                )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step; as in geoopt, a closure is called once, before it, and its value returned."""
@@ -110,7 +131,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
     def _move_all_(self) -> None:
         for group in self.param_groups:  # a scheduler may have put NumPy's numbers there
             group.update(_numbers(group, self._numbers))
-            _check_choices({name: group[name] for name in self._choices})
+        self._check_groups()
         check_attached(parameters_of(self))
         stabilized = (p for g in self.param_groups if g["stabilize"] is not None for p in g["params"])
         if any(is_dtensor(p) and unitary_of(p) is not None for p in stabilized):
@@ -183,8 +204,8 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
     Raises
     ------
     TypeError
-        ``foreach`` is not True, False or None; ``feedback`` or ``fused`` is not True or False.  Also in ``step``, from
-        a group.
+        ``foreach`` is not True, False or None; ``feedback`` or ``fused`` is not True or False; a group has
+        ``maximize=True``, or decoupled weight decay.  Also in ``step``, from a group that was added or loaded.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
@@ -273,7 +294,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     Raises
     ------
     TypeError
-        ``foreach`` is not True, False or None, or ``feedback`` is not True or False; also in ``step``, from a group.
+        ``foreach`` is not True, False or None; ``feedback`` is not True or False; a group has ``maximize=True``, or
+        decoupled weight decay.  Also in ``step``, from a group that was added or loaded.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
@@ -333,7 +355,8 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         second = state["exp_avg_sq"].mul_(beta2).add_(dense.per_matrix((1 - beta2) * gradient.squared_norm()))
         if group["amsgrad"]:
             second = torch.maximum(state["max_exp_avg_sq"], second, out=state["max_exp_avg_sq"])
-        second = second.item() if second.numel() == 1 and context.readable(second) else second[..., 0, 0]
+        number = second.item() if second.numel() == 1 and context.readable(second) else 0.0
+        second = number or second[..., 0, 0]  # a tensor may be divided by zero, as it is with eps=0
         length = (second / (1 - beta2 ** state["step"])) ** 0.5 + eps
         scale = -lr / (length * (1 - beta1 ** state["step"]))
         manifold.follow_sum_(x, direction, beta1, gradient.scaled(1 - beta1), scale, carried)

@@ -189,7 +189,7 @@ _told_of_half: set[torch.dtype] = set()
 
 def _tell_of_half(manifold: Any, convert: Callable[[Tensor], Tensor]) -> None:
     """Warn, once for a dtype, if a conversion is about to leave weights of a manifold in half precision."""
-    dtype = convert(torch.empty(0)).dtype
+    dtype = convert(torch.empty(0, device="cpu")).dtype
     if dtype in dense.DTYPES or dtype in _told_of_half:
         return
     own = (p for guard in list(_guards) for _, p, found in guard.named_parameters() if found is manifold)

@@ -129,6 +129,8 @@ def unitarize(
 
     Raises
     ------
+    TypeError
+        ``manifold`` is an object, not a class.
     ValueError
         A name that selects nothing, or a full name of a weight that cannot become unitary; a weight that is shared by
         two modules, rank deficient, or of another dtype than the manifold's (half precision); a circular convolution
@@ -147,6 +149,10 @@ def unitarize(
     >>> fold(model)[2].weight.__class__
     <class 'torch.nn.parameter.Parameter'>
     """
+    if isinstance(manifold, nn.Module):
+        raise TypeError(
+            f"`manifold` must be a class, such as UnitaryLowRank, of which each weight gets an object, got {manifold}"
+        )
     search: Any = {"rotation": rotation, **options}
     problem = as_problem(method, search)[1]
     chosen, left_alone = _chosen(model, select)

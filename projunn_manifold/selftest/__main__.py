@@ -11,6 +11,7 @@ import argparse
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import sys
 import time
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
     if not on.dtypes:
         print(f"no product of matrices works on {options.device!r}", file=sys.stderr)
         return 1
+    file = options.json or Path(f"selftest-{on.device.type}.json")
+    if file.is_dir() or not os.access(file.parent, os.W_OK):  # known now, not after minutes
+        parser.error(f"argument --json: {file} cannot be written")
     record: dict[str, Any] = {"versions": versions(), "device": described(on.device), "quick": options.quick}
     print(*(f"{name} {version}" for name, version in record["versions"].items()), sep=", ")
     print(f"{record['device']}; {', '.join(str(d).removeprefix('torch.') for d in on.dtypes)}\n")
@@ -57,7 +61,6 @@ def main(arguments: list[str] | None = None) -> int:
     record["seconds"] = round(time.perf_counter() - start, 1)
     print(f"\n{table(times)}\n")
     print(f"{len(record['laws']) - len(failed)} laws hold, {len(failed)} do not; {record['seconds']:.0f} s")
-    file = options.json or Path(f"selftest-{on.device.type}.json")
     file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written: {file}")
     return 1 if failed else 0

@@ -365,6 +365,30 @@ def test_conversions_keep_the_operator(build, convert):
     assert meta(x.double()).shape == y.shape
 
 
+@pytest.mark.filterwarnings("ignore:unitary weights become", "ignore:Complex modules")
+@pytest.mark.parametrize("build", [OrthogonalConv2d, UnitaryConv2d])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_forward_in_single(build, dtype):
+    layer = build(2, 4, image_size=(4, 6), stride=2, groups=2)
+    x = torch.randn(3, 2, 4, 6)
+    y = layer(x)
+    found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == (torch.complex64 if y.is_complex() else dtype)
+    assert torch.allclose(found.to(y.dtype), y, atol=20 * torch.finfo(dtype).eps)
+    assert torch.allclose(layer.singular_values(), torch.ones(()), atol=20 * torch.finfo(dtype).eps)
+    assert torch.allclose(layer.to_plain()(x.to(layer._dtype)).to(y.dtype), y, atol=20 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+def test_a_layer_for_real_signals_is_not_made_complex():
+    layer = OrthogonalConv2d(2, 2, image_size=4)
+    before = [p.dtype for p in layer.parameters()]
+    with pytest.raises(TypeError, match="for real signals, got dtype"):
+        layer.to(torch.complex128)
+    assert [p.dtype for p in layer.parameters()] == before
+    layer(torch.randn(1, 2, 4, 4))
+
+
 def test_a_factored_gradient_follows_a_conversion():
     layer = OrthogonalConv2d(64, 64, image_size=(4, 3))
     layer(torch.randn(2, 64, 4, 3)).sum().backward()

@@ -146,6 +146,17 @@ def test_a_dtype_that_has_no_transform_is_refused():
         ExpConv2d(1, image_size=4, dtype=torch.float16)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_runs_forward_in_single(draw, channels, dtype):
+    layer = ExpConv2d(channels, image_size=(4, 5), kernel_size=3)
+    x = draw.matrix(2, channels, 4, 5, dtype=torch.float32)
+    y = layer(x)
+    found = layer.to(dtype)(x.to(dtype))
+    assert found.dtype == layer.kernel().dtype == dtype
+    assert torch.allclose(found.float(), y, atol=20 * torch.finfo(dtype).eps)
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, in its own words
 def test_one_channel_under_transforms_is_its_operators(draw):
     """Not the autograd function, which knows neither vmap nor forward derivatives."""

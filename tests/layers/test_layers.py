@@ -154,6 +154,51 @@ def test_new_weights_after_to_empty_and_a_plain_copy_in_the_same_mode():
     assert not any(key.startswith("_manifold") for key in shared.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("nonlinearity", ["modrelu", "tanh", "none"])
+def test_a_network_may_be_made_complex(dtype, nonlinearity):
+    network = UnitaryRNN(2, 6, 2, nonlinearity, bidirectional=True, dtype=dtype)
+    x = torch.randn(4, 3, 2)
+    y, _ = network(x)
+    y.abs().sum().backward()
+    biases = [p for name, p in network.named_parameters() if "modrelu" in name]
+    assert len(biases) == (4 if nonlinearity == "modrelu" else 0)
+    found, _ = network.to(torch.complex128)(x)
+    assert torch.allclose(found, y.to(torch.complex128), atol=1e-5)
+    assert all(p.dtype is p.grad.dtype is torch.float64 for p in biases)  # real, whatever the network is
+    assert {p.dtype for p in network.parameters()} - {torch.float64} == {torch.complex128}
+    optim.RiemannianAdam(network.parameters(), lr=0.1).step()
+    assert unitarity_error(network.weight_hh_l1_reverse.detach()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: UnitaryLinear(3, 5),
+        lambda: UnitaryRNN(3, 5),
+        lambda: OrthogonalConv2d(2, 2, image_size=4),
+        lambda: unitary_(nn.Linear(4, 4)),
+    ],
+)
+def test_a_default_device_does_not_reach_into_a_conversion(build):
+    module = build()
+    with torch.device("meta"):
+        module.cpu().double()
+    assert not any(p.is_meta for p in module.parameters())
+    assert {p.real.dtype for p in module.parameters()} == {torch.float64}
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules")
+@pytest.mark.parametrize("kind", [UnitaryRNN, UnitaryRNNCell])
+def test_a_network_with_relu_is_not_made_complex(kind):
+    network = kind(2, 6, nonlinearity="relu")
+    with pytest.raises(ValueError, match="'relu' is for real numbers"):
+        network.to(torch.complex64)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    network(torch.randn(3, 2))
+
+
 def test_a_gradient_is_factored_where_that_pays():
     for n, steps, options, factored in (
         (64, 5, {}, True),
@@ -224,6 +269,20 @@ def test_groups_and_modrelu():
         (lambda: UnitaryRNNCell(3, 5)(torch.zeros(2, 2, 3)), ValueError, "1D or 2D"),
         (lambda: UnitaryRNNCell(3, 5)(torch.zeros(2, 3), torch.zeros(5)), ValueError, r"\(2, 5\)"),
         (lambda: UnitaryLinear(3, 5, init="henaff"), ValueError, "square"),
+        (lambda: UnitaryLinear(-3, 5), ValueError, "in_features must be an int >= 1, got -3"),
+        (lambda: UnitaryLinear(3, 0), ValueError, "out_features must be an int >= 1, got 0"),
+        (lambda: UnitaryLinear(3, 3, 4), TypeError, "`bias` must be True or False, got 4"),
+        *[
+            (lambda build=build, wrong=wrong: build(wrong), TypeError, r"`manifold` must be one such as UnitaryLowRank")
+            for wrong in (3, UnitaryLowRank)
+            for build in (
+                lambda wrong: UnitaryLinear(3, 3, manifold=wrong),
+                lambda wrong: UnitaryRNN(3, 3, manifold=wrong),
+                lambda wrong: UnitaryRNNCell(3, 3, manifold=wrong),
+                lambda wrong: OrthogonalConv2d(3, 3, image_size=4, manifold=wrong),
+                lambda wrong: unitary_(nn.Linear(3, 3), manifold=wrong),
+            )
+        ],
     ],
 )
 def test_wrong_input_is_told_what_was_expected(call, kind, message):

@@ -198,6 +198,37 @@ def test_torch_func_sees_the_same_derivative(draw, k):
     assert error(gradient, a.grad) <= bound(torch.float64)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of vmap, in its own words
+@pytest.mark.parametrize("function", [projunn_d, projunn_t])
+@pytest.mark.parametrize(("shape", "k"), [((5, 5), 1), ((5, 5), 2), ((7, 4), 2), ((64, 64), 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("many", [(None, 0, 0), (None, 0, None), (None, None, 0), (0, 0, 0), (0, None, None)], ids=str)
+def test_vmap_maps_over_points_and_factors(draw, function, shape, k, dtype, many):
+    x = draw.point(3, *shape, dtype=dtype)
+    a, b = draw.factors((3, *shape), k, dtype, norm=0.5)
+    given = [t if mapped == 0 else t[0] for t, mapped in zip((x, a, b), many, strict=True)]
+    found = torch.vmap(function, many)(*given)
+    expected = torch.stack(
+        [function(*(t[i] if m == 0 else t for t, m in zip(given, many, strict=True))) for i in range(3)]
+    )
+    assert error(found, expected) <= bound(dtype, 4)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_derivatives_by_factors_at_one_point(draw):
+    x = draw.point(5, 5, dtype=torch.float64)
+    a, b = draw.factors((3, 5, 5), 2, torch.float64)
+
+    def loss(a, b):
+        return projunn_d(x, a, b).sin().sum()
+
+    found = torch.vmap(torch.func.grad(loss))(a, b)
+    for i in range(3):
+        own = a[i].clone().requires_grad_()
+        loss(own, b[i]).backward()
+        assert error(found[i], own.grad) <= 10 * bound(torch.float64)
+
+
 def test_a_singular_step_is_refused_and_nothing_is_changed(draw):
     x = draw.point(6, 6, dtype=torch.float64)
     b = torch.nn.functional.normalize(draw.matrix(6, 1, dtype=torch.float64), dim=0)

@@ -1,6 +1,7 @@
 """The in-place optimisers take the steps, keep the state and obey the rules of geoopt's own."""
 
 import copy
+import pickle
 
 import geoopt
 import numpy as np
@@ -272,3 +273,89 @@ def test_a_hyper_parameter_that_is_no_number_is_named(draw, make, value):
         with pytest.raises(TypeError, match=f"`{name}` must be"):
             optimizer.step()
         assert torch.equal(w, start)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_optimiser_is_built_again_from_its_defaults(draw, name):
+    kind, arguments = SETTINGS[name]
+    w = geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    first = getattr(optim, kind)([w], **arguments)
+    second = type(first)([w], **first.defaults)
+    assert second.defaults == first.defaults
+    assert {name: second.param_groups[0][name] for name in arguments} == arguments
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copied_optimiser_takes_more_parameters(draw, name, travel):
+    kind, arguments = SETTINGS[name]
+    points = [draw.point(6, 6, dtype=torch.float64) for _ in range(2)]
+    w, v = (geoopt.ManifoldParameter(x.clone(), manifold=UnitaryLowRank(1)) for x in points)
+    optimizer = getattr(optim, kind)([w], **arguments)
+    copied = travel(optimizer)
+    for each in (optimizer, copied):
+        each.add_param_group({"params": [v]})
+    names = optimizer.param_groups[1].keys() - {"params"}
+    assert {n: copied.param_groups[1][n] for n in names} == {n: optimizer.param_groups[1][n] for n in names}
+    step(([*copied.param_groups[0]["params"], v], copied), [draw.matrix(6, 6, dtype=torch.float64) for _ in range(2)])
+    assert not torch.equal(v, points[1])
+
+
+TORCHS = [
+    (torch.optim.Adam, {}, optim.RiemannianAdam),
+    (torch.optim.AdamW, {"weight_decay": 0}, optim.RiemannianAdam),
+    (torch.optim.SGD, {}, optim.RiemannianSGD),
+    (torch.optim.SGD, {"momentum": 0.9}, optim.RiemannianSGD),
+]
+
+
+@pytest.mark.parametrize(("torchs", "arguments", "ours"), TORCHS)
+def test_a_run_goes_on_from_the_state_of_torchs_optimiser(draw, torchs, arguments, ours):
+    w = geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    b = torch.nn.Parameter(draw.matrix(6, 1, dtype=torch.float64))
+    optimizer = torchs([w, b], lr=0.1, **arguments)
+    optim.constrain(optimizer)
+    step(([w, b], optimizer), [draw.matrix(*p.shape, dtype=p.dtype) for p in (w, b)])
+    saved = copy.deepcopy(optimizer.state_dict())
+    runs = []
+    for _ in range(2):
+        points = copy.deepcopy([w, b])
+        runs.append((points, ours(points, lr=0.1, **arguments)))
+    (found, loaded), (expected, built) = runs
+    loaded.load_state_dict(saved)
+    built.load_state_dict({**built.state_dict(), "state": copy.deepcopy(saved["state"])})  # groups of its own kind
+    for _ in range(2):
+        gradients = [draw.matrix(*p.shape, dtype=p.dtype) for p in (w, b)]
+        step((found, loaded), gradients), step((expected, built), gradients)
+    assert all(map(torch.equal, found, expected))
+    assert error(found[0].mT @ found[0], torch.eye(6)) <= bound(torch.float64)
+
+
+@pytest.mark.parametrize("kind", [optim.RiemannianSGD, optim.RiemannianAdam])
+@pytest.mark.parametrize("option", [{"maximize": True}, {"decoupled_weight_decay": True, "weight_decay": 0.1}], ids=str)
+def test_what_no_step_obeys_is_refused_in_groups_too(draw, kind, option):
+    w = geoopt.ManifoldParameter(draw.point(6, 6, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    b = torch.nn.Parameter(torch.ones(6, dtype=torch.float64))
+    with pytest.raises(TypeError, match=next(iter(option))):
+        kind([{"params": [w], **option}], lr=0.1)
+    optimizer = kind([w], lr=0.1)
+    optimizer.add_param_group({"params": [b], **option})
+    before = copy.deepcopy([w, b])
+    with pytest.raises(TypeError, match=next(iter(option))):
+        step(([w, b], optimizer), [torch.ones_like(w), torch.ones_like(b)])
+    assert all(map(torch.equal, [w, b], before))
+    assert not any(optimizer.state.values())
+    optimizer.param_groups[1].update(dict.fromkeys(option, 0))
+    optimizer.step()
+    assert not torch.equal(b, before[1])
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (3, 6, 6)], ids=str)
+def test_a_gradient_of_zeros_without_eps_is_refused_as_a_step(draw, shape):
+    w = geoopt.ManifoldParameter(draw.point(*shape, dtype=torch.float64), manifold=UnitaryLowRank(1))
+    optimizer, start = optim.RiemannianAdam([w], lr=0.1, eps=0.0), w.detach().clone()
+    with pytest.raises(ValueError, match="step of shape"):  # 0/0, of which torch's Adam makes NaN
+        step(([w], optimizer), [torch.zeros(shape, dtype=torch.float64)])
+    assert torch.equal(w, start)
+    step(([w], optimizer), [draw.matrix(*shape, dtype=torch.float64)])
+    assert not torch.equal(w, start)

@@ -428,6 +428,13 @@ def test_unknown_arguments_are_refused():
             call(mlp(), tol=1)
 
 
+def test_a_manifold_in_the_place_of_its_class_is_refused():
+    model = mlp()
+    with pytest.raises(TypeError, match=r"`manifold` must be a class, such as UnitaryLowRank, .* got UnitaryLowRank"):
+        unitarize(model, manifold=UnitaryLowRank(2))
+    assert not manifolds_of(model)
+
+
 @pytest.mark.parametrize(("make", "shape"), CASES[:3], ids=IDS[:3])
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.rnn._flat_weights")  # torch's own, of any torch.nn.RNN
 def test_a_unitarized_model_is_exported_and_copied_and_runs_with_other_weights(make, shape):

@@ -65,6 +65,16 @@ def test_a_device_that_is_not_there_is_said_to_be_so(capsys, name):
     assert name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["", "missing/selftest.json"])
+def test_a_file_that_cannot_be_written_is_refused_at_once(capsys, tmp_path, where):
+    with pytest.raises(SystemExit) as stopped:
+        selftest.main(["--device", "cpu", "--quick", "--json", str(tmp_path / where)])
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert f"argument --json: {tmp_path / where} cannot be written" in said.err
+    assert "ok" not in said.out
+
+
 @pytest.mark.slow
 def test_the_whole_of_it_holds_on_the_cpu(tmp_path):
     assert selftest.main(["--device", "cpu", "--json", str(tmp_path / "selftest.json")]) == 0
