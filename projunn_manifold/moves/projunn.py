@@ -13,6 +13,7 @@ from torch import Tensor
 from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
+from projunn_manifold.moves.analytic import AnalyticTangent, polar_move
 from projunn_manifold.moves.frame import FramedStep, FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
@@ -30,6 +31,7 @@ __all__ = [
     "projunn_t_",
     "sketched_tangent",
     "tangent_of_gradient",
+    "tangent_of_vector",
 ]
 
 
@@ -38,11 +40,18 @@ def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
 
     Factors of m/2 columns or more save nothing on square X; there the tangent is that of their product.
     """
-    if x.shape[-2] != x.shape[-1]:
-        return FramedTangent.of_gradient(x, factors)
-    if factors.rank > 1 and 2 * factors.rank >= x.shape[-1]:
+    is_square = x.shape[-2] == x.shape[-1]
+    if is_square and factors.rank > 1 and 2 * factors.rank >= x.shape[-1]:
         return FullRankTangent.of_vector(x, factors.dense())
-    return (RankOneTangent if factors.rank == 1 else RankKTangent).of_gradient(x, factors)
+    kind = FramedTangent if not is_square else RankOneTangent if factors.rank == 1 else RankKTangent
+    tangent = kind.of_gradient(x, factors)
+    return AnalyticTangent.of_gradient(tangent, x, factors) if context.wants_derivatives(x.like, *factors) else tangent
+
+
+def tangent_of_vector(x: Matrix, u: Tensor, q: Tensor | None) -> Tangent:
+    """Return the tangent that a dense vector u is reduced to inside the right basis q (None: all of it)."""
+    tangent = FramedTangent.of_dense(x, u, q)
+    return AnalyticTangent.of_dense(tangent, x, u, q) if context.wants_derivatives(x.like, u) else tangent
 
 
 def sketched_tangent(x: CompiledMatrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
@@ -54,7 +63,8 @@ def sketched_tangent(x: CompiledMatrix, g: Matrix, test: Tensor) -> Tangent | No
 
 def move_d(x: Matrix, factors: LowRank) -> Move:
     """Return the move of projUNN-D: to the closest unitary to ``X + a b^H``."""
-    return FramedStep.of_factors(x, factors).raw_retraction()
+    move = FramedStep.of_factors(x, factors).raw_retraction()
+    return polar_move(move, x, factors) if context.wants_derivatives(x.like, *factors) else move
 
 
 def move_t(x: Matrix, factors: LowRank) -> Move:
