@@ -19,7 +19,7 @@ from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.rank_k import RankKTangent
 from projunn_manifold.moves.rank_one import RankOneTangent
-from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.moves.tangent import Tangent, longest_step
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = [
@@ -68,8 +68,22 @@ def move_d(x: Matrix, factors: LowRank) -> Move:
 
 
 def move_t(x: Matrix, factors: LowRank) -> Move:
-    """Return the move of projUNN-T: along the geodesic of the tangent part of ``a b^H``."""
-    return tangent_of_gradient(x, factors).geodesic()
+    """Return the move of projUNN-T: along the geodesic of the tangent part of ``a b^H``.
+
+    Raises
+    ------
+    ValueError
+        On CPU, if the tangent part is too long for its precision.
+    """
+    tangent = tangent_of_gradient(x, factors)
+    if context.readable(x.like):
+        within = torch.as_tensor(tangent.squared_norm()) <= longest_step(x.like)  # which NaN is not
+        if not within.all():
+            raise ValueError(
+                f"projunn_t: the tangent part of a b^H is too long for {x.like.dtype}, rounding would leave nothing of "
+                "it; use a smaller step"
+            )
+    return tangent.geodesic()
 
 
 @in_full_precision
@@ -96,8 +110,8 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        Shapes, dtypes or devices that do not match; on CPU also non-finite factors and a numerically
-        singular :math:`X + a b^H`, whose closest unitary is not unique.
+        Shapes, dtypes or devices that do not match; on CPU also non-finite factors, steps whose squares leave the
+        range, and a numerically singular :math:`X + a b^H`, whose closest unitary is not unique.
 
     Notes
     -----
@@ -128,7 +142,8 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     .. math:: Y = \exp(A)\,X,\qquad A = \tfrac12\,(a b^H X^H - X b a^H)
 
     Parameters and errors are those of :func:`projunn_d`, without the singular case: the exponential
-    always exists.  Cost: as there, with one read of square X less in compiled loops; at k = 1 on square X the cores are
+    always exists.  On CPU a tangent part longer than :math:`\sqrt{2m}/\epsilon` is refused, of which rounding would
+    leave nothing.  Cost: as there, with one read of square X less in compiled loops; at k = 1 on square X the cores are
     scalars, for which the host never waits.
 
     Notes
@@ -147,7 +162,7 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             [ 0.8415,  0.5403]], dtype=torch.float64)
     """
     known, factors = _checked(x, a, b)
-    return move_t(known, factors.balanced()).apply(known)
+    return move_t(known, factors).apply(known)
 
 
 @in_full_precision
@@ -165,7 +180,7 @@ def projunn_t_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     with torch.no_grad():
         validation.check_writable(x)
         known, factors = _checked(x, a, b)
-        return move_t(known, factors.balanced()).apply_(known)
+        return move_t(known, factors).apply_(known)
 
 
 def _checked(x: Tensor, a: Tensor, b: Tensor) -> tuple[Matrix, LowRank]:
@@ -189,4 +204,4 @@ def _checked(x: Tensor, a: Tensor, b: Tensor) -> tuple[Matrix, LowRank]:
         raise ValueError(
             f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"
         )
-    return matrix(x), LowRank(a, b)
+    return matrix(x), LowRank(a, b).balanced()
