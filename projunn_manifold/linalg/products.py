@@ -158,6 +158,8 @@ class PlainMatrix(_TensorMatrix):
 
     def plus_product(self, left: Tensor, right: Tensor) -> Tensor:
         """Return ``X + left right^H`` in fresh memory."""
+        if context.transformed():  # vmap writes nothing in place that has not its batch
+            return self.like + left @ right.mH
         return matrix(self.like.clone()).add_product_(left, right)
 
 

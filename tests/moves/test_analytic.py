@@ -146,3 +146,24 @@ def test_a_transport_along_a_zero_step_has_the_lift_as_its_derivative(draw, shap
     slope = torch.func.jvp(lambda t: UnitaryLowRank(k=None).transp_follow_expmap(x, t, v), (0 * u,), (u,))[1]
     lift = u @ x.mH - x @ u.mH - x @ (x.mH @ u) @ x.mH
     assert error(slope, lift @ v) <= bound(torch.float64, 10.0)
+
+
+@pytest.mark.parametrize("function", [projunn_d, projunn_t])
+@pytest.mark.parametrize("shape", [(5, 5), (6, 4)], ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+def test_vmap_over_factors_and_the_hessian_at_zero(draw, function, shape, k):
+    x, weight = draw.point(*shape, dtype=torch.float64), draw.matrix(*shape, dtype=torch.float64)
+    members = [draw.factors(shape, k, torch.float64, 0.5)[0] for _ in range(3)]
+    b = draw.matrix(shape[-1], k, dtype=torch.float64)
+
+    def loss(a):
+        return (weight * function(x, a, b)).sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(torch.stack(members))
+    for member, found in zip(members, together, strict=True):
+        (alone,) = derivatives(lambda a: function(x, a, b), (member,), weight, (0,))
+        assert error(found, alone) <= 10 * bound(torch.float64)
+    zero = torch.zeros_like(members[0])
+    dense = polar if function is projunn_d else geodesic
+    expected = torch.func.hessian(lambda a: (weight * dense(x, a, b)).sum())(zero)
+    assert error(torch.func.hessian(loss)(zero), expected) <= 20 * bound(torch.float64, expected.abs().max().item())
