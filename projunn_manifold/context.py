@@ -44,6 +44,7 @@ __all__ = [
     "transformed",
     "tree_map",
     "wait_for",
+    "wants_derivatives",
     "would_wait",
 ]
 
@@ -120,6 +121,13 @@ def batched(t: Tensor) -> bool:
 def is_differentiated(t: Tensor) -> bool:
     """Return whether a derivative may depend on t, backward or forward."""
     return (t.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0
+
+
+def wants_derivatives(*tensors: Tensor) -> bool:
+    """Return whether derivatives may be asked of what is made from these tensors, backward or forward."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    return not torch.compiler.is_compiling() and transformed()
 
 
 def is_plain(t: Tensor) -> bool:

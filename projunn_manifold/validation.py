@@ -168,7 +168,7 @@ def check_in_place(x: Tensor, u: Tensor, name: str) -> None:
 
 def check_writable(x: Tensor, name: str = "x") -> None:
     """Raise if several elements of x share memory, as in an expanded tensor."""
-    if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+    if x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
         raise ValueError(f"`{name}` of shape {tuple(x.shape)} is expanded (stride 0) and cannot be updated in place")
 
 

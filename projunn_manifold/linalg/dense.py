@@ -39,6 +39,7 @@ __all__ = [
     "tolerance",
     "unitarity_error",
     "wide",
+    "with_derivatives_of",
 ]
 
 
@@ -160,6 +161,11 @@ def per_matrix(c: Scalar) -> Scalar:  # (*batch,) -> (*batch, 1, 1)
     """Return numbers, one for each matrix, in a shape that multiplies the matrices; in the precision of small cores."""
     number = wide(c)
     return number[..., None, None] if isinstance(number, Tensor) else number
+
+
+def with_derivatives_of(smooth: Tensor, value: Tensor) -> Tensor:
+    """Return a tensor with these values and the derivatives of another that differs by rounding."""
+    return value.detach() + (smooth - smooth.detach())
 
 
 def normalized(x: Tensor) -> Tensor:  # (*batch, n, m) -> (*batch, n, m)

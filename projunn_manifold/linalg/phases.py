@@ -41,6 +41,7 @@ __all__ = [
     "polar_increment",
     "polar_of_any_sum",
     "polar_of_sum",
+    "square_root",
     "within_reach",
 ]
 
@@ -52,6 +53,8 @@ _SHORT = 2.0**-20
 _SHORT_SQUARE = 1 / 16  # ‖N‖₂ up to which a polynomial of low degree serves
 _BEYOND = 1 / 64  # share by which intervals are widened: rounding leads beyond their ends, where slopes are steep
 _UPPER = 1 / 32  # where the upper part of an interval of singular values starts, relative to its end
+_ROOTS = 50  # steps to a square root; at first they halve the distance of an eigenvalue from one
+_NEAR = 1e-8  # distance from where one step is exact to rounding
 _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
 
 
@@ -67,7 +70,7 @@ def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch
         if degree + squarings > 4:  # a product for a sharper bound is worth it
             bound = _largest_row_sum(square @ square) ** 0.25
             if not bound <= _LONG_GEODESIC:
-                return increment_of_phases(omega, lambda theta: theta)
+                return increment_of_phases(omega, lambda theta: theta, _long_exponential)
             degree, squarings = _series(bound, omega.dtype)
     else:
         scale = _shrinkage(square)
@@ -98,9 +101,9 @@ def polar_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch, n, n
         bound = _largest_row_sum(fourth) ** 0.5
         if not bound <= _LONG_POLAR**2:
             longest = math.sqrt(1 + bound)
-            return (
-                _by_iteration(omega, _level(longest)) if longest <= LONGEST else increment_of_phases(omega, torch.atan)
-            )
+            if longest <= LONGEST:
+                return _by_iteration(omega, _level(longest))
+            return increment_of_phases(omega, torch.atan, _long_polar)
         shrink = _inverse_root_increment(square, fourth, bound)
     return dense.plus_product(omega + shrink, omega, shrink)
 
@@ -196,10 +199,42 @@ def within_reach(omega: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, n) -> (
     return omega * scale, scale[..., 0, 0] < 1
 
 
-def increment_of_phases(omega: Tensor, alpha: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision."""
+def increment_of_phases(
+    omega: Tensor, alpha: Callable[[Tensor], Tensor], smooth: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision.
+
+    Eigenvectors have no derivatives where angles repeat; those of ``smooth``, the same function of Ω, take their place.
+    """
     wide = dense.finite_entries(dense.in_double(omega))
-    return small.to(small.phase_core(wide, alpha), omega)
+    if smooth is None or not context.wants_derivatives(omega):
+        return small.to(small.phase_core(wide, alpha), omega)
+    value = small.to(small.phase_core(wide.detach(), alpha), omega)
+    return dense.with_derivatives_of(small.to(smooth(wide), omega), value)
+
+
+def square_root(x: Tensor) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
+    """Return the square root of matrices whose eigenvalues are positive, with all derivatives.
+
+    By the product form of Denman's and Beavers' steps, which are Newton's for the sign of a matrix.
+    """
+    root, m, left = x, x, _ROOTS
+    while left:
+        inverse = torch.linalg.inv(m)
+        root = (root + root @ inverse) / 2
+        m = _plus_identity((m + inverse) / 4, 0.5)
+        left -= 1
+        if left > 2 and context.readable(m) and (_row_sums(_plus_identity(m.detach().clone(), -1.0)) <= _NEAR).all():
+            left = 2  # for the first and the second derivative
+    return root
+
+
+def _long_exponential(omega: Tensor) -> Tensor:
+    return torch.linalg.matrix_exp(omega)
+
+
+def _long_polar(omega: Tensor) -> Tensor:
+    return _plus_identity(omega.clone(), 1.0) @ torch.linalg.inv(square_root(_plus_identity(-omega @ omega, 1.0)))
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------

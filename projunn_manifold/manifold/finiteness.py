@@ -13,18 +13,13 @@ from projunn_manifold.linalg import dense, sharded
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.manifold.notes import noted_name
 from projunn_manifold.manifold.state import State
-from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.moves.tangent import Tangent, longest_step
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 
-__all__ = ["PUT_BACK", "Finiteness", "is_far_off", "longest_step"]
+__all__ = ["PUT_BACK", "Finiteness", "is_far_off"]
 
 PUT_BACK = "put it there first: with torch.no_grad(): p.copy_(p.manifold.projx(p))"
 _FAR_OFF = 0.1  # a unitarity error that no rounding explains, not even that of bfloat16
-
-
-def longest_step(x: Tensor) -> float:
-    """Return the squared norm beyond which a step from x has no digits in x's precision."""
-    return 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
 
 
 def is_far_off(error: Tensor) -> bool:

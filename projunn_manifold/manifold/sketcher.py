@@ -19,7 +19,7 @@ from projunn_manifold.linalg.products import CompiledMatrix, LinearOperator, Mat
 from projunn_manifold.manifold.state import State
 from projunn_manifold.moves.frame import FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
-from projunn_manifold.moves.projunn import sketched_tangent, tangent_of_gradient
+from projunn_manifold.moves.projunn import sketched_tangent, tangent_of_gradient, tangent_of_vector
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.sketching import samplers
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
@@ -135,7 +135,7 @@ class Sketcher:
         basis = test.expand(*x.shape[:-2], *test.shape[-2:])
         for _ in range(_POWER):
             basis = samplers.orthonormal(known.normalized_image(basis)[1])
-        return FramedTangent.of_dense(x, u, basis)
+        return tangent_of_vector(x, u, basis)
 
 
 def _full_rank_gradient(x: Matrix, g: Tensor) -> Tangent:
@@ -150,4 +150,4 @@ def _full_rank_tangent(x: Matrix, u: Tensor) -> Tangent:
     """Return the projection of u on the tangent space, all of it."""
     if x.shape[-2] == x.shape[-1]:
         return FullRankTangent.of_vector(x, u)
-    return FramedTangent.of_dense(x, u, None)
+    return tangent_of_vector(x, u, None)

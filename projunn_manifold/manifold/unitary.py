@@ -27,7 +27,7 @@ from projunn_manifold.context import in_full_precision, outside_graphs
 from projunn_manifold.linalg import dense, gpu, sharded
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix, matrix
-from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off, longest_step
+from projunn_manifold.manifold.finiteness import PUT_BACK, Finiteness, is_far_off
 from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.hooks import watch_optimizers
 from projunn_manifold.manifold.notes import in_words, note_whole_gradient, take_added_decay, whole_gradient
@@ -41,7 +41,7 @@ from projunn_manifold.moves.frame import FramedStep
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.projunn import move_d, tangent_of_gradient
-from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.moves.tangent import Tangent, longest_step
 from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain, factors_at
 from projunn_manifold.sketching.lowrank import LowRank
 from projunn_manifold.sketching.samplers import Sampler, Subspace, takes_generators

@@ -65,13 +65,17 @@ class FramedStep:
         Raises
         ------
         ValueError
-            On CPU, if X + a b^H is numerically singular: its polar factor is then not unique.
+            On CPU, if X + a b^H is numerically singular: its polar factor is then not unique; if squares of the step
+            leave the range.
         """
-        core, smallest, largest = _polar_increment(self.h, self.c)
-        if (
-            context.readable(self.p)
-            and (smallest <= dense.tolerance(self.p.dtype, self.p.shape[-2]) * largest.clamp_min(1.0)).any()
+        is_readable = context.readable(self.p)
+        if is_readable and not all(
+            torch.isfinite(dense.squared_norm(t)).all() for t in (self.h, self.c) if t is not None
         ):
+            raise ValueError("projunn_d: a b^H is too large for its precision; use a smaller step")
+        core, smallest, largest = _polar_increment(self.h, self.c)
+        least = dense.tolerance(self.p.dtype, self.p.shape[-2]) * largest.clamp_min(1.0)
+        if is_readable and not (smallest > least).all():
             raise ValueError(
                 "projunn_d: X + a b^H is numerically singular (smallest singular value "
                 f"{smallest.min().item():.1e}), so the closest unitary matrix is not unique; use a smaller step"

@@ -13,12 +13,13 @@ from torch import Tensor
 from projunn_manifold import context, validation
 from projunn_manifold.context import in_full_precision
 from projunn_manifold.linalg.products import CompiledMatrix, Matrix, matrix
+from projunn_manifold.moves.analytic import AnalyticTangent, polar_move
 from projunn_manifold.moves.frame import FramedStep, FramedTangent
 from projunn_manifold.moves.full_rank import FullRankTangent
 from projunn_manifold.moves.move import Move
 from projunn_manifold.moves.rank_k import RankKTangent
 from projunn_manifold.moves.rank_one import RankOneTangent
-from projunn_manifold.moves.tangent import Tangent
+from projunn_manifold.moves.tangent import Tangent, longest_step
 from projunn_manifold.sketching.lowrank import LowRank
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "projunn_t_",
     "sketched_tangent",
     "tangent_of_gradient",
+    "tangent_of_vector",
 ]
 
 
@@ -38,11 +40,18 @@ def tangent_of_gradient(x: Matrix, factors: LowRank) -> Tangent:
 
     Factors of m/2 columns or more save nothing on square X; there the tangent is that of their product.
     """
-    if x.shape[-2] != x.shape[-1]:
-        return FramedTangent.of_gradient(x, factors)
-    if factors.rank > 1 and 2 * factors.rank >= x.shape[-1]:
+    is_square = x.shape[-2] == x.shape[-1]
+    if is_square and factors.rank > 1 and 2 * factors.rank >= x.shape[-1]:
         return FullRankTangent.of_vector(x, factors.dense())
-    return (RankOneTangent if factors.rank == 1 else RankKTangent).of_gradient(x, factors)
+    kind = FramedTangent if not is_square else RankOneTangent if factors.rank == 1 else RankKTangent
+    tangent = kind.of_gradient(x, factors)
+    return AnalyticTangent.of_gradient(tangent, x, factors) if context.wants_derivatives(x.like, *factors) else tangent
+
+
+def tangent_of_vector(x: Matrix, u: Tensor, q: Tensor | None) -> Tangent:
+    """Return the tangent that a dense vector u is reduced to inside the right basis q (None: all of it)."""
+    tangent = FramedTangent.of_dense(x, u, q)
+    return AnalyticTangent.of_dense(tangent, x, u, q) if context.wants_derivatives(x.like, u) else tangent
 
 
 def sketched_tangent(x: CompiledMatrix, g: Matrix, test: Tensor) -> Tangent | None:  # test: (m, k)
@@ -54,12 +63,27 @@ def sketched_tangent(x: CompiledMatrix, g: Matrix, test: Tensor) -> Tangent | No
 
 def move_d(x: Matrix, factors: LowRank) -> Move:
     """Return the move of projUNN-D: to the closest unitary to ``X + a b^H``."""
-    return FramedStep.of_factors(x, factors).raw_retraction()
+    move = FramedStep.of_factors(x, factors).raw_retraction()
+    return polar_move(move, x, factors) if context.wants_derivatives(x.like, *factors) else move
 
 
 def move_t(x: Matrix, factors: LowRank) -> Move:
-    """Return the move of projUNN-T: along the geodesic of the tangent part of ``a b^H``."""
-    return tangent_of_gradient(x, factors).geodesic()
+    """Return the move of projUNN-T: along the geodesic of the tangent part of ``a b^H``.
+
+    Raises
+    ------
+    ValueError
+        On CPU, if the tangent part is too long for its precision.
+    """
+    tangent = tangent_of_gradient(x, factors)
+    if context.readable(x.like):
+        within = torch.as_tensor(tangent.squared_norm()) <= longest_step(x.like)  # which NaN is not
+        if not within.all():
+            raise ValueError(
+                f"projunn_t: the tangent part of a b^H is too long for {x.like.dtype}, rounding would leave nothing of "
+                "it; use a smaller step"
+            )
+    return tangent.geodesic()
 
 
 @in_full_precision
@@ -86,8 +110,8 @@ def projunn_d(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Raises
     ------
     TypeError, ValueError
-        Shapes, dtypes or devices that do not match; on CPU also non-finite factors and a numerically
-        singular :math:`X + a b^H`, whose closest unitary is not unique.
+        Shapes, dtypes or devices that do not match; on CPU also non-finite factors, steps whose squares leave the
+        range, and a numerically singular :math:`X + a b^H`, whose closest unitary is not unique.
 
     Notes
     -----
@@ -118,7 +142,8 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     .. math:: Y = \exp(A)\,X,\qquad A = \tfrac12\,(a b^H X^H - X b a^H)
 
     Parameters and errors are those of :func:`projunn_d`, without the singular case: the exponential
-    always exists.  Cost: as there, with one read of square X less in compiled loops; at k = 1 on square X the cores are
+    always exists.  On CPU a tangent part longer than :math:`\sqrt{2m}/\epsilon` is refused, of which rounding would
+    leave nothing.  Cost: as there, with one read of square X less in compiled loops; at k = 1 on square X the cores are
     scalars, for which the host never waits.
 
     Notes
@@ -137,7 +162,7 @@ def projunn_t(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             [ 0.8415,  0.5403]], dtype=torch.float64)
     """
     known, factors = _checked(x, a, b)
-    return move_t(known, factors.balanced()).apply(known)
+    return move_t(known, factors).apply(known)
 
 
 @in_full_precision
@@ -155,7 +180,7 @@ def projunn_t_(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     with torch.no_grad():
         validation.check_writable(x)
         known, factors = _checked(x, a, b)
-        return move_t(known, factors.balanced()).apply_(known)
+        return move_t(known, factors).apply_(known)
 
 
 def _checked(x: Tensor, a: Tensor, b: Tensor) -> tuple[Matrix, LowRank]:
@@ -179,4 +204,4 @@ def _checked(x: Tensor, a: Tensor, b: Tensor) -> tuple[Matrix, LowRank]:
         raise ValueError(
             f"the factors must be finite, got {bad} non-finite entries in a {tuple(a.shape)} and b {tuple(b.shape)}"
         )
-    return matrix(x), LowRank(a, b)
+    return matrix(x), LowRank(a, b).balanced()

@@ -105,7 +105,7 @@ class RankKTangent(Tangent):
 
     def squared_norm(self) -> Scalar:  # (*batch,), double
         """Return the squared norm of the lift, ``τ² (‖Ω‖² + ½‖R‖²)``."""
-        return (small.squared_norm(self.omega) + small.squared_norm(self.r) / 2) * self.scale**2
+        return (small.squared_norm(self.omega) + small.squared_norm(self.r) / 2) * self.scale * self.scale
 
     def move(self, angle: Angle) -> LowRankMove:
         """Return the move that turns the rotation angles θ into α(θ)."""
@@ -125,5 +125,5 @@ class RankKTangent(Tangent):
             theta, basis = small.namespace(lift).linalg.eigh(-1j * lift)
             phi, psi = angle.complex_phi(theta), angle.psi(theta)
             f11, phi11, psi11 = (small.spectral(basis[..., :k, :], values) for values in (1j * theta * phi, phi, psi))
-        phi11, psi11 = small.multiple(self.scale / 2, phi11), small.multiple(self.scale**2 / -4, psi11)
+        phi11, psi11 = small.multiple(self.scale / 2, phi11), small.multiple(self.scale * self.scale / -4, psi11)
         return small.block(f11, phi11, -phi11, psi11)

@@ -17,7 +17,7 @@ from projunn_manifold.linalg.phases import LONGEST
 from projunn_manifold.moves.angle import GEODESIC, POLAR, Angle
 from projunn_manifold.moves.move import Move
 
-__all__ = ["Footpoint", "Tangent", "without", "without_scale"]
+__all__ = ["Footpoint", "Tangent", "longest_step", "without", "without_scale"]
 
 
 class Footpoint(NamedTuple):
@@ -122,6 +122,11 @@ class Tangent(ABC):
     def retraction(self) -> Move:
         """Return the move to the polar factor of X + u (projUNN-D)."""
         return self.move(POLAR)
+
+
+def longest_step(x: Tensor) -> float:
+    """Return the squared norm beyond which a step from x has no digits in x's precision."""
+    return 2 * x.shape[-1] / torch.finfo(x.dtype).eps ** 2
 
 
 def without_scale(lost: Tensor, scale: Scalar) -> Scalar:

@@ -51,8 +51,10 @@ class LowRank(NamedTuple):
         """Return the same matrix with factors of about one size, so that neither leaves the range of its precision."""
         if not self.rank:
             return self
-        sizes = [t.detach().abs().amax((-2, -1), keepdim=True) for t in self]
+        sizes = [(t.detach() / 2).abs().amax((-2, -1), keepdim=True) for t in self]  # whose moduli stay in range
         ratio = torch.where((sizes[0] > 0) & (sizes[1] > 0), sizes[1].sqrt() / sizes[0].sqrt(), 1.0)
+        tiny = torch.finfo(ratio.dtype).tiny
+        ratio = ratio.clamp(tiny, 1 / tiny)
         return LowRank(self.a * ratio, self.b / ratio)
 
     def without(self, lost: Tensor) -> LowRank:  # lost: (*batch,), bool

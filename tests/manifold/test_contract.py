@@ -248,3 +248,10 @@ def test_a_default_device_does_not_reach_into_a_step(draw):
             manifold = UnitaryLowRank(1)
             assert manifold.retr(point, manifold.egrad2rgrad(point, gradient + 0.1 * point)).is_cpu
             assert manifold.step_(point, gradient, 0.1).is_cpu
+
+
+def test_an_empty_stack_in_numpys_layout_is_stepped_in_place():
+    """NumPy gives an empty array strides of 0, and nothing shares memory there."""
+    x = torch.from_numpy(np.zeros((0, 5, 5)))
+    assert 0 in x.stride()
+    assert UnitaryLowRank(k=1).step_(x, x, lr=0.1) is x

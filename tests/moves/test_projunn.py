@@ -71,6 +71,34 @@ def test_unbalanced_and_huge_factors_stay_finite_and_right(draw, shape, k, dtype
         assert error(projunn_t(x, a, b), expected) <= bound(dtype, norm)
 
 
+@pytest.mark.parametrize("ours", [projunn_d, projunn_t])
+@pytest.mark.parametrize("is_a_large", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 64])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 20), (2, 8, 8)], ids=str)
+def test_factors_at_the_ends_of_the_range_make_the_step_of_balanced_ones(draw, shape, k, dtype, is_a_large, ours):
+    x, (a, b) = draw.point(*shape, dtype=dtype), draw.factors(shape, k, dtype, 0.5)
+    size = 2.0 ** round(math.log2(torch.finfo(dtype).max / 2 / max(a.abs().max(), b.abs().max()).item()))
+    size = size if is_a_large else 1 / size
+    balanced = ours(x, a, b)
+    assert error(ours(x, a * size, b / size), balanced) <= bound(dtype) + 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("ours", [projunn_d, projunn_t, projunn_d_, projunn_t_])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("shape", [(16, 16), (20, 9), (3, 12, 12)], ids=str)
+def test_a_product_beyond_the_range_is_refused_and_nothing_is_changed(draw, shape, k, dtype, ours):
+    x, (a, b) = draw.point(*shape, dtype=dtype), draw.factors(shape, k, dtype)
+    kept, size = x.clone(), torch.finfo(dtype).max ** 0.8 / 1e3
+    if len(shape) > 2:
+        a[1:] /= size  # one member suffices
+        b[1:] /= size
+    with pytest.raises(ValueError, match=r"singular|too large|too long"):
+        ours(x, a * size, b * size)
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", [(32, 32), (32, 12)], ids=str)
 @pytest.mark.parametrize("k", [1, 2, 4])

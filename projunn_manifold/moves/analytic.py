@@ -1,0 +1,221 @@
+r"""Moves whose derivatives exist wherever the map is smooth: at zero, dependent and parallel factors too.
+
+The bases of the other modules, square roots, QR and eigenvectors, have no derivatives where columns depend on each
+other or angles repeat, but the moves do.  Where autograd asks for them, a move gives its value, and the derivatives are
+those of the same map in another form: thin matrices V and an analytic function of a small matrix.  Numbers enter that
+do not depend on the point, a basis R of the range of V as it is, :math:`V = Z R`, and keep the small matrix near a
+normal one; since they are constants, derivatives of every order are exact.
+
+.. math::
+
+    e^A = I + Z E\,\varphi_1(PE)\,Z^H,\quad A = Z E Z^H,\qquad
+    (I + N)^{-1/2} = I - Z C\,\big[I + PC + (I + PC)^{1/2}\big]^{-1} Z^H,\quad N = Z C Z^H,\qquad P = Z^H Z .
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+
+from projunn_manifold.linalg import dense, phases, small
+from projunn_manifold.linalg.dense import Scalar
+from projunn_manifold.linalg.products import Matrix
+from projunn_manifold.moves.angle import GEODESIC, Angle
+from projunn_manifold.moves.move import LowRankMove, Move
+from projunn_manifold.moves.tangent import Tangent, without, without_scale
+from projunn_manifold.sketching.lowrank import LowRank
+
+__all__ = ["AnalyticMove", "AnalyticTangent", "polar_move"]
+
+
+@final
+@dataclass(frozen=True)
+class AnalyticMove:
+    """A move by value, and the same one by its derivatives."""
+
+    value: Move
+    derivatives: LowRankMove
+
+    def apply_(self, x: Matrix) -> Tensor:
+        """Move X in place and return its tensor."""
+        return self.value.apply_(x)
+
+    def apply(self, x: Matrix) -> Tensor:
+        """Return the moved point."""
+        return dense.with_derivatives_of(self.derivatives.apply(x), self.value.apply(x))
+
+    def transport(self, v: Tensor) -> Tensor:
+        """Return g v, the tangent v at X carried to Y."""
+        carried = self.value.transport(v)
+        if self.derivatives.group is None:
+            return carried
+        return dense.with_derivatives_of(self.derivatives.transport(v), carried)
+
+    def transport_(self, v: Tensor) -> Tensor:
+        """Carry v to Y in place."""
+        return self.value.transport_(v)
+
+
+@final
+@dataclass(frozen=True)
+class AnalyticTangent(Tangent):
+    """The tangent ``½ τ (a b^H - X b a^H X)``; ``left`` is W = [X b, a], ``right`` is S = [b, X^H a].
+
+    The values of its moves are those of another tangent.
+    """
+
+    value: Tangent
+    x: Matrix
+    outside: Tensor | None  # the part of a outside range X, where W is made from S: W = X S + [0, outside]
+    from_left: bool  # whether S is made from W instead: S = X^H W
+    scale: Scalar = 1.0  # τ
+
+    @classmethod
+    def of_gradient(cls, value: Tangent, x: Matrix, factors: LowRank) -> AnalyticTangent:
+        """Return the tangent of the gradient ``a b^H`` at X."""
+        a, b = factors
+        if x.shape[-2] == x.shape[-1]:
+            left = torch.cat((x.times(b), a), -1)
+            return cls(value.footpoint, left, x.adjoint_times(left), value, x, None, from_left=True)
+        along = x.adjoint_times(a)
+        return cls._in_frame(value, x, b, along, a - x.times(along))
+
+    @classmethod
+    def of_dense(cls, value: Tangent, x: Matrix, u: Tensor, q: Tensor | None) -> AnalyticTangent:
+        """Return the tangent that a dense vector u is reduced to inside the right basis q (None: all of it)."""
+        if q is None:
+            m = x.shape[-1]
+            q = dense.columns_of_identity(*x.shape[:-2], m, m, dtype=u.dtype, device=u.device)
+        uq = u @ q
+        along = q @ dense.skew(dense.adjoint_times(x.times(q), uq))
+        outside = None if x.shape[-2] == x.shape[-1] else 2 * (uq - x.times(x.adjoint_times(uq)))
+        return cls._in_frame(value, x, q, along, outside)
+
+    @classmethod
+    def _in_frame(cls, value: Tangent, x: Matrix, b: Tensor, along: Tensor, outside: Tensor | None) -> AnalyticTangent:
+        """Return the tangent of ``(X along + outside) b^H``; outside is projected out of the range of X once more."""
+        right = torch.cat((b, along), -1)
+        left = x.times(right)
+        if outside is not None:
+            outside = outside - x.times(x.adjoint_times(outside))
+            left = left + _after_zeros(outside)
+        return cls(value.footpoint, left, right, value, x, outside, from_left=False)
+
+    def scaled(self, c: Scalar) -> AnalyticTangent:
+        """Return ``c`` times the tangent."""
+        return replace(self, value=self.value.scaled(c), scale=self.scale * dense.wide(c))
+
+    def without(self, lost: Tensor) -> AnalyticTangent:
+        """Return the tangent with zero for the matrices that are lost."""
+        parts = {name: without(lost, getattr(self, name)) for name in ("left", "right", "outside")}
+        return replace(self, value=self.value.without(lost), scale=without_scale(lost, self.scale), **parts)
+
+    def outer(self) -> tuple[Tensor, Tensor]:
+        """Return ``W K`` and ``S``."""
+        return self._turned(self.left), self.right
+
+    def squared_norm(self) -> Scalar:
+        """Return the squared norm of the tangent's lift."""
+        return self.value.squared_norm()
+
+    def within_reach(self) -> tuple[AnalyticTangent, None]:
+        """Return the tangent as it is: where derivatives are asked for, the host may wait."""
+        return self, None
+
+    def move(self, angle: Angle) -> AnalyticMove:
+        """Return the move that turns the rotation angles θ into α(θ); on tall X, D is the polar factor of X + u."""
+        if angle is GEODESIC:
+            return AnalyticMove(self.value.move(angle), self._geodesic())
+        outside = None if self.outside is None else self._turned(_after_zeros(self.outside))
+        return AnalyticMove(self.value.move(angle), _polar_move(self.x, self.right, self._turned(self.right), outside))
+
+    def _turned(self, pair: Tensor) -> Tensor:
+        """Return ``[u, v] K = τ/2 [v, -u]``."""
+        first, last = pair.tensor_split(2, -1)
+        return (torch.cat((last, -first), -1) * dense.per_matrix(0.5 * self.scale)).to(pair.dtype)
+
+    def _geodesic(self) -> LowRankMove:
+        z, r = _with_constant_basis(self.left if self.from_left else self.right)
+        r_b, r_a = r.tensor_split(2, -1)
+        e, p = r_a @ r_b.mH - r_b @ r_a.mH, _gram(z)
+        if self.from_left:
+            left, right = z, self.x.adjoint_times(z)
+        else:
+            left, right = self.x.times(z), z
+        if self.outside is not None:
+            beyond, r_out = _with_constant_basis(self.outside)
+            left, below, gram = torch.cat((left, beyond), -1), r_out @ r_b.mH, _gram(beyond)
+            e = small.block(e, -below.mH, below, torch.zeros_like(gram))
+            p = small.block(p, torch.zeros_like(below.mH), torch.zeros_like(below), gram)
+        e = dense.per_matrix(0.5 * self.scale) * e
+        group = (e @ _phi_one(p @ e)).to(z.dtype)
+        return LowRankMove(left, group[..., : z.shape[-1]], right, group)
+
+
+def polar_move(value: Move, x: Matrix, factors: LowRank) -> AnalyticMove:
+    """Return the move to the polar factor of X + a b^H, whose value is known."""
+    along, outside = x.adjoint_times(factors.a), None
+    if x.shape[-2] > x.shape[-1]:
+        outside = factors.a - x.times(along)
+        outside = outside - x.times(x.adjoint_times(outside))
+    return AnalyticMove(value, _polar_move(x, factors.b, along, outside))
+
+
+def _polar_move(x: Matrix, b: Tensor, along: Tensor, outside: Tensor | None) -> LowRankMove:
+    r"""Return the move to the polar factor of :math:`X + (X\tilde a + a_\perp) b^H`.
+
+    With :math:`V = [b, \tilde a]` it is that sum times :math:`(I + N)^{-1/2}`,
+    :math:`N = \tilde a b^H + b \tilde a^H + b\,a^H a\,b^H = V C V^H`.
+    """
+    z, r = _with_constant_basis(torch.cat((b, along), -1))
+    r_b, r_a = r.tensor_split(2, -1)
+    step, gram = r_a @ r_b.mH, _gram(along)
+    if outside is not None:
+        gram = gram + _gram(outside)
+    c, p = step + step.mH + r_b @ gram @ r_b.mH, _gram(z)
+    square = _plus_identity(p @ c)
+    shrink = -c @ torch.linalg.inv(square + phases.square_root(square))
+    core, left = step + shrink + step @ p @ shrink, x.times(z)
+    if outside is None:
+        core = core.to(z.dtype)
+        return LowRankMove(left, core, z, core)
+    core = torch.cat((core, r_b.mH @ _plus_identity(p @ shrink)), -2).to(z.dtype)
+    return LowRankMove(torch.cat((left, outside), -1), core, z, None)
+
+
+def _after_zeros(v: Tensor) -> Tensor:
+    """Return ``[0, v]``."""
+    return torch.cat((torch.zeros_like(v), v), -1)
+
+
+def _with_constant_basis(v: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, r) -> (*batch, n, r), (*batch, r, r)
+    """Return Z and a constant R with V = Z R; Z is orthonormal, but for tiny columns that dependent ones leave."""
+    wide = v.to(dense.high_precision(v))
+    known = wide.detach()
+    size = torch.linalg.vector_norm(known, dim=-2, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    squares, basis = torch.linalg.eigh(_gram(known / size))
+    rounding = 16 * v.shape[-1] * torch.finfo(squares.dtype).eps
+    roots = torch.where(squares > rounding, squares.clamp_min(rounding).sqrt(), 1.0)
+    r = roots[..., None] * basis.mH * size
+    return (wide @ (basis / roots[..., None, :] / size.mT)).to(v.dtype), r
+
+
+def _gram(v: Tensor) -> Tensor:  # (*batch, n, r) -> (*batch, r, r)
+    """Return ``V^H V`` in the precision of small cores."""
+    wide = v.to(dense.high_precision(v))
+    return wide.mH @ wide
+
+
+def _phi_one(x: Tensor) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
+    """Return (e^x - 1) / x of a matrix: a block of an exponential."""
+    r = x.shape[-1]
+    top = torch.cat((x, _plus_identity(torch.zeros_like(x))), -1)
+    return torch.linalg.matrix_exp(torch.cat((top, torch.zeros_like(top)), -2))[..., :r, r:]
+
+
+def _plus_identity(x: Tensor) -> Tensor:
+    return x + torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
