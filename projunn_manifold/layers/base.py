@@ -64,7 +64,7 @@ class KeepsManifolds(StaysComplex):
         """Put this layer's entries in the place of those of torch's layer; the dictionary is the loader's own."""
 
     def _check_conversion(self, dtype: torch.dtype) -> None:
-        """Raise, before anything is converted, for a dtype that this layer cannot have."""
+        """Raise, before anything of this layer is converted, for a dtype that it cannot have."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Convert parameters, and put them back on their manifolds."""

@@ -39,9 +39,9 @@ __all__ = [
     "polar",
     "polar_functions",
     "polar_increment",
+    "polar_near",
     "polar_of_any_sum",
     "polar_of_sum",
-    "square_root",
     "within_reach",
 ]
 
@@ -53,8 +53,6 @@ _SHORT = 2.0**-20
 _SHORT_SQUARE = 1 / 16  # ‖N‖₂ up to which a polynomial of low degree serves
 _BEYOND = 1 / 64  # share by which intervals are widened: rounding leads beyond their ends, where slopes are steep
 _UPPER = 1 / 32  # where the upper part of an interval of singular values starts, relative to its end
-_ROOTS = 50  # steps to a square root; at first they halve the distance of an eigenvalue from one
-_NEAR = 1e-8  # distance from where one step is exact to rounding
 _DEGREES = (2, 4, 6, 9, 12, 16)  # of the exponential's series: the highest for so many products, 1 to 6
 
 
@@ -70,7 +68,7 @@ def exponential_increment(omega: Tensor) -> Tensor:  # (*batch, n, n) -> (*batch
         if degree + squarings > 4:  # a product for a sharper bound is worth it
             bound = _largest_row_sum(square @ square) ** 0.25
             if not bound <= _LONG_GEODESIC:
-                return increment_of_phases(omega, lambda theta: theta, _long_exponential)
+                return increment_of_phases(omega, lambda theta: theta, torch.linalg.matrix_exp)
             degree, squarings = _series(bound, omega.dtype)
     else:
         scale = _shrinkage(square)
@@ -204,7 +202,8 @@ def increment_of_phases(
 ) -> Tensor:
     """Return f(Ω) - I, where f(Ω) has the eigenvalues e^{iα(θ)}, from an eigendecomposition in double precision.
 
-    Eigenvectors have no derivatives where angles repeat; those of ``smooth``, the same function of Ω, take their place.
+    Eigenvectors have no derivatives where angles repeat; those of ``smooth``, the same function of Ω up to a constant,
+    take their place.
     """
     wide = dense.finite_entries(dense.in_double(omega))
     if smooth is None or not context.wants_derivatives(omega):
@@ -213,28 +212,33 @@ def increment_of_phases(
     return dense.with_derivatives_of(small.to(smooth(wide), omega), value)
 
 
-def square_root(x: Tensor) -> Tensor:  # (*batch, r, r) -> (*batch, r, r)
-    """Return the square root of matrices whose eigenvalues are positive, with all derivatives.
+def polar_near(core: Tensor, known: Tensor, h: Tensor, gram: Tensor) -> Tensor:
+    r"""Return C of the polar factor X + P C Q^H of X + P ``core`` Q^H, with derivatives of first and second order.
 
-    By the product form of Denman's and Beavers' steps, which are Newton's for the sign of a matrix.
+    P = [X Q, Q'] with Q' normal to X has the Gram matrix ``gram``; C is ``(*batch, p, q)``.  At the point only
+    derivatives lead away from, the polar factor takes Q to P ``known``, and :math:`Q^H` times its Hermitian factor is
+    diag(``h``) :math:`Q^H`.  Two steps with the constant Jacobian of the equations (the factor is an isometry Y, and
+    :math:`Y^H M` is Hermitian with :math:`Y Y^H M = M`) make one order right each.
     """
-    root, m, left = x, x, _ROOTS
-    while left:
-        inverse = torch.linalg.inv(m)
-        root = (root + root @ inverse) / 2
-        m = _plus_identity((m + inverse) / 4, 0.5)
-        left -= 1
-        if left > 2 and context.readable(m) and (_row_sums(_plus_identity(m.detach().clone(), -1.0)) <= _NEAR).all():
-            left = 2  # for the first and the second derivative
-    return root
-
-
-def _long_exponential(omega: Tensor) -> Tensor:
-    return torch.linalg.matrix_exp(omega)
+    q = core.shape[-1]
+    embedding = dense.columns_of_identity(*core.shape[-2:], dtype=core.dtype, device=core.device)
+    rows, columns = h[..., :, None], h[..., None, :]
+    found = known - embedding
+    for _ in range(2):
+        weighted = found.mH @ gram
+        product = core[..., :q, :] + found[..., :q, :].mH + weighted @ core  # Y^H M less the identity
+        hermitian = -(found[..., :q, :] + found[..., :q, :].mH + weighted @ found) / 2
+        turn = product - product.mH + hermitian * columns - rows * hermitian
+        normal = core - found - (embedding + found @ gram[..., :q, :q]) @ product
+        normal = normal - known @ (known.mH @ normal)
+        found = found + known @ (hermitian + turn / (rows + columns)) + normal / columns
+    return found
 
 
 def _long_polar(omega: Tensor) -> Tensor:
-    return _plus_identity(omega.clone(), 1.0) @ torch.linalg.inv(square_root(_plus_identity(-omega @ omega, 1.0)))
+    u, h, vh = torch.linalg.svd(_plus_identity(omega.detach().clone(), 1.0))
+    one = torch.eye(omega.shape[-1], dtype=omega.dtype, device=omega.device)
+    return vh.mH @ polar_near(vh @ omega @ vh.mH, vh @ u, h, one) @ vh
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------

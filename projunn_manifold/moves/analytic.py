@@ -2,14 +2,17 @@ r"""Moves whose derivatives exist wherever the map is smooth: at zero, dependent
 
 The bases of the other modules, square roots, QR and eigenvectors, have no derivatives where columns depend on each
 other or angles repeat, but the moves do.  Where autograd asks for them, a move gives its value, and the derivatives are
-those of the same map in another form: thin matrices V and an analytic function of a small matrix.  Numbers enter that
-do not depend on the point, a basis R of the range of V as it is, :math:`V = Z R`, and keep the small matrix near a
-normal one; since they are constants, derivatives of every order are exact.
+those of the same map in another form: thin matrices V and a function of a small matrix.  There :math:`V = Q R` with a
+basis Q of two parts.  The first is orthonormal and a constant; the second is what V differs from its part along the
+first, zero but for its derivatives.
 
 .. math::
 
-    e^A = I + Z E\,\varphi_1(PE)\,Z^H,\quad A = Z E Z^H,\qquad
-    (I + N)^{-1/2} = I - Z C\,\big[I + PC + (I + PC)^{1/2}\big]^{-1} Z^H,\quad N = Z C Z^H,\qquad P = Z^H Z .
+    e^A = I + Q E\,\varphi_1(PE)\,Q^H,\quad A = Q E Q^H,\qquad P = Q^H Q,
+
+and the polar factor is found by two steps of Newton's method from its value, with the Jacobian there, a constant; each
+step makes another order of derivatives right.  Derivatives of T are right to rounding in every order, those of D in the
+first and the second.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from dataclasses import dataclass, replace
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from projunn_manifold.linalg import dense, phases, small
+from projunn_manifold.linalg import dense, phases, qr, small
 from projunn_manifold.linalg.dense import Scalar
 from projunn_manifold.linalg.products import Matrix
 from projunn_manifold.moves.angle import GEODESIC, Angle
@@ -138,21 +141,20 @@ class AnalyticTangent(Tangent):
         return (torch.cat((last, -first), -1) * dense.per_matrix(0.5 * self.scale)).to(pair.dtype)
 
     def _geodesic(self) -> LowRankMove:
-        z, r = _with_constant_basis(self.left if self.from_left else self.right)
+        q, r = _around_constant(self.left if self.from_left else self.right)
         r_b, r_a = r.tensor_split(2, -1)
-        e, p = r_a @ r_b.mH - r_b @ r_a.mH, _gram(z)
-        if self.from_left:
-            left, right = z, self.x.adjoint_times(z)
-        else:
-            left, right = self.x.times(z), z
+        e, p = r_a @ r_b.mH - r_b @ r_a.mH, _gram(q)
+        q = q.to(self.left.dtype)
+        left, right = (q, self.x.adjoint_times(q)) if self.from_left else (self.x.times(q), q)
         if self.outside is not None:
-            beyond, r_out = _with_constant_basis(self.outside)
-            left, below, gram = torch.cat((left, beyond), -1), r_out @ r_b.mH, _gram(beyond)
+            beyond, r_out = _around_constant(self.outside, self.x)
+            below, gram = r_out @ r_b.mH, _gram(beyond)
+            left = torch.cat((left, beyond.to(left.dtype)), -1)
             e = small.block(e, -below.mH, below, torch.zeros_like(gram))
-            p = small.block(p, torch.zeros_like(below.mH), torch.zeros_like(below), gram)
+            p = _side_by_side(p, gram)
         e = dense.per_matrix(0.5 * self.scale) * e
-        group = (e @ _phi_one(p @ e)).to(z.dtype)
-        return LowRankMove(left, group[..., : z.shape[-1]], right, group)
+        group = (e @ _phi_one(p @ e)).to(left.dtype)
+        return LowRankMove(left, group[..., : q.shape[-1]], right, group)
 
 
 def polar_move(value: Move, x: Matrix, factors: LowRank) -> AnalyticMove:
@@ -165,25 +167,40 @@ def polar_move(value: Move, x: Matrix, factors: LowRank) -> AnalyticMove:
 
 
 def _polar_move(x: Matrix, b: Tensor, along: Tensor, outside: Tensor | None) -> LowRankMove:
-    r"""Return the move to the polar factor of :math:`X + (X\tilde a + a_\perp) b^H`.
-
-    With :math:`V = [b, \tilde a]` it is that sum times :math:`(I + N)^{-1/2}`,
-    :math:`N = \tilde a b^H + b \tilde a^H + b\,a^H a\,b^H = V C V^H`.
-    """
-    z, r = _with_constant_basis(torch.cat((b, along), -1))
+    r"""Return the move to the polar factor of :math:`X + (X\tilde a + a_\perp) b^H`."""
+    q, r = _around_constant(torch.cat((b, along), -1))
     r_b, r_a = r.tensor_split(2, -1)
-    step, gram = r_a @ r_b.mH, _gram(along)
+    core, gram, free = r_a @ r_b.mH, _gram(q), r.shape[-1]
+    fixed = q.shape[-1] - free
+    known = _plus_identity(core.detach()[..., :fixed, :fixed])
     if outside is not None:
-        gram = gram + _gram(outside)
-    c, p = step + step.mH + r_b @ gram @ r_b.mH, _gram(z)
-    square = _plus_identity(p @ c)
-    shrink = -c @ torch.linalg.inv(square + phases.square_root(square))
-    core, left = step + shrink + step @ p @ shrink, x.times(z)
+        beyond, r_out = _around_constant(outside, x)
+        below, fixed_out = r_out @ r_b.mH, beyond.shape[-1] - r_out.shape[-1]
+        known = torch.cat((known, below.detach()[..., :fixed_out, :fixed]), -2)
+    u, h, vh = torch.linalg.svd(known, full_matrices=False)
+    turn = _with_ones(vh.mH, free)
+    q, gram, core = q @ turn, turn.mH @ gram @ turn, turn.mH @ core @ turn
+    known = _with_ones(vh @ u[..., :fixed, :], free)
+    if outside is not None:
+        known = torch.cat((known, nn.functional.pad(u[..., fixed:, :], (0, free, 0, r_out.shape[-1]))), -2)
+        core = torch.cat((core, below @ turn), -2)
+        gram = _side_by_side(gram, _gram(beyond))
+    found = phases.polar_near(core, known, nn.functional.pad(h, (0, free), value=1.0), gram).to(b.dtype)
+    q = q.to(b.dtype)
     if outside is None:
-        core = core.to(z.dtype)
-        return LowRankMove(left, core, z, core)
-    core = torch.cat((core, r_b.mH @ _plus_identity(p @ shrink)), -2).to(z.dtype)
-    return LowRankMove(torch.cat((left, outside), -1), core, z, None)
+        return LowRankMove(x.times(q), found, q, found)
+    return LowRankMove(torch.cat((x.times(q), beyond.to(b.dtype)), -1), found, q, None)
+
+
+def _side_by_side(a: Tensor, b: Tensor) -> Tensor:
+    """Return diag(a, b)."""
+    return small.block(a, a.new_zeros(*a.shape[:-1], b.shape[-1]), a.new_zeros(*b.shape[:-1], a.shape[-1]), b)
+
+
+def _with_ones(a: Tensor, count: int) -> Tensor:
+    """Return diag(a, 1, ..., 1)."""
+    one = torch.eye(count, dtype=a.dtype, device=a.device)
+    return _side_by_side(a, one.expand(*a.shape[:-2], -1, -1))
 
 
 def _after_zeros(v: Tensor) -> Tensor:
@@ -191,17 +208,16 @@ def _after_zeros(v: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(v), v), -1)
 
 
-def _with_constant_basis(v: Tensor) -> tuple[Tensor, Tensor]:  # (*batch, n, r) -> (*batch, n, r), (*batch, r, r)
-    """Return Z and a constant R with V = Z R; Z is orthonormal, but for tiny columns that dependent ones leave."""
+def _around_constant(v: Tensor, x: Matrix | None = None) -> tuple[Tensor, Tensor]:
+    """Return Q, ``(*batch, n, s + r)``, and R, ``(*batch, s + r, r)``, with V = Q R; columns normal to X stay so."""
     wide = v.to(dense.high_precision(v))
-    known = wide.detach()
-    size = torch.linalg.vector_norm(known, dim=-2, keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
-    squares, basis = torch.linalg.eigh(_gram(known / size))
-    rounding = 16 * v.shape[-1] * torch.finfo(squares.dtype).eps
-    roots = torch.where(squares > rounding, squares.clamp_min(rounding).sqrt(), 1.0)
-    r = roots[..., None] * basis.mH * size
-    return (wide @ (basis / roots[..., None, :] / size.mT)).to(v.dtype), r
+    known = qr.thin_qr(wide.detach())[0]
+    along = known.mH @ wide
+    if x is not None:
+        part = known.to(v.dtype)
+        known = (part - x.times(x.adjoint_times(part))).to(wide.dtype)
+    one = torch.eye(v.shape[-1], dtype=wide.dtype, device=v.device).expand(*v.shape[:-2], -1, -1)
+    return torch.cat((known, wide - known @ along), -1), torch.cat((along, one), -2)
 
 
 def _gram(v: Tensor) -> Tensor:  # (*batch, n, r) -> (*batch, r, r)

@@ -65,8 +65,8 @@ class FramedStep:
         Raises
         ------
         ValueError
-            On CPU, if X + a b^H is numerically singular: its polar factor is then not unique; if squares of the step
-            leave the range.
+            On CPU, if X + a b^H is numerically singular, so that its polar factor is not unique.  Also on CPU, if
+            squares of the step leave the range.
         """
         is_readable = context.readable(self.p)
         if is_readable and not all(

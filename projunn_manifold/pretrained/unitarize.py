@@ -149,9 +149,9 @@ def unitarize(
     >>> fold(model)[2].weight.__class__
     <class 'torch.nn.parameter.Parameter'>
     """
-    if isinstance(manifold, nn.Module):
+    if isinstance(manifold, nn.Module) or not callable(manifold):
         raise TypeError(
-            f"`manifold` must be a class, such as UnitaryLowRank, of which each weight gets an object, got {manifold}"
+            f"`manifold` must be a class, such as UnitaryLowRank, of which each weight gets an object, got {manifold!r}"
         )
     search: Any = {"rotation": rotation, **options}
     problem = as_problem(method, search)[1]

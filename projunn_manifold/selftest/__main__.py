@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"no product of matrices works on {options.device!r}", file=sys.stderr)
         return 1
     file = options.json or Path(f"selftest-{on.device.type}.json")
-    if file.is_dir() or not os.access(file.parent, os.W_OK):  # known now, not after minutes
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):  # known now, not after minutes
         parser.error(f"argument --json: {file} cannot be written")
     record: dict[str, Any] = {"versions": versions(), "device": described(on.device), "quick": options.quick}
     print(*(f"{name} {version}" for name, version in record["versions"].items()), sep=", ")

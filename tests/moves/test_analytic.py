@@ -14,6 +14,7 @@ CASES = {
     "a zero column": lambda x, a, b: (torch.cat((a[..., :1], 0 * a[..., 1:]), -1), b),
     "normal": lambda x, a, b: (x @ b / 4, b),
     "inside": lambda x, a, b: (x @ (x.mH @ a), b),
+    "a tiny column": lambda x, a, b: (torch.cat((a[..., :1], 1e-8 * a[..., 1:]), -1), b),
     "tiny": lambda x, a, b: (1e-9 * a, b),
     "one member is zero": lambda x, a, b: (torch.cat((0 * a[:1], a[1:])), b),
 }
@@ -80,6 +81,67 @@ def test_derivatives_of_both_orders(draw, shape, k, function, case):
     given = [t.requires_grad_() for t in step(draw, shape, k, torch.float64, case)]
     assert torch.autograd.gradcheck(function, given, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, given, fast_mode=True, atol=1e-4)
+
+
+# Of tiny factors the second derivatives have the rounding of balanced ones, times the ratio of their sizes.
+@pytest.mark.parametrize(
+    ("shape", "case"), [each for each in cases([(5, 5), (2, 5, 5), (6, 4)]) if each[1] != "tiny"], ids=str
+)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize(("ours", "dense"), [(projunn_t, geodesic), (projunn_d, polar)])
+def test_second_derivatives_are_those_of_the_dense_map(draw, shape, k, ours, dense, case):
+    x, *factors = step(draw, shape, k, torch.float64, case)
+    weight, along = draw.matrix(*shape, dtype=torch.float64), [draw.matrix(*f.shape, dtype=f.dtype) for f in factors]
+
+    def second(function):
+        leaves = [f.clone().requires_grad_() for f in factors]
+        first = torch.autograd.grad((function(x, *leaves) * weight).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum((d * v).sum() for d, v in zip(first, along, strict=True)), leaves)
+
+    for actual, right in zip(second(ours), second(dense), strict=True):
+        assert error(actual, right) <= 40 * bound(torch.float64, right.abs().max().item())
+
+
+def by_singular_vectors(x, a, b, weight):
+    """The derivatives of D's map by a and b, from Sylvester's equation for the derivative of a polar factor."""
+    u, s, vh = torch.linalg.svd(x + a @ b.mH, full_matrices=False)
+    y, v = u @ vh, vh.mH
+    pull = y.mH @ weight
+    turn = 2 * v @ ((vh @ (pull - pull.mH) / 2 @ v) / (s[..., :, None] + s[..., None, :])) @ vh
+    of_sum = y @ turn + (weight - y @ pull) @ (v / s[..., None, :]) @ vh
+    return of_sum @ b, of_sum.mH @ a
+
+
+def nearly_singular(x, k, least):
+    """Factors that shorten k directions of X to ``least``."""
+    b = torch.linalg.qr(torch.randn(x.shape[-1], k, dtype=x.dtype))[0]
+    return (least - 1) * x @ b, b
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (10, 4)], ids=str)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("kind", [10.0, 100.0, 1e3, 1e4, 1e-2, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_of_d_lose_no_more_than_the_condition_of_the_sum(draw, shape, k, kind, dtype):
+    torch.manual_seed(int(kind) + k)
+    x, weight = draw.point(*shape, dtype=dtype), draw.matrix(*shape, dtype=dtype)
+    a, b = draw.factors(shape, k, dtype, kind) if kind > 1 else nearly_singular(x, k, kind)
+    condition = torch.linalg.cond(x + a @ b.mH).item()
+    if kind < 1 and shape[0] > shape[1]:  # what leaves the range of X is divided by the smallest singular value
+        condition = condition**2
+    found = derivatives(projunn_d, (x, a, b), weight, (1, 2))
+    for actual, right in zip(found, by_singular_vectors(x, a, b, weight), strict=True):
+        assert torch.dist(actual, right) <= bound(dtype, 2 * condition) * right.norm()
+
+
+@pytest.mark.parametrize("length", [100.0, 1e4])
+def test_derivatives_of_long_whole_steps_lose_no_more_either(draw, length):
+    x, weight = draw.point(8, 8, dtype=torch.float64), draw.matrix(8, 8, dtype=torch.float64)
+    u, one = draw.tangent(x, length), torch.eye(8, dtype=torch.float64)
+    (found,) = derivatives(lambda u: UnitaryLowRank(k=None).retr(x, u), (u,), weight, (0,))
+    right = by_singular_vectors(x, u, one, weight)[0]
+    right = x @ (x.mT @ right - right.mT @ x) / 2  # the manifold projects its tangents
+    assert torch.dist(found, right) <= bound(torch.float64, 2 * length) * right.norm()
 
 
 @pytest.mark.parametrize("rank", [0, 1, None])
