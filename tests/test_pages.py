@@ -63,6 +63,7 @@ def test_pages_show_the_recorded_experiments(tmp_path):
     results = ROOT / "docs" / "results"
     for script, page, record in (
         ("experiments/render.py", "experiments", [results / "experiments"]),
+        ("experiments/pixels_rates.py", "experiments", ["--record", results / "pixels_rates.json"]),
         ("experiments/sampler_study.py", "samplers", ["--record", results / "sampler_study.json"]),
         ("benchmarks/convolution_speed.py", "convolution", ["--record", results / "convolution_speed.json"]),
         ("benchmarks/exponential_speed.py", "convolution", ["--record", results / "exponential_speed.json"]),

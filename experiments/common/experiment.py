@@ -241,7 +241,7 @@ def caption(found: list[dict[str, Any]]) -> str:
     sizes = {name.removeprefix("task "): v for name, v in own.items()}
     if "width" not in sizes:
         sizes |= {name: first["settings"][name] for name in ("hidden", "nonlinearity")}
-    named = [name if v is True else f"{name} {v}" for name, v in sizes.items() if name != "seed"]
+    named = [name if v is True else f"{name} {v}" for name, v in sizes.items() if name != "seed" and v is not False]
     what = f"{first['task']}: {', '.join(named)}, at most {max(run['steps'] for run in found)} steps"
     if "decay over" in first["settings"]:
         what += ", all learning rates falling along a line to zero"

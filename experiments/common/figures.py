@@ -18,8 +18,10 @@ DASHES = {1: "-", 2: (0, (5, 1)), 4: "--", 8: "-.", 16: ":"}
 def curves(path: Path, records: list[dict[str, Any]]) -> None:
     """Draw all runs of a task: losses against steps and seconds, and what was seen when they were looked at."""
     seen = {name for record in records for look in record.get("looks", []) for name in look}
-    figure = Figure(figsize=(11, 8.4 if seen else 4.6), layout="constrained")
-    upper, *lower = figure.subplots(2 if seen else 1, 2, squeeze=False)
+    by_singular_values = "smallest" in seen
+    figure = Figure(figsize=(11, 8.4 if by_singular_values else 4.6), layout="constrained")
+    panels = figure.subplots(1 + by_singular_values, 2 + (bool(seen) and not by_singular_values), squeeze=False)
+    upper, looks = panels[0, :2], panels[1] if by_singular_values else panels[0, 2:]
     named = set()
     several = len({record["settings"]["k"] for record in records}) > 1
     for record in records:
@@ -30,8 +32,8 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
         for panel, axis in zip(upper, ("step", "seconds"), strict=True):
             label = name if panel is upper[0] and name not in named else None
             panel.plot(record["curves"][axis], record["curves"]["loss"], label=label, **style)
-        for panels in lower:
-            _looks(panels, record["looks"], style)
+        if seen:
+            _looks(looks, record["looks"], style)
         named.add(name)
     for panel, axis in zip(upper, ("step", "seconds of training"), strict=True):
         panel.set(xlabel=axis, yscale="log")
@@ -42,13 +44,11 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
                 panel.axhline(value, label=label if panel is upper[0] else None, **style)
     upper[0].set(ylabel="training loss", title=records[0]["task"])
     upper[1].sharey(upper[0])
-    for panels in lower:
-        panels[0].set(xlabel="step", ylabel=records[0]["measure"])
-        if "smallest" in seen:
-            panels[0].set(ylim=(0, 1))
-            panels[1].set(xlabel="step", ylabel="smallest and largest singular value", yscale="log")
-        else:
-            panels[1].set(xlabel="step", ylabel=f"1 - {records[0]['measure']}", yscale="log")
+    for panel in looks[:1]:
+        panel.set(xlabel="step", ylabel=records[0]["measure"])
+    if by_singular_values:
+        looks[0].set(ylim=(0, 1))
+        looks[1].set(xlabel="step", ylabel="smallest and largest singular value", yscale="log")
     for panel in figure.axes:
         panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
@@ -56,14 +56,12 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def _looks(panels: Any, looks: list[dict[str, float]], style: dict[str, Any]) -> None:
-    """Draw scores, and the range of singular values, or else what scores lack to one."""
+    """Draw scores and, where there is a panel for it, the range of singular values."""
     steps = [look["step"] for look in looks]
     panels[0].plot(steps, [look["score"] for look in looks], **style)
-    if not all("smallest" in look for look in looks):
-        panels[1].plot(steps, [1 - look["score"] for look in looks], **style)
-        return
-    for end in ("smallest", "largest"):
-        panels[1].plot(steps, [max(look[end], 1e-6) for look in looks], **style)
+    for panel in panels[1:]:
+        for end in ("smallest", "largest"):
+            panel.plot(steps, [max(look[end], 1e-6) for look in looks], **style)
 
 
 def study(path: Path, cells: list[dict[str, Any]]) -> None:
