@@ -215,10 +215,10 @@ def increment_of_phases(
 def polar_near(core: Tensor, known: Tensor, h: Tensor, gram: Tensor) -> Tensor:
     r"""Return C of the polar factor X + P C Q^H of X + P ``core`` Q^H, with derivatives of first and second order.
 
-    P = [X Q, Q'] with Q' normal to X has the Gram matrix ``gram``; C is ``(*batch, p, q)``.  At the point only
-    derivatives lead away from, the polar factor takes Q to P ``known``, and :math:`Q^H` times its Hermitian factor is
-    diag(``h``) :math:`Q^H`.  Two steps with the constant Jacobian of the equations (the factor is an isometry Y, and
-    :math:`Y^H M` is Hermitian with :math:`Y Y^H M = M`) make one order right each.
+    P = [X Q, Q'], with Q' normal to X, has the Gram matrix ``gram``; C is ``(*batch, p, q)``.  The polar factor Y of
+    the sum M is known by value: Y Q = P ``known``, and the Hermitian factor H satisfies H Q = Q diag(``h``).  The
+    equations are that Y is an isometry, that :math:`Y^H M` is Hermitian, and that :math:`Y Y^H M = M`.  Each of two
+    Newton steps, whose Jacobian is that of the known value, makes another order right.
     """
     q = core.shape[-1]
     embedding = dense.columns_of_identity(*core.shape[-2:], dtype=core.dtype, device=core.device)

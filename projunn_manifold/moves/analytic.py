@@ -3,16 +3,16 @@ r"""Moves whose derivatives exist wherever the map is smooth: at zero, dependent
 The bases of the other modules, square roots, QR and eigenvectors, have no derivatives where columns depend on each
 other or angles repeat, but the moves do.  Where autograd asks for them, a move gives its value, and the derivatives are
 those of the same map in another form: thin matrices V and a function of a small matrix.  There :math:`V = Q R` with a
-basis Q of two parts.  The first is orthonormal and a constant; the second is what V differs from its part along the
-first, zero but for its derivatives.
+basis Q of two parts.  The first is orthonormal and constant.  The second is the rest of V, which is zero but has
+derivatives.
 
 .. math::
 
-    e^A = I + Q E\,\varphi_1(PE)\,Q^H,\quad A = Q E Q^H,\qquad P = Q^H Q,
+    e^A = I + Q E\,\varphi_1(PE)\,Q^H,\quad A = Q E Q^H,\qquad P = Q^H Q .
 
-and the polar factor is found by two steps of Newton's method from its value, with the Jacobian there, a constant; each
-step makes another order of derivatives right.  Derivatives of T are right to rounding in every order, those of D in the
-first and the second.
+The polar factor comes from two steps of Newton's method, which start at its value and keep the Jacobian of that point.
+Each step makes another order of derivatives right.  Derivatives of T are right to rounding in every order, those of D
+in the first and second.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class AnalyticTangent(Tangent):
             q = dense.columns_of_identity(*x.shape[:-2], m, m, dtype=u.dtype, device=u.device)
         uq = u @ q
         along = q @ dense.skew(dense.adjoint_times(x.times(q), uq))
-        outside = None if x.shape[-2] == x.shape[-1] else 2 * (uq - x.times(x.adjoint_times(uq)))
+        outside = None if x.shape[-2] == x.shape[-1] else 2 * _normal_part(x, uq)
         return cls._in_frame(value, x, q, along, outside)
 
     @classmethod
@@ -103,7 +103,7 @@ class AnalyticTangent(Tangent):
         right = torch.cat((b, along), -1)
         left = x.times(right)
         if outside is not None:
-            outside = outside - x.times(x.adjoint_times(outside))
+            outside = _normal_part(x, outside)
             left = left + _after_zeros(outside)
         return cls(value.footpoint, left, right, value, x, outside, from_left=False)
 
@@ -161,8 +161,7 @@ def polar_move(value: Move, x: Matrix, factors: LowRank) -> AnalyticMove:
     """Return the move to the polar factor of X + a b^H, whose value is known."""
     along, outside = x.adjoint_times(factors.a), None
     if x.shape[-2] > x.shape[-1]:
-        outside = factors.a - x.times(along)
-        outside = outside - x.times(x.adjoint_times(outside))
+        outside = _normal_part(x, factors.a - x.times(along))
     return AnalyticMove(value, _polar_move(x, factors.b, along, outside))
 
 
@@ -208,14 +207,18 @@ def _after_zeros(v: Tensor) -> Tensor:
     return torch.cat((torch.zeros_like(v), v), -1)
 
 
+def _normal_part(x: Matrix, v: Tensor) -> Tensor:
+    """Return the part of the columns of V that is normal to the range of X."""
+    return v - x.times(x.adjoint_times(v))
+
+
 def _around_constant(v: Tensor, x: Matrix | None = None) -> tuple[Tensor, Tensor]:
     """Return Q, ``(*batch, n, s + r)``, and R, ``(*batch, s + r, r)``, with V = Q R; columns normal to X stay so."""
     wide = v.to(dense.high_precision(v))
     known = qr.thin_qr(wide.detach())[0]
     along = known.mH @ wide
     if x is not None:
-        part = known.to(v.dtype)
-        known = (part - x.times(x.adjoint_times(part))).to(wide.dtype)
+        known = _normal_part(x, known.to(v.dtype)).to(wide.dtype)
     one = torch.eye(v.shape[-1], dtype=wide.dtype, device=v.device).expand(*v.shape[:-2], -1, -1)
     return torch.cat((known, wide - known @ along), -1), torch.cat((along, one), -2)
 
