@@ -26,10 +26,10 @@ from projunn_manifold.sketching.factored_tensor import FactoredTensor, as_plain
 from projunn_manifold.sketching.gradients import Averaging, WithoutDecay
 from projunn_manifold.sketching.lowrank import LowRank
 
-__all__ = ["Sketcher"]
+__all__ = ["POWER", "Sketcher"]
 
 _GRADIENT, _MOVE = 0, 1  # purposes of random numbers
-_POWER = 2  # products with u^H u when a vector is reduced: Adam at small k needs half the steps it needs with none
+POWER = 2  # products with u^H u when a vector is reduced: Adam at small k needs half the steps it needs with none
 
 
 @final
@@ -122,18 +122,22 @@ class Sketcher:
     def _generator(self, device: torch.device, ahead: int = 0) -> Any:  # Generators, for samplers that take them
         return self._state.generator(device, _GRADIENT, ahead)
 
+    def columns_of_vector(self, u: Tensor) -> Tensor:
+        """Draw the 2k columns with which a vector is reduced."""
+        assert self.k is not None
+        return samplers.draw_columns(u.shape[-1], 2 * self.k, u, self._state.generator(u.device, _MOVE))
+
     def reduced(self, x: Matrix, u: Tensor) -> Tangent:
         """Return the tangent of rank at most 2k that u is reduced to (all of u where 2k >= m)."""
         if self.k is None or self.is_dense(x.like):
             return _full_rank_tangent(x, u)
-        test = samplers.draw_columns(x.shape[-1], 2 * self.k, u, self._state.generator(u.device, _MOVE))
-        known = matrix(u)
+        test, known = self.columns_of_vector(u), matrix(u)
         if isinstance(x, CompiledMatrix) and x.shape[-2] == x.shape[-1]:
-            found = FramedTangent.of_reduced(x, known, test, _POWER)
+            found = FramedTangent.of_reduced(x, known, test, POWER)
             if found is not None:
                 return found
         basis = test.expand(*x.shape[:-2], *test.shape[-2:])
-        for _ in range(_POWER):
+        for _ in range(POWER):
             basis = samplers.orthonormal(known.normalized_image(basis)[1])
         return tangent_of_vector(x, u, basis)
 

@@ -32,7 +32,7 @@ from projunn_manifold.manifold.geometry import Geometry
 from projunn_manifold.manifold.hooks import watch_optimizers
 from projunn_manifold.manifold.notes import in_words, note_whole_gradient, take_added_decay, whole_gradient
 from projunn_manifold.manifold.parameters import manifold_of
-from projunn_manifold.manifold.sketcher import Sketcher
+from projunn_manifold.manifold.sketcher import POWER, Sketcher
 from projunn_manifold.manifold.state import Faults, Members, State, counts_of, digits_of
 from projunn_manifold.manifold.states import States
 from projunn_manifold.moves import drift
@@ -469,9 +469,14 @@ class UnitaryLowRank(Geometry):
 
     # -- for optimisers that have taken care of derivatives, autocast and graphs -------------------------------
 
-    def gradient_tangent(self, x: Tensor, grad: Tensor) -> Tangent:
-        """Return what ``egrad2rgrad`` does, as a tangent."""
+    def gradient_tangent(self, x: Tensor, grad: Tensor, fused: bool = False) -> Tangent | gpu.SketchedTangent:
+        """Return what ``egrad2rgrad`` does, as a tangent; if ``fused``, from the kernels for a GPU where they can."""
         validation.check_in_place(x, grad, "gradient")
+        if fused and self._suits_kernels(x, grad):
+            found = gpu.SketchedTangent.of_gradient(x, grad, self.sketcher.test_columns(x))
+            self._state.count_faults(x.device, skipped=found.lost)
+            self._state.count_gradient(x)
+            return found
         self.warn_if_far_off(x)
         tangent = self._sketched(matrix(x), grad)
         self._state.count_gradient(x)
@@ -518,10 +523,8 @@ class UnitaryLowRank(Geometry):
         return is_known and not self.is_dense(x) and gpu.suits(x, grad)
 
     def _descend_by_kernels_(self, x: Tensor, grad: Tensor, lr: float | Tensor) -> Tensor:
-        if not isinstance(lr, Tensor):
-            lr = torch.full((), lr, dtype=torch.float64, device=x.device)
         test, is_polar = self.sketcher.test_columns(x), self.angle is POLAR
-        lost = gpu.step_of_rank_one_(x, grad, test, lr.double(), is_polar, longest_step(x))
+        lost = gpu.step_of_rank_one_(x, grad, test, lr, is_polar, longest_step(x))
         self._state.count_faults(x.device, skipped=lost)
         self._state.count_gradient(x)
         self._correct_(x)
@@ -541,11 +544,19 @@ class UnitaryLowRank(Geometry):
         return self._follow_(x, tangent, None, vectors, validation.check_rate(scale, "scale", x))
 
     def follow_sum_(
-        self, x: Tensor, u: Tensor, c: Scalar, tangent: Tangent, scale: float | Tensor, vectors: Iterable[Tensor] = ()
+        self,
+        x: Tensor,
+        u: Tensor,
+        c: Scalar,
+        tangent: Tangent | gpu.SketchedTangent,
+        scale: float | Tensor,
+        vectors: Iterable[Tensor] = (),
     ) -> Tensor:
         """Move x along ``scale (c u + tangent)``, make of u that sum, and carry it and the vectors along."""
         scale = validation.check_rate(scale, "scale", x)
         validation.check_writable(u, "u")
+        if isinstance(tangent, gpu.SketchedTangent):
+            return self._follow_sum_by_kernels_(x, u, c, tangent, scale)
         if isinstance(tangent, FullRankTangent):
             total: Tangent = tangent.plus(c, u)
         else:
@@ -556,6 +567,19 @@ class UnitaryLowRank(Geometry):
             matrix(u).add_product_(*tangent.outer(), c)
             total = self._reduced(x, u)
         return self._follow_(x, total, u, (u, *vectors), scale)
+
+    def _follow_sum_by_kernels_(
+        self, x: Tensor, u: Tensor, c: Scalar, tangent: gpu.SketchedTangent, scale: float | Tensor
+    ) -> Tensor:
+        vector = u.resolve_conj().contiguous()  # u, unless its state was loaded in another layout
+        tangent.add_to_(vector, c)
+        test, is_polar = self.sketcher.columns_of_vector(x), self.angle is POLAR
+        lost = gpu.follow_(x, vector, test, POWER, scale, is_polar, longest_step(x))
+        if vector is not u:
+            u.copy_(vector)
+        self._state.count_faults(x.device, skipped=lost)
+        self._correct_(x)
+        return x
 
     def _follow_(
         self, x: Tensor, tangent: Tangent, u: Tensor | None, vectors: Iterable[Tensor], scale: float | Tensor

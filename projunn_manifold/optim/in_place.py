@@ -25,6 +25,10 @@ for each parameter, ``state[p]["residual"]``, and is saved in ``state_dict``.  A
 allocates one temporary matrix.  A gradient that is kept as factors is multiplied out, so that R can be added.  Moves of
 full rank leave nothing out, and have no residual.  :func:`~projunn_manifold.distributed.data_parallel` refuses
 ``feedback``: it exchanges sketches of the gradient alone.
+
+``fused`` says whether kernels in Triton make the steps that they know, where Triton is installed and the parameter is
+on a CUDA device: those of rank one with the sampler ``lsi``, of square matrices, real or complex, without ``feedback``
+and ``nesterov``.  They draw the columns that steps without kernels draw, and make the same steps (to rounding).
 """
 
 from __future__ import annotations
@@ -81,7 +85,11 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
 
     _geoopt: type[torch.optim.Optimizer]
     _numbers: tuple[str, ...]  # hyper-parameters that are real numbers, or pairs of them
-    _choices: Mapping[str, bool | None] = {"foreach": None, "feedback": False}  # how steps are made; geoopt has none
+    _choices: Mapping[str, bool | None] = {  # how steps are made; geoopt has none
+        "foreach": None,
+        "feedback": False,
+        "fused": True,
+    }
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         choices = {name: kwargs.pop(name) for name in self._choices}
@@ -152,7 +160,8 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         """Make the step of one parameter, or of a stack."""
         x, grad = local_view(point), gradient_of(point)
         if not group["feedback"] or manifold.is_dense(x):  # then nothing is left out
-            self._follow_(point, manifold, manifold.gradient_tangent(x, grad), (), group, state)
+            gradient = manifold.gradient_tangent(x, grad, group["fused"] and not group.get("nesterov"))
+            self._follow_(point, manifold, gradient, (), group, state)
             return
         kept = {"residual": state["residual"] if "residual" in state else torch.zeros_like(point, requires_grad=False)}
         residual = _moment(kept, "residual", x)
@@ -165,7 +174,7 @@ class InPlace(geoopt.optim.mixin.OptimMixin, torch.optim.Optimizer):
         self,
         point: Any,
         manifold: UnitaryLowRank,
-        gradient: Tangent,
+        gradient: Any,  # a Tangent, or one that the kernels have
         carried: tuple[Tensor, ...],
         group: dict[str, Any],
         state: dict[str, Any],
@@ -198,8 +207,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
         Default: ``False``.  See the module's text.
     fused : bool, optional
-        Whether steps of rank one without momentum, of square matrices, real or complex, use kernels in Triton where it
-        is installed and the parameter is on a CUDA device.  Default: ``True``.
+        Whether kernels in Triton are used where they can be.  Default: ``True``.  See the module's text.
 
     Raises
     ------
@@ -214,7 +222,6 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
 
     _geoopt = geoopt.optim.RiemannianSGD
     _numbers = ("lr", "momentum", "dampening", "weight_decay")
-    _choices = {**InPlace._choices, "fused": True}  # noqa: RUF012
 
     def __init__(
         self,
@@ -243,7 +250,7 @@ class RiemannianSGD(InPlace, geoopt.optim.RiemannianSGD):
         self,
         point: Any,
         manifold: UnitaryLowRank,
-        gradient: Tangent,
+        gradient: Any,  # a Tangent, or one that the kernels have
         carried: tuple[Tensor, ...],
         group: dict[str, Any],
         state: dict[str, Any],
@@ -290,12 +297,14 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
     feedback : bool, optional
         Whether the part of a gradient that its sketch leaves out is added to the next gradient (error feedback).
         Default: ``False``.  See the module's text.
+    fused : bool, optional
+        Whether kernels in Triton are used where they can be.  Default: ``True``.  See the module's text.
 
     Raises
     ------
     TypeError
-        ``foreach`` is not True, False or None; ``feedback`` is not True or False; a group has ``maximize=True``, or
-        decoupled weight decay.  Also in ``step``, from a group that was added or loaded.
+        ``foreach`` is not True, False or None; ``feedback`` or ``fused`` is not True or False; a group has
+        ``maximize=True``, or decoupled weight decay.  Also in ``step``, from a group that was added or loaded.
     ValueError
         In ``step``: what ``egrad2rgrad`` raises, parameter and state as they were; and what ``retr`` raises for a
         direction too long for its precision: the parameter is then as it was, but its moments, as in geoopt, may be
@@ -318,11 +327,12 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         *,
         foreach: bool | None = None,
         feedback: bool = False,
+        fused: bool = True,
     ) -> None:
         options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         options.update(_numbers(options, self._numbers))
-        options |= {"amsgrad": amsgrad, "stabilize": stabilize, "foreach": foreach, "feedback": feedback}
-        super().__init__(params, **options)
+        options |= {"amsgrad": amsgrad, "stabilize": stabilize}
+        super().__init__(params, **options, foreach=foreach, feedback=feedback, fused=fused)
 
     def _move_(self, point: Any, manifold: UnitaryLowRank, group: dict[str, Any], state: dict[str, Any]) -> None:
         if "step" not in state and not is_dtensor(point) and _projects(self._geoopt):
@@ -333,7 +343,7 @@ class RiemannianAdam(InPlace, geoopt.optim.RiemannianAdam):
         self,
         point: Any,
         manifold: UnitaryLowRank,
-        gradient: Tangent,
+        gradient: Any,  # a Tangent, or one that the kernels have
         carried: tuple[Tensor, ...],
         group: dict[str, Any],
         state: dict[str, Any],

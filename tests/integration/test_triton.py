@@ -189,6 +189,190 @@ def test_training_goes_as_without_kernels(on_gpu, kind, dtype):
     assert error(*found) <= steps * bound(dtype)
 
 
+OPTIMIZERS = {
+    "momentum": lambda ps, fused: optim.RiemannianSGD(ps, 0.3, momentum=0.9, dampening=0.1, fused=fused),
+    "Adam": lambda ps, fused: optim.RiemannianAdam(ps, 0.1, fused=fused),
+    "AMSGrad": lambda ps, fused: optim.RiemannianAdam(ps, 0.1, betas=(0.0, 0.9), amsgrad=True, fused=fused),
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("shape", [(21, 21), (2, 40, 40)], ids=str)
+@pytest.mark.parametrize("kind", [kind for kind, _ in MAPS.values()], ids=MAPS)
+def test_training_with_moments_goes_as_without_kernels(on_gpu, kind, shape, dtype, make):
+    steps, target = 6, kind(1).random(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    found = []
+    for fused in (True, False):
+        manifold, draw = kind(1), torch.Generator().manual_seed(0)
+        p = geoopt.ManifoldParameter(manifold.random(shape, dtype=dtype, generator=draw), manifold=manifold)
+        optimizer = make([p], fused)
+        for _ in range(steps):
+            p.grad = p.detach() - target
+            optimizer.step()
+        moments = optimizer.state_dict()["state"][0]
+        found.append((p.detach(), moments["exp_avg" if "exp_avg" in moments else "momentum_buffer"]))
+    (with_kernels, moment), (without, plain) = found
+    assert error(with_kernels, without) <= 10 * steps * bound(dtype)
+    assert error(moment, plain) <= 10 * steps * bound(dtype)
+    assert error(without, target) > 0.1
+
+
+def exact_step(kind, x, u, z, rate):
+    """The dense step along the part of u in the columns orth((u^H u)^2 z), and u carried along, in double precision."""
+    x, u, q = double(x), double(u), double(z)
+    for _ in range(2):
+        q = torch.linalg.qr(u.mH @ (u @ q)).Q
+    inside = q.mH @ x.mH @ u @ q
+    y = MAPS[kind][1](x, rate * x @ q @ (inside - inside.mH) @ q.mH / 2)
+    return y, y @ x.mH @ u
+
+
+@pytest.mark.parametrize("length", [1e-6, 0.1, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 16), (150, 150), (3, 70, 70), (2, 2, 5, 5)], ids=str)
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_step_along_a_vector_is_the_exact_map_of_its_part_in_two_columns(on_gpu, kind, shape, dtype, length):
+    draw = torch.Generator().manual_seed(0)
+    x = UnitaryLowRank(1).random(shape, dtype=dtype, generator=draw)
+    factors = [torch.randn(*shape[:-1], 2, dtype=dtype, generator=draw) for _ in range(2)]
+    u = factors[0] @ factors[1].mH + 0.1 * torch.randn(shape, dtype=dtype, generator=draw)
+    z = torch.randn(shape[-1], 2, dtype=dtype, generator=draw)
+    rate = length / torch.linalg.matrix_norm(u, 2).max().item()
+    y, v = x.clone(), u.clone()
+    assert not gpu.follow_(y, v, z, 2, rate, kind == "D", torch.inf).any()
+    expected, carried = exact_step(kind, x, u, z, rate)
+    assert error(y, expected) <= 10 * bound(dtype, length)
+    assert error(v, carried) <= 10 * bound(dtype, length) * torch.linalg.matrix_norm(u, 2).max().item()
+    assert dense.unitarity_error(y).max() <= bound(dtype)
+
+
+VECTORS = {
+    "zero": lambda x, draw: torch.zeros_like(x),
+    "of rank one": lambda x, draw: torch.randn(20, 1, dtype=x.dtype, generator=draw) @ x[:1],
+    "nearly of rank one": lambda x, draw: (
+        torch.randn(20, 1, dtype=x.dtype, generator=draw) @ x[:1]
+        + 1e-7 * torch.randn(20, 20, dtype=x.dtype, generator=draw)
+    ),
+    "normal": lambda x, draw: x.clone(),
+    "a change of phase": lambda x, draw: 1j * x if x.is_complex() else x.clone(),
+    "one entry": lambda x, draw: torch.nn.functional.pad(torch.ones(1, 1, dtype=x.dtype), (3, 16, 5, 14)),
+}
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("make", VECTORS.values(), ids=VECTORS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", MAPS)
+def test_steps_along_vectors_of_low_rank_stay_on_the_manifold_and_carry_isometrically(on_gpu, kind, dtype, make, size):
+    draw = torch.Generator().manual_seed(0)
+    for x in (torch.eye(20, dtype=dtype), UnitaryLowRank(1).random(20, 20, dtype=dtype, generator=draw)):
+        u, z = make(x, draw) * size, torch.randn(20, 2, dtype=dtype, generator=draw)
+        y, v = x.clone(), u.clone()
+        assert not gpu.follow_(y, v, z, 2, 0.5 / size, kind == "D", torch.inf).any()
+        assert dense.unitarity_error(y) <= bound(dtype)
+        moved = double(y) @ double(x).mH @ double(u)
+        assert error(v / size, moved / size) <= 10 * bound(dtype)
+
+
+def test_a_vector_of_rank_two_moves_by_its_whole_tangent(on_gpu):
+    draw = torch.Generator().manual_seed(0)
+    for dtype in DTYPES:
+        x = UnitaryLowRank(1).random(30, 30, dtype=dtype, generator=draw)
+        g = torch.randn(30, 1, dtype=dtype, generator=draw) @ torch.randn(1, 30, dtype=dtype, generator=draw)
+        u = reference.gradient(double(x), double(g)).to(dtype)
+        y, rate = x.clone(), -1 / torch.linalg.matrix_norm(u, 2).item()
+        gpu.follow_(y, u.clone(), torch.randn(30, 2, dtype=dtype, generator=draw), 2, rate, True, torch.inf)
+        assert error(y, reference.retraction(double(x), rate * double(u))) <= 10 * bound(dtype)
+
+
+@pytest.mark.filterwarnings("ignore:(invalid|overflow|divide):RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_not_finite_leaves_no_trace_in_moments(on_gpu, dtype, make):
+    found = []
+    for fused in (True, False):
+        manifold, draw = UnitaryLowRank(1, sweep=None, non_finite="skip"), torch.Generator().manual_seed(0)
+        p = geoopt.ManifoldParameter(manifold.random(3, 20, 20, dtype=dtype, generator=draw), manifold=manifold)
+        optimizer = make([p], fused)
+        for bad in (0.0, torch.nan, torch.inf, torch.finfo(dtype).max, 0.0):
+            p.grad = torch.randn(3, 20, 20, dtype=dtype, generator=draw)
+            p.grad[1, 2, 3] += bad
+            optimizer.step()
+        assert manifold.pop_faults().skipped == 3
+        found.append(p.detach())
+    assert error(*found) <= 100 * bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_step_too_long_is_left_out_and_its_moments_are_kept(on_gpu, dtype):
+    manifold, draw = UnitaryLowRank(1, sweep=None), torch.Generator().manual_seed(0)
+    p = geoopt.ManifoldParameter(manifold.random(2, 20, 20, dtype=dtype, generator=draw), manifold=manifold)
+    before = p.detach().clone()
+    p.grad = torch.randn(2, 20, 20, dtype=dtype, generator=draw)
+    optimizer = optim.RiemannianAdam([p], lr=1e3 / torch.finfo(dtype).eps)
+    optimizer.step()
+    assert torch.equal(p, before)
+    assert manifold.pop_faults() == (2, 0, 0)
+    assert 0 < optimizer.state[p]["exp_avg"].abs().max() < torch.inf
+
+
+def test_a_tiny_gradient_has_its_moments_and_moves_nothing(on_gpu):
+    for dtype in DTYPES:
+        tiny = 1e-25 if torch.finfo(dtype).bits == 32 else 1e-100
+        manifold, draw = UnitaryLowRank(1, sweep=None), torch.Generator().manual_seed(0)
+        p = geoopt.ManifoldParameter(manifold.random(20, 20, dtype=dtype, generator=draw), manifold=manifold)
+        before = p.detach().clone()
+        p.grad = tiny * torch.randn(20, 20, dtype=dtype, generator=draw)
+        optim.RiemannianAdam([p], lr=0.1).step()
+        assert torch.isfinite(torch.view_as_real(p.detach()) if dtype.is_complex else p.detach()).all()
+        assert error(p.detach(), before) <= bound(dtype)
+
+
+def test_moments_of_another_layout_take_the_same_steps(on_gpu):
+    found = []
+    for layout in (lambda t: t, lambda t: t.mT.contiguous().mT):
+        manifold, draw = UnitaryLowRank(1), torch.Generator().manual_seed(0)
+        p = geoopt.ManifoldParameter(manifold.random(20, 20, generator=draw), manifold=manifold)
+        optimizer = optim.RiemannianAdam([p], lr=0.1)
+        for _ in range(3):
+            p.grad = torch.randn(20, 20, generator=draw)
+            optimizer.step()
+            optimizer.state[p]["exp_avg"] = layout(optimizer.state[p]["exp_avg"])
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_stack_steps_as_its_members_do(on_gpu, make):
+    found = []
+    for foreach in (True, False):
+        draw, ps = torch.Generator().manual_seed(0), []
+        for seed in range(3):
+            manifold = UnitaryLowRank(1, seed=seed)
+            ps.append(geoopt.ManifoldParameter(manifold.random(20, 20, generator=draw), manifold=manifold))
+        optimizer = make(ps, True)
+        optimizer.param_groups[0]["foreach"] = foreach
+        for _ in range(4):
+            for p in ps:
+                p.grad = torch.randn(20, 20, generator=draw)
+            optimizer.step()
+        found.append(torch.stack([p.detach() for p in ps]))
+    assert error(*found) <= 10 * bound(torch.float32)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(("kind", "dtype"), [(UnitaryLowRank, torch.float32), (UnitaryLowRankExact, torch.complex64)])
+def test_a_weight_trained_with_moments_stays_on_the_manifold(on_gpu, kind, dtype, make):
+    manifold, draw = kind(1), torch.Generator().manual_seed(0)
+    p = geoopt.ManifoldParameter(manifold.random(24, 24, dtype=dtype, generator=draw), manifold=manifold)
+    optimizer = make([p], True)
+    for _ in range(150):
+        p.grad = torch.randn(24, 24, dtype=dtype, generator=draw)
+        optimizer.step()
+    assert dense.unitarity_error(p.detach()) <= dense.tolerance(dtype, 24)
+
+
 def test_square_matrices_of_all_dtypes_suit_the_kernels(monkeypatch):
     monkeypatch.setattr(context, "is_plain", lambda t: True)
     with FakeTensorMode():
@@ -210,8 +394,30 @@ def test_fused_is_an_argument_of_the_optimiser(on_gpu, monkeypatch):
     for fused, count in ((True, 1), (False, 1)):
         optim.RiemannianSGD([p], lr=0.1, fused=fused).step()
         assert len(steps) == count
-    with pytest.raises(TypeError, match="`fused` must be True or False"):
-        optim.RiemannianSGD([p], lr=0.1, fused=None)
+    for kind in (optim.RiemannianSGD, optim.RiemannianAdam):
+        with pytest.raises(TypeError, match="`fused` must be True or False"):
+            kind([p], lr=0.1, fused=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "count"),
+    [
+        (lambda p: optim.RiemannianAdam([p]), 1),
+        (lambda p: optim.RiemannianSGD([p], lr=0.1, momentum=0.9), 1),
+        (lambda p: optim.RiemannianAdam([p], fused=False), 0),
+        (lambda p: optim.RiemannianAdam([p], feedback=True), 0),
+        (lambda p: optim.RiemannianSGD([p], lr=0.1, momentum=0.9, nesterov=True), 0),
+        (lambda p: optim.RiemannianSGD([p], lr=0.1, feedback=True), 0),
+    ],
+)
+def test_steps_with_moments_use_kernels_where_they_can(on_gpu, monkeypatch, make, count):
+    steps, follow_ = [], gpu.follow_
+    monkeypatch.setattr(gpu, "follow_", lambda x, *others: steps.append(x) or follow_(x, *others))
+    p = geoopt.ManifoldParameter(torch.eye(8), manifold=UnitaryLowRank(1))
+    p.grad = torch.ones(8, 8).triu()
+    make(p).step()
+    assert len(steps) == count
+    assert error(p.detach(), torch.eye(8)) > 0
 
 
 COMPILE = """
@@ -232,6 +438,23 @@ for number, parts, rows in (*kinds, ("*fp32", 2, 8), ("*fp64", 2, 4)):
     jobs = [(kernels.sketch, sketch, tiles), (kernels.tangent, tangent, tiles)]
     last = {**tiles, "LEAST": 1e-76, "BLOCKS": 64}
     jobs += [(kernels.update, update, {**last, "POLAR": polar}) for polar in (True, False)]
+    doubles, marks = lambda *names: dict.fromkeys(names, "*fp64"), {"lost": "*u8"}
+    measure = {**doubles("gram", "square"), **marks, "blocks": "i32"}
+    accumulate = {**x("u", "xb", "y", "right"), **doubles("gram"), **marks, **doubles("kept", "weight")}
+    accumulate |= {"n": "i32", "blocks": "i32"}
+    frame = {**x("x", "u", "q", "p", "images"), **doubles("inner"), "n": "i32"}
+    turn = {**x("x", "u", "p", "q", "images"), **doubles("inner", "rate"), **marks, "limit": "fp32"}
+    turn |= {"n": "i32", "blocks": "i32"}
+    jobs += [
+        (kernels.measure, measure, {"LIMIT": 1.7e308, "LEAST": 1e-76, "PARTS": parts, "BLOCKS": 64}),
+        (kernels.accumulate, accumulate, last),
+        (kernels.power, {**x("u", "q", "back"), "n": "i32"}, tiles),
+        (kernels.frame, frame, tiles),
+    ]
+    straighten = {**x("v", "q"), "m": "i32"}
+    long = {"EPS": 1e-7, "PARTS": parts, "TILE": 1024}
+    jobs += [(kernels.straighten, straighten, {**long, "LAST": value}) for value in (True, False)]
+    jobs += [(kernels.turn, turn, {**tiles, "BLOCKS": 64, "POLAR": polar}) for polar in (True, False)]
     for kernel, arguments, constants in jobs:
         source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants)
         for capability in (80, 90):
@@ -246,4 +469,4 @@ def test_the_kernels_compile_without_a_gpu(tmp_path):
         [sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) == 48
+    assert len(result.stdout.split()) == 144
