@@ -1,7 +1,8 @@
 """Which learning rates permuted MNIST wants, for the long runs of ``pixels.py``: one epoch each, falling to zero.
 
 For each method the rate of all other weights is searched first, at the second rate of the transition, and then that of
-the transition.  A sixth of the training images takes the place of the test images, which choose nothing.
+the transition.  Other starts and nonlinearities are tried at the rates that projUNN-D with k = 1 has then.  A sixth of
+the training images takes the place of the test images, which choose nothing.
 
 Run ``python experiments/pixels_rates.py --data package/data``.  Finished trainings are kept in the output folder and
 are not run again, so several processes can share it, each with methods of its own.
@@ -33,6 +34,13 @@ SEARCHED: dict[str, tuple[float, ...]] = {
     "Stiefel-euclidean, RAdam": (3e-3, 1e-2, 3e-2, 1e-1),
     "frozen": (0.0,),
 }
+USUAL = {"init": "henaff", "nonlinearity": "modrelu"}  # of the long runs
+#: What is tried in their place, with projUNN-D of rank one.
+OTHERS = [
+    {"init": init, "nonlinearity": nonlinearity}
+    for nonlinearity, inits in {"modrelu": ("haar", "cayley"), "relu": ("henaff", "haar", "cayley", "identity")}.items()
+    for init in inits
+]
 
 
 def search(options: argparse.Namespace, name: str) -> None:
@@ -41,14 +49,16 @@ def search(options: argparse.Namespace, name: str) -> None:
     for k in options.k if METHODS[name].low_rank else [0]:
         found = [_trained(options, name, k, lr, rates[min(1, len(rates) - 1)]) for lr in LRS]
         lr = max(found, key=_accuracy)["lr"]
-        for rate in rates:
-            _trained(options, name, k, lr, rate)
+        found = [_trained(options, name, k, lr, rate) for rate in rates]
+        if (name, k) == ("projUNN-D", 1):
+            for other in OTHERS:
+                _trained(options, name, k, lr, max(found, key=_accuracy)["unitary_lr"], **other)
 
 
 def best(record: dict[str, Any]) -> dict[tuple[str, int], tuple[float, float]]:
     """Return the learning rates of each method and rank in a record: of all other weights, and of the transition."""
     found: dict[tuple[str, int], tuple[float, float]] = {}
-    for cell in sorted(record["rows"], key=_accuracy):
+    for cell in sorted((row for row in record["rows"] if row.items() >= USUAL.items()), key=_accuracy):
         found[cell["method"], cell["k"]] = cell["lr"], cell["unitary_lr"]
     return found
 
@@ -57,15 +67,18 @@ def _accuracy(cell: dict[str, Any]) -> float:
     return -math.inf if cell["score"] is None else cell["score"]
 
 
-def _trained(options: argparse.Namespace, name: str, k: int, lr: float, unitary_lr: float) -> dict[str, Any]:
+def _trained(
+    options: argparse.Namespace, name: str, k: int, lr: float, unitary_lr: float, **others: str
+) -> dict[str, Any]:
     """Return a training, made now or before."""
-    file = options.out / f"{name}-k{k}-{lr:g}-{unitary_lr:g}.json".replace(", ", "_")
+    stem = "-".join([name, f"k{k}", f"{lr:g}", f"{unitary_lr:g}", *others.values()])
+    file = options.out / f"{stem}.json".replace(", ", "_")
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    choices = Choices(options.hidden, k=k, seed=SEED, nonlinearity="modrelu", lr=lr, unitary_lr=unitary_lr)
+    chosen: dict[str, Any] = {"k": k, **USUAL, **others, "lr": lr, "unitary_lr": unitary_lr}
+    choices = Choices(options.hidden, seed=SEED, **chosen)
     task = Pixels(128, 1, SEED, folder=options.data, choosing=True)
-    rates = {"lr": lr, "unitary_lr": unitary_lr}
-    cell = {"method": name, "k": k, "hidden": options.hidden, **rates, "loss": None, "score": None}
+    cell = {"method": name, "hidden": options.hidden, **chosen, "loss": None, "score": None}
     try:
         run = train(task, METHODS[name], choices, decay=True)
         cell |= {"loss": run.final_loss, "score": run.score}
@@ -82,16 +95,17 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
         search(options, name)
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in options.out.glob("*-*.json")]
     order = list(SEARCHED)
-    cells.sort(key=lambda cell: (order.index(cell["method"]), cell["k"], -_accuracy(cell)))
+    cells.sort(key=lambda cell: (order.index(cell["method"]), cell["k"], cell["init"], -_accuracy(cell)))
     return {"rows": cells, **environment()}  # those of other calls, too
 
 
 def table(cells: list[dict[str, Any]]) -> str:
     """Return a row for each training."""
-    rows = [["method", "k", "learning rates", "loss", "accuracy"]]
+    rows = [["method", "k", "start", "nonlinearity", "learning rates", "loss", "accuracy"]]
     for cell in cells:
         results = ("diverged", "") if cell["score"] is None else (f"{cell['loss']:.4f}", f"{cell['score']:.4f}")
-        rows.append([cell["method"], str(cell["k"] or ""), f"{cell['lr']:g}, {cell['unitary_lr']:g}", *results])
+        recipe = [cell["init"], cell["nonlinearity"], f"{cell['lr']:g}, {cell['unitary_lr']:g}"]
+        rows.append([cell["method"], str(cell["k"] or ""), *recipe, *results])
     return markdown(rows)
 
 
