@@ -23,6 +23,8 @@ from common.networks import METHODS
 from common.report import machine_of, write_between
 from image_classification import METHODS as IMAGES
 
+SORTED_BY = ("k", "lr", "unitary_lr", "seed")
+
 
 def _demo(file: Path, out: Path, into: Path) -> None:
     record = json.loads(file.read_text(encoding="utf-8"))
@@ -44,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     order = [*METHODS, *DESCENTS, *IMAGES]
     for folder in sorted(folder for folder in options.records.iterdir() if folder.is_dir()):
         runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
-        runs.sort(key=lambda run: (order.index(run["method"]), run["settings"]["k"], run["settings"]["seed"]))
+        runs.sort(
+            key=lambda run: (order.index(run["method"]), *map(run["settings"].get, ("k", "lr", "unitary_lr", "seed")))
+        )
         curves(options.out / f"{folder.name}.png", runs)
         machines = " and ".join(sorted({machine_of(run) for run in runs}))
         write_between(options.into, folder.name, f"\n{table(runs)}\n\n{caption(runs)}  Measured on {machines}.\n")

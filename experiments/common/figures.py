@@ -24,11 +24,19 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
     upper, looks = panels[0, :2], panels[1] if by_singular_values else panels[0, 2:]
     named = set()
     several = len({record["settings"]["k"] for record in records}) > 1
+    rates: dict[tuple[str, int], list[str]] = {}  # of the runs of a method and rank: all but the first are pale
     for record in records:
-        name = record["method"]
+        known = rates.setdefault((record["method"], record["settings"]["k"]), [])
+        known.extend({_rates(record)}.difference(known))
+    for record in records:
+        name, k = record["method"], record["settings"]["k"]
+        known = rates[name, k]
         if several and "projUNN" in name:
-            name += f", k = {record['settings']['k']}"
-        style = {"color": record["colour"], "linestyle": DASHES.get(record["settings"]["k"], "-"), "linewidth": 1.2}
+            name += f", k = {k}"
+        if len(known) > 1:
+            name += f", rates {_rates(record)}"
+        style = {"color": record["colour"], "linestyle": DASHES.get(k, "-"), "linewidth": 1.2}
+        style["alpha"] = 1.0 if known.index(_rates(record)) == 0 else 0.5
         for panel, axis in zip(upper, ("step", "seconds"), strict=True):
             label = name if panel is upper[0] and name not in named else None
             panel.plot(record["curves"][axis], record["curves"]["loss"], label=label, **style)
@@ -53,6 +61,11 @@ def curves(path: Path, records: list[dict[str, Any]]) -> None:
         panel.grid(alpha=0.3)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def _rates(record: dict[str, Any]) -> str:
+    """Return the learning rates of a run, in words."""
+    return f"{record['settings']['lr']:g}, {record['settings']['unitary_lr']:g}"
 
 
 def _looks(panels: Any, looks: list[dict[str, float]], style: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ _RESIDENT = 2**18  # bytes of a block of rows, which is read twice: the second t
 _TILE = 256  # real numbers of each row that a program takes at a time
 _LONG_TILE = 1024  # of a column, where a program has nothing else
 _LEAST, _MOST = 4, 16  # rows of a block
-_TALLEST = 128  # bytes of a block's column: of more the registers do not suffice for all columns of a thread
+_TALLEST = 128  # bytes of a block's columns: of more the registers do not suffice for all columns of a thread
 _MOST_MATRICES = 2**16 - 1  # of a stack: the last dimensions of a grid are no longer
 
 
@@ -156,7 +156,7 @@ def follow_(x: Tensor, u: Tensor, z: Tensor, power: int, rate: Scalar, polar: bo
     """
     from projunn_manifold.linalg import gpu_kernels
 
-    grid, point, vector, lost = _Grid.of(x), _as_real(x), _as_real(u), _marks(x)
+    grid, point, vector, lost = _Grid.of(x, 2), _as_real(x), _as_real(u), _marks(x)
     q = _as_real(z.mT.expand(*x.shape[:-2], 2, x.shape[-1]).contiguous())
     images = point.new_empty(grid.count, grid.blocks, 2, point.shape[-1])
     for _ in range(power):
@@ -196,9 +196,10 @@ class _Grid:
     parts: dict[str, int]  # of sums over rows
 
     @classmethod
-    def of(cls, x: Tensor) -> _Grid:
+    def of(cls, x: Tensor, columns: int = 1) -> _Grid:
+        """Return the grid for products of x with so many columns."""
         n, parts = x.shape[-1], 2 if x.is_complex() else 1
-        rows = _rows(n, x.itemsize)
+        rows = _rows(n, columns * x.itemsize)
         blocks = -(-n // rows)
         sizes = {"n": n, "PARTS": parts, "ROWS": rows, "TILE": _TILE}
         power = 1 << (blocks - 1).bit_length()  # the smallest that is not smaller
@@ -248,6 +249,7 @@ def _marks(x: Tensor) -> Tensor:
 def _for_each(c: Scalar, x: Tensor) -> Tensor:  # -> (*batch,), in double precision
     """Return a number for each matrix."""
     if isinstance(c, Tensor):
+        c = c.reshape(()) if c.numel() == 1 else c
         return c.to(x.device, torch.float64).expand(x.shape[:-2]).contiguous()
     return torch.full(x.shape[:-2], c, dtype=torch.float64, device=x.device)
 

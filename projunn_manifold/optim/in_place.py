@@ -51,7 +51,7 @@ from projunn_manifold.manifold.unitary import UnitaryLowRank, unitary_of
 from projunn_manifold.moves.tangent import Tangent
 from projunn_manifold.optim.optimizers import keepers, parameters_of
 from projunn_manifold.optim.stacked import Member, move_all_
-from projunn_manifold.validation import check_choice, check_number, check_same_matrix
+from projunn_manifold.validation import check_choice, check_in_place, check_number
 
 __all__ = ["InPlace", "RiemannianAdam", "RiemannianSGD", "check_attached"]
 
@@ -423,7 +423,7 @@ def _numbers(options: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 def _moment(state: dict[str, Any], name: str, x: Tensor) -> Tensor:
     """Return a moment as the manifold sees it; raise if x was converted after it was made."""
     moment: Tensor = local_view(state[name])
-    check_same_matrix(x, moment, name)
+    check_in_place(x, moment, name)
     return moment
 
 

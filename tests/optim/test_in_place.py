@@ -359,3 +359,23 @@ def test_a_gradient_of_zeros_without_eps_is_refused_as_a_step(draw, shape):
     assert torch.equal(w, start)
     step(([w], optimizer), [draw.matrix(*shape, dtype=torch.float64)])
     assert not torch.equal(w, start)
+
+
+@pytest.mark.parametrize("part", [lambda t: t[0], lambda t: t[:1], lambda t: t[..., :4]], ids=["one", "(1,)", "narrow"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda p: optim.RiemannianSGD([p], lr=0.1, momentum=0.9), "momentum_buffer"),
+        (lambda p: optim.RiemannianAdam([p], lr=0.1), "exp_avg"),
+    ],
+)
+def test_moments_of_another_shape_are_refused(make, name, part):
+    p = geoopt.ManifoldParameter(torch.eye(5).repeat(3, 1, 1), manifold=UnitaryLowRank(1))
+    p.grad = torch.ones(3, 5, 5).triu()
+    optimizer = make(p)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.state[p][name] = part(optimizer.state[p][name]).clone()
+    with pytest.raises(ValueError, match=rf"`{name}` must have the point's"):
+        optimizer.step()
+    assert torch.equal(p, before)
