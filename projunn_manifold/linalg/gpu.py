@@ -12,8 +12,8 @@ Sums over rows are left in parts, one for each block of rows, and added by PyTor
 those of :mod:`~projunn_manifold.moves.rank_one`, in double precision.  The columns of the sketch are brought to unit
 norm by the last kernel: until then squares of the gradient's norm must be in the range of its precision, and fourth
 powers in that of double precision.  A smaller gradient moves nothing, and a larger one is left out and counted.
-Where a' is much smaller than y it is not recomputed from X, so rounding grows with the length of the sketch.  To the
-kernels complex numbers are pairs of real ones.
+Where a' is much smaller than y it is not recomputed from X, so rounding grows with the length of the sketch; in a
+moment it is normal to the manifold, and moves nothing.  To the kernels complex numbers are pairs of real ones.
 
 With momentum the tangent is added to a dense vector u, in one read and write of it, and the step goes along the part of
 u in two columns Q = orth((u^H u)^2 Z), as in :mod:`~projunn_manifold.moves.frame`: each product with u^H u reads u
@@ -25,8 +25,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, TypeVar, final
 
 import torch
 from torch import Tensor
@@ -60,6 +61,21 @@ def suits(x: Tensor, g: Tensor) -> bool:
     return all(t.dtype is x.dtype and t.is_contiguous() and context.is_plain(t) for t in (x, g))
 
 
+_Made = TypeVar("_Made")
+
+
+def _on_its_device(function: Callable[..., _Made]) -> Callable[..., _Made]:
+    """Make the device of the first tensor the current one, to which Triton gives its kernels."""
+
+    @functools.wraps(function)
+    def guarded(*arguments: Any) -> _Made:
+        with torch.cuda.device_of(next(t for t in arguments if isinstance(t, Tensor))):
+            return function(*arguments)
+
+    return guarded
+
+
+@_on_its_device
 def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Scalar, polar: bool, limit: float) -> Tensor:
     """Move X in place by ``-rate`` times the gradient's tangent of rank one, and return which matrices were left out.
 
@@ -85,9 +101,7 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Scalar, polar: bool
 
     grid, found, lost = _Grid.of(x), _sketched(x, g, z), _marks(x)
     constants = {"LEAST": _least(x.dtype), "POLAR": polar}
-    gpu_kernels.update[grid.by_tiles](
-        _as_real(x), *found, _for_each(rate, x), lost, limit, **grid.sizes, **grid.parts, **constants
-    )
+    gpu_kernels.update[grid.by_tiles](_as_real(x), *found, _for_each(rate, x), lost, limit, **grid.sizes, **constants)
     torch.autograd.graph.increment_version(x)
     return lost
 
@@ -97,12 +111,13 @@ def step_of_rank_one_(x: Tensor, g: Tensor, z: Tensor, rate: Scalar, polar: bool
 class SketchedTangent:
     """A real multiple of the tangent of a gradient's sketch, as the kernels have it."""
 
-    parts: tuple[Tensor, ...]  # X b, y, X^H [X b, y], and the Gram matrix of [X b, y], one for each block of rows
+    parts: tuple[Tensor, ...]  # X b, y, X^H [X b, y] and the Gram matrix of [X b, y]
     square: Tensor  # squared length for the factor 1, in double precision; 0 for what was left out
     lost: Tensor  # (*batch,): 1 where a matrix was left out, else 0
     scale: Scalar = 1.0
 
     @classmethod
+    @_on_its_device
     def of_gradient(cls, x: Tensor, g: Tensor, z: Tensor) -> SketchedTangent:
         """Return the tangent at X of the gradient g, sketched with the column z as in :func:`step_of_rank_one_`.
 
@@ -113,7 +128,7 @@ class SketchedTangent:
         grid, found, lost = _Grid.of(x), _sketched(x, g, z), _marks(x)
         square = torch.empty(x.shape[:-2], dtype=torch.float64, device=x.device)
         constants = {"LIMIT": torch.finfo(x.dtype).max, "LEAST": _least(x.dtype), "PARTS": grid.sizes["PARTS"]}
-        gpu_kernels.measure[grid.by_matrices](found[-1], square, lost, **grid.parts, **constants)
+        gpu_kernels.measure[grid.by_matrices](found[-1], square, lost, **constants)
         return cls(found, square, lost)
 
     def scaled(self, c: Scalar) -> SketchedTangent:
@@ -124,17 +139,19 @@ class SketchedTangent:
         """Return the squared length, in the manifold's metric."""
         return self.scale * self.scale * self.square
 
+    @_on_its_device
     def add_to_(self, u: Tensor, c: Scalar) -> None:
         """Make u ``c`` times itself and the tangent; for c = 0 whatever its entries are."""
         from projunn_manifold.linalg import gpu_kernels
 
         grid, factors = _Grid.of(u), (_for_each(c, u), _for_each(self.scale, u))
         gpu_kernels.accumulate[grid.by_tiles](
-            _as_real(u), *self.parts, self.lost, *factors, **grid.sizes, **grid.parts, LEAST=_least(u.dtype)
+            _as_real(u), *self.parts, self.lost, *factors, **grid.sizes, LEAST=_least(u.dtype)
         )
         torch.autograd.graph.increment_version(u)
 
 
+@_on_its_device
 def follow_(x: Tensor, u: Tensor, z: Tensor, power: int, rate: Scalar, polar: bool, limit: float) -> Tensor:
     """Move X in place along ``rate`` times the part of u in two columns, carry u along, and return what was left out.
 
@@ -171,12 +188,11 @@ def follow_(x: Tensor, u: Tensor, z: Tensor, power: int, rate: Scalar, polar: bo
         p,
         q,
         images.sum(1),
-        inner,
+        inner.sum(1),
         _for_each(rate, x),
         lost,
         limit,
         **grid.sizes,
-        **grid.parts,
         POLAR=polar,
     )
     for t in (x, u):
@@ -193,17 +209,14 @@ class _Grid:
     blocks: int  # of rows
     across: int  # tiles
     sizes: dict[str, int]  # of a matrix and its blocks
-    parts: dict[str, int]  # of sums over rows
 
     @classmethod
     def of(cls, x: Tensor, columns: int = 1) -> _Grid:
         """Return the grid for products of x with so many columns."""
         n, parts = x.shape[-1], 2 if x.is_complex() else 1
-        rows = _rows(n, columns * x.itemsize)
-        blocks = -(-n // rows)
+        rows = _rows(n, x.itemsize, columns)
         sizes = {"n": n, "PARTS": parts, "ROWS": rows, "TILE": _TILE}
-        power = 1 << (blocks - 1).bit_length()  # the smallest that is not smaller
-        return cls(x.shape[:-2].numel(), blocks, -(-n * parts // _TILE), sizes, {"blocks": blocks, "BLOCKS": power})
+        return cls(x.shape[:-2].numel(), -(-n // rows), -(-n * parts // _TILE), sizes)
 
     @property
     def by_rows(self) -> tuple[int, ...]:
@@ -219,7 +232,7 @@ class _Grid:
 
 
 def _sketched(x: Tensor, g: Tensor, z: Tensor) -> tuple[Tensor, ...]:
-    """Return X b, y, X^H [X b, y] and the Gram matrix of [X b, y] in parts."""
+    """Return X b, y, X^H [X b, y] and the Gram matrix of [X b, y]."""
     from projunn_manifold.linalg import gpu_kernels
 
     grid = _Grid.of(x)
@@ -230,7 +243,7 @@ def _sketched(x: Tensor, g: Tensor, z: Tensor) -> tuple[Tensor, ...]:
     xb, images = point.new_empty(count, m), point.new_empty(count, blocks, 2, m)
     gram = point.new_empty(count, blocks, 4, dtype=torch.float64)
     gpu_kernels.tangent[grid.by_rows](point, back.sum(1), y, xb, images, gram, **grid.sizes)
-    return xb, y, images.sum(1), gram
+    return xb, y, images.sum(1), gram.sum(1)
 
 
 def _straightened(v: Tensor, x: Tensor, grid: _Grid, last: bool) -> Tensor:  # (batch, 2, m) -> (batch, 2, m)
@@ -254,9 +267,9 @@ def _for_each(c: Scalar, x: Tensor) -> Tensor:  # -> (*batch,), in double precis
     return torch.full(x.shape[:-2], c, dtype=torch.float64, device=x.device)
 
 
-def _rows(n: int, itemsize: int) -> int:
+def _rows(n: int, itemsize: int, columns: int = 1) -> int:
     """Return how many rows a block has: a power of two, as the lengths of Triton's ranges must be."""
-    most = max(_LEAST, min(_MOST, _TALLEST // itemsize, _RESIDENT // (n * itemsize)))
+    most = max(_LEAST, min(_MOST, _TALLEST // (columns * itemsize), _RESIDENT // (n * itemsize)))
     return 1 << (most.bit_length() - 1)
 
 

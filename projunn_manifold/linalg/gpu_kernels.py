@@ -147,23 +147,19 @@ def _phi(square, POLAR: tl.constexpr):
 
 
 @triton.jit
-def _lengths(gram, blocks, LEAST: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Return what the tangent's lengths are, from the Gram matrix of [X b, y], which lies there in parts.
+def _lengths(gram, LEAST: tl.constexpr, PARTS: tl.constexpr):
+    """Return what the tangent's lengths are, from the Gram matrix of [X b, y].
 
     These are ‖X b‖ / ‖y‖, ρ, 1 / ‖X b‖, 1 / ‖y‖, ‖a'‖² / ‖y‖² and Im (X b)^H y / ‖X b‖‖y‖.  Squared norms below LEAST,
     which have too few digits, count as zero.
     """
-    parts = tl.arange(0, BLOCKS)
-    known, within = gram + parts * 4, parts < blocks
-    bb = tl.sum(tl.load(known, mask=within, other=0.0), 0)
-    h = tl.sum(tl.load(known + 1, mask=within, other=0.0), 0)
-    yy = tl.sum(tl.load(known + 2, mask=within, other=0.0), 0)
+    bb, h, yy = tl.load(gram), tl.load(gram + 1), tl.load(gram + 2)
     bb, yy = tl.where(bb < LEAST, 0.0, bb), tl.where(yy < LEAST, 0.0, yy)
     rho = h / tl.where(bb > 0, bb, 1.0)  # then (X b)^H a' has no real part
     of_b, of_y = 1 / tl.sqrt(tl.where(bb > 0, bb, 1.0)), 1 / tl.sqrt(tl.where(yy > 0, yy, 1.0))
     turned = 0.0 * of_b
     if PARTS == 2:
-        turned = of_b * of_y * tl.sum(tl.load(known + 3, mask=within, other=0.0), 0)
+        turned = of_b * of_y * tl.load(gram + 3)
     return tl.sqrt(bb) * of_y, rho, of_b, of_y, tl.maximum(yy - rho * h, 0.0) * of_y * of_y, turned
 
 
@@ -197,13 +193,11 @@ def update(
     lost,
     limit,
     n,
-    blocks,
     POLAR: tl.constexpr,
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Add W F S^H to a tile of X, F from the Gram matrix of [X b, y]; nothing if the step is beyond the limit.
 
@@ -212,7 +206,7 @@ def update(
     """
     block, across, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = n * PARTS
-    size, rho, of_b, of_y, aa, turned = _lengths(gram + matrix * blocks * 4, blocks, LEAST, PARTS, BLOCKS)
+    size, rho, of_b, of_y, aa, turned = _lengths(gram + matrix * 4, LEAST, PARTS)
     half = -0.5 * tl.load(rate + matrix) * size
     s, square = half * turned, half * half * aa
     is_kept = 2 * (square + s * s) <= limit  # which NaN is not
@@ -251,15 +245,13 @@ def measure(
     gram,
     square,
     lost,
-    blocks,
     LIMIT: tl.constexpr,
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Write the squared length of the tangent of y y^H G / ‖y‖², and whether it is beyond the limit: then 0."""
     matrix = tl.program_id(0).to(tl.int64)
-    size, _, _, _, aa, turned = _lengths(gram + matrix * blocks * 4, blocks, LEAST, PARTS, BLOCKS)
+    size, _, _, _, aa, turned = _lengths(gram + matrix * 4, LEAST, PARTS)
     found = size * size * (aa + turned * turned) / 2
     is_kept = found <= LIMIT  # which NaN is not
     tl.store(square + matrix, tl.where(is_kept, found, 0.0))
@@ -277,12 +269,10 @@ def accumulate(
     kept,
     weight,
     n,
-    blocks,
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Make a tile of u ``kept`` times itself and ``weight`` times the tangent ½ (a' b^H - X b a'^H X) / ‖y‖²."""
     block, across, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -295,7 +285,7 @@ def accumulate(
     c = tl.load(kept + matrix).to(dtype)
     old = tl.where(c != 0, tl.load(place, mask=here, other=0.0), 0.0) * c
     if tl.load(lost + matrix) == 0:
-        size, rho, of_b, of_y, _, _ = _lengths(gram + matrix * blocks * 4, blocks, LEAST, PARTS, BLOCKS)
+        size, rho, of_b, of_y, _, _ = _lengths(gram + matrix * 4, LEAST, PARTS)
         half = (0.5 * tl.load(weight + matrix) * size).to(dtype)
         of_b, of_y, ratio = of_b.to(dtype), of_y.to(dtype), rho.to(dtype)
         p, p_i = _column(xb + matrix * m, rows, in_rows, PARTS)
@@ -438,12 +428,10 @@ def turn(
     lost,
     limit,
     n,
-    blocks,
     POLAR: tl.constexpr,
     PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ):
     """Add P Γ Q^H to a tile of X and P Γ (u^H P)^H to that of u; nothing if the step is beyond the limit.
 
@@ -452,15 +440,13 @@ def turn(
     """
     block, across, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     m = n * PARTS
-    parts = tl.arange(0, BLOCKS)
-    known, within = inner + (matrix * blocks + parts) * 4, parts < blocks
-    scale = tl.load(rate + matrix)
-    off = scale * tl.sum(tl.load(known, mask=within, other=0.0), 0)
+    known, scale = inner + matrix * 4, tl.load(rate + matrix)
+    off = scale * tl.load(known)
     square, middle, half, off_i = off * off, 0.0 * off, 0.0 * off, 0.0 * off
     if PARTS == 2:
-        off_i = scale * tl.sum(tl.load(known + 1, mask=within, other=0.0), 0)
-        first = scale * tl.sum(tl.load(known + 2, mask=within, other=0.0), 0)
-        last = scale * tl.sum(tl.load(known + 3, mask=within, other=0.0), 0)
+        off_i = scale * tl.load(known + 1)
+        first = scale * tl.load(known + 2)
+        last = scale * tl.load(known + 3)
         middle, half = (first + last) / 2, (first - last) / 2
         square += off_i * off_i + half * half
     is_kept = 2 * (square + middle * middle) <= limit  # which NaN is not

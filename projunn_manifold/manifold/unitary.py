@@ -556,6 +556,7 @@ class UnitaryLowRank(Geometry):
         scale = validation.check_rate(scale, "scale", x)
         validation.check_writable(u, "u")
         if isinstance(tangent, gpu.SketchedTangent):
+            assert not tuple(vectors)  # which steps without kernels have
             return self._follow_sum_by_kernels_(x, u, c, tangent, scale)
         if isinstance(tangent, FullRankTangent):
             total: Tangent = tangent.plus(c, u)
@@ -571,7 +572,7 @@ class UnitaryLowRank(Geometry):
     def _follow_sum_by_kernels_(
         self, x: Tensor, u: Tensor, c: Scalar, tangent: gpu.SketchedTangent, scale: float | Tensor
     ) -> Tensor:
-        vector = u.resolve_conj().contiguous()  # u, unless its state was loaded in another layout
+        vector = u.resolve_conj().resolve_neg().contiguous()  # u, unless its state was loaded in another layout
         tangent.add_to_(vector, c)
         test, is_polar = self.sketcher.columns_of_vector(x), self.angle is POLAR
         lost = gpu.follow_(x, vector, test, POWER, scale, is_polar, longest_step(x))

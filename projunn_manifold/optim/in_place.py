@@ -28,7 +28,8 @@ full rank leave nothing out, and have no residual.  :func:`~projunn_manifold.dis
 
 ``fused`` says whether kernels in Triton make the steps that they know, where Triton is installed and the parameter is
 on a CUDA device: those of rank one with the sampler ``lsi``, of square matrices, real or complex, without ``feedback``
-and ``nesterov``.  They draw the columns that steps without kernels draw, and make the same steps (to rounding).
+and ``nesterov``.  They draw the columns that steps without kernels draw, and make the same steps (to rounding) where
+squares of a gradient's or moment's norm are in the range of its precision; see :mod:`projunn_manifold.linalg.gpu`.
 """
 
 from __future__ import annotations

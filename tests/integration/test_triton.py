@@ -196,11 +196,14 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("tile", [16, 256])  # several for a row, and one
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize("shape", [(21, 21), (2, 40, 40)], ids=str)
 @pytest.mark.parametrize("kind", [kind for kind, _ in MAPS.values()], ids=MAPS)
-def test_training_with_moments_goes_as_without_kernels(on_gpu, kind, shape, dtype, make):
+def test_training_with_moments_goes_as_without_kernels(on_gpu, monkeypatch, kind, shape, dtype, make, tile):
+    monkeypatch.setattr(gpu, "_TILE", tile)
+    monkeypatch.setattr(gpu, "_LONG_TILE", tile)
     steps, target = 6, kind(1).random(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     found = []
     for fused in (True, False):
@@ -434,19 +437,19 @@ for number, parts, rows in (*kinds, ("*fp32", 2, 8), ("*fp64", 2, 4)):
     sketch = {**x("g", "z", "y", "back"), "n": "i32"}
     tangent = {**x("x", "b", "y", "xb", "images"), "gram": "*fp64", "n": "i32"}
     update = {**x("x", "xb", "y", "right"), "gram": "*fp64", "rate": "*fp64", "lost": "*u8", "limit": "fp32"}
-    update |= {"n": "i32", "blocks": "i32"}
+    update |= {"n": "i32"}
     jobs = [(kernels.sketch, sketch, tiles), (kernels.tangent, tangent, tiles)]
-    last = {**tiles, "LEAST": 1e-76, "BLOCKS": 64}
+    last = {**tiles, "LEAST": 1e-76}
     jobs += [(kernels.update, update, {**last, "POLAR": polar}) for polar in (True, False)]
     doubles, marks = lambda *names: dict.fromkeys(names, "*fp64"), {"lost": "*u8"}
-    measure = {**doubles("gram", "square"), **marks, "blocks": "i32"}
+    measure = {**doubles("gram", "square"), **marks}
     accumulate = {**x("u", "xb", "y", "right"), **doubles("gram"), **marks, **doubles("kept", "weight")}
-    accumulate |= {"n": "i32", "blocks": "i32"}
+    accumulate |= {"n": "i32"}
     frame = {**x("x", "u", "q", "p", "images"), **doubles("inner"), "n": "i32"}
     turn = {**x("x", "u", "p", "q", "images"), **doubles("inner", "rate"), **marks, "limit": "fp32"}
-    turn |= {"n": "i32", "blocks": "i32"}
+    turn |= {"n": "i32"}
     jobs += [
-        (kernels.measure, measure, {"LIMIT": 1.7e308, "LEAST": 1e-76, "PARTS": parts, "BLOCKS": 64}),
+        (kernels.measure, measure, {"LIMIT": 1.7e308, "LEAST": 1e-76, "PARTS": parts}),
         (kernels.accumulate, accumulate, last),
         (kernels.power, {**x("u", "q", "back"), "n": "i32"}, tiles),
         (kernels.frame, frame, tiles),
@@ -454,7 +457,7 @@ for number, parts, rows in (*kinds, ("*fp32", 2, 8), ("*fp64", 2, 4)):
     straighten = {**x("v", "q"), "m": "i32"}
     long = {"EPS": 1e-7, "PARTS": parts, "TILE": 1024}
     jobs += [(kernels.straighten, straighten, {**long, "LAST": value}) for value in (True, False)]
-    jobs += [(kernels.turn, turn, {**tiles, "BLOCKS": 64, "POLAR": polar}) for polar in (True, False)]
+    jobs += [(kernels.turn, turn, {**tiles, "POLAR": polar}) for polar in (True, False)]
     for kernel, arguments, constants in jobs:
         source = ASTSource(kernel, {**arguments, **dict.fromkeys(constants, "constexpr")}, constants)
         for capability in (80, 90):
