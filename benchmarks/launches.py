@@ -1,8 +1,9 @@
 """Launches of a step: the operators that it gives to a device on which the host does not look at values.
 
-Run ``python benchmarks/launches.py`` (a few seconds); ``--record JSON --into PAGE`` writes the table of a recorded run
-into a page.  The CPU stands in for the device.  A launch is an operator of ATen other than views and allocations; the
-drift correction, which comes once in many steps, is spread over all of them.
+Run ``python benchmarks/launches.py`` (a minute, most of it for a compiler); ``--record JSON --into PAGE`` writes the
+table of a recorded run into a page.  The CPU stands in for the device.  A launch is an operator of ATen other than
+views and allocations; the drift correction, which comes once in many steps, is spread over all of them.  Under
+``torch.compile`` a launch is a kernel that the compiler makes, or a product that it leaves to a library.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from typing import Any
 
 import geoopt
 import torch
+from torch._inductor import metrics
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
 from common.report import add_record_options, environment, markdown, recorded, tell
 
-from projunn_manifold import UnitaryLowRank, context, linalg, optim
+from projunn_manifold import UnitaryLowRank, context, linalg, optim, projunn_d, projunn_t
 from projunn_manifold.linalg import gpu, products
 
 SIDE = 64
@@ -96,6 +99,22 @@ def launches_with_kernels(optimizer: str, dtype: torch.dtype) -> float:
         del sys.modules[name], vars(linalg)["gpu_kernels"]
 
 
+def launches_of(move: Callable[..., torch.Tensor], k: int) -> tuple[int, int]:
+    """Return the launches of a function of (X, a, b), real, as it is and under ``torch.compile``."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.linalg.qr(torch.randn(SIDE, SIDE, generator=draw)).Q
+    factors = [torch.randn(SIDE, k, generator=draw) / SIDE for _ in range(2)]
+    with torch.no_grad():
+        with Counted() as counted:
+            move(x, *factors)
+        metrics.reset()
+        torch.compile(move, fullgraph=True)(x, *factors)
+        made = metrics.generated_kernel_count
+        torch._dynamo.reset()
+        _, code = run_and_get_code(torch.compile(move, fullgraph=True), x, *factors)
+    return counted.count, made + sum(text.count("extern_kernels.") for text in code)
+
+
 def measure_all() -> dict[str, Any]:
     """Count every step."""
     context.readable = lambda x: False
@@ -112,6 +131,10 @@ def measure_all() -> dict[str, Any]:
         for k in (1, 4, 16, None)
         for name, dtype in dtypes.items()
     ]
+    for move in (projunn_t, projunn_d):
+        plain, compiled = launches_of(move, 1)
+        for name, count in ((move.__name__, plain), (f"{move.__name__}, compiled", compiled)):
+            cells.append({"optimizer": name, "k": 1, "dtype": "float32", "launches": count})
     return {"cells": cells, "steps": STEPS, "side": SIDE, **environment()}
 
 
@@ -119,7 +142,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     """Return a row for each optimiser and dtype."""
     found = {(cell["optimizer"], cell["dtype"], cell["k"]): cell["launches"] for cell in cells}
     ranks = list(dict.fromkeys(k for _, _, k in found))
-    rows = [["optimiser", "dtype", *(f"k = {k}" for k in ranks)]]
+    rows = [["step", "dtype", *(f"k = {k}" for k in ranks)]]
     for name, dtype in dict.fromkeys((name, dtype) for name, dtype, _ in found):
         counts = (found.get((name, dtype, k)) for k in ranks)
         rows.append([name, dtype, *("" if count is None else f"{count:.0f}" for count in counts)])
