@@ -9,6 +9,7 @@ views and allocations; the drift correction, which comes once in many steps, is 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ def measure_all() -> dict[str, Any]:
         for k in (1, 4, 16, None)
         for name, dtype in dtypes.items()
     ]
-    for move in (projunn_t, projunn_d):
+    for move in (projunn_t, projunn_d) if shutil.which("g++") else ():  # which the compiler needs on CPU
         plain, compiled = launches_of(move, 1)
         for name, count in ((move.__name__, plain), (f"{move.__name__}, compiled", compiled)):
             cells.append({"optimizer": name, "k": 1, "dtype": "float32", "launches": count})

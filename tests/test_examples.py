@@ -344,3 +344,16 @@ def test_the_model_of_sharded_steps_is_what_they_cost(tmp_path, monkeypatch):
         assert cell["held"] == said["held"]
         assert cell["carried"] == pytest.approx(said["carried"], rel=0.2)
         assert cell["operations"] == pytest.approx(said["operations"], rel=0.3)
+
+
+def test_steps_have_few_launches(tmp_path):
+    result = run_script("benchmarks/launches.py", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    cells = recorded(tmp_path / "launches.json")["cells"]
+    found = {(cell["optimizer"], cell["k"], cell["dtype"]): cell["launches"] for cell in cells}
+    for dtype in ("float32", "complex64"):
+        assert 5 < found["RiemannianSGD, Triton", 1, dtype] <= 25
+        assert found["RiemannianSGD, Triton", 1, dtype] < found["RiemannianAdam, Triton", 1, dtype] <= 40
+    if shutil.which("g++"):
+        assert 5 < found["projunn_t, compiled", 1, "float32"] <= 25
+    assert "RiemannianAdam, Triton" in result.stdout
