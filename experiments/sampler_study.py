@@ -9,8 +9,9 @@ out, D - a b^H, is
 - ``momentum``: D is a buffer M = 0.9 M + G that stays whole, as geoopt keeps it;
 - ``used up``: from that buffer a tenth of what the move used is taken out, as in Dion (Ahn et al. 2025).
 
-Each variant has the best of some learning rates, searched with one seed more.  Run ``python
-experiments/sampler_study.py``; finished runs are kept in the output folder and not run again.
+``frozen`` makes no steps at all.  Each variant has the best of some learning rates, searched with one seed more.  Run
+``python experiments/sampler_study.py``; finished runs are kept in the output folder and not run again, and neither are
+those of an earlier record that ``--add`` names.
 """
 
 from __future__ import annotations
@@ -67,13 +68,15 @@ class Variant:
     @property
     def name(self) -> str:
         """The variant in words."""
-        return f"{self.sampler}, k = {self.k}, {self.rest}"
+        return f"{self.sampler}, k = {self.k}, {self.rest}" if self.k else self.rest
 
 
+FROZEN = Variant("", 0, "frozen")
 #: What is compared.
 VARIANTS = [
     *(Variant(sampler, k) for k in (1, 4) for sampler in SAMPLERS),
     *(Variant(sampler, k, rest) for k in (1, 4) for sampler in ("lsi", "lsi, 1 power") for rest in REST[1:]),
+    FROZEN,
 ]
 
 
@@ -87,6 +90,8 @@ class Steps(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Make one step."""
+        if self.variant == FROZEN:
+            return
         (group,) = self.param_groups
         (x,) = group["params"]
         manifold, rest = x.manifold, self.variant.rest
@@ -125,7 +130,8 @@ class Varied:
 
     def build(self, task: Any, choices: Choices, device: torch.device | str = "cpu") -> tuple[Any, Optimizers]:
         """Return a network and its optimisers."""
-        manifold = UnitaryLowRank(self.variant.k, sampler=SAMPLERS[self.variant.sampler], seed=choices.seed)
+        sampler = SAMPLERS[self.variant.sampler or "lsi"]
+        manifold = UnitaryLowRank(self.variant.k or None, sampler=sampler, seed=choices.seed)
         if isinstance(task, RandomUnitary):
             torch.manual_seed(choices.seed + 2)
             n = task.width
@@ -176,7 +182,8 @@ def measure(setting: Setting, variant: Variant, rate: float, seed: int) -> dict[
 def study_one(setting: Setting, variant: Variant) -> dict[str, Any]:
     """Return the runs of all seeds at the best rate of a search."""
     scale = 1 - MOMENTUM if variant.rest in ("momentum", "used up") else 1.0
-    searched = {scale * rate: _lost(measure, setting, variant, scale * rate, SEARCH) for rate in setting.rates}
+    rates = (0.0,) if variant == FROZEN else setting.rates
+    searched = {scale * rate: _lost(measure, setting, variant, scale * rate, SEARCH) for rate in rates}
     best = min(searched, key=searched.__getitem__)
     runs = [measure(setting, variant, best, seed) for seed in SEEDS]
     return {**asdict(variant), "name": variant.name, "searched": searched, "rate": best, "runs": runs}
@@ -195,20 +202,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Train all that is missing, report on what there is, and return the exit status."""
     command = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     command.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="TASK")
+    command.add_argument("--add", type=Path, metavar="JSON", help="record to which what it lacks is added")
     add_record_options(command, "results/sampler_study")
     options = command.parse_args(arguments)
-    cells = recorded(options, "sampler_study", lambda: train_all(options.tasks, options.out))["cells"]
+    earlier = json.loads(options.add.read_text(encoding="utf-8"))["cells"] if options.add else []
+    cells = recorded(options, "sampler_study", lambda: train_all(options.tasks, options.out, earlier))["cells"]
     options.out.mkdir(parents=True, exist_ok=True)
     study(options.out / "sampler_study.png", cells)
     tell(options, "sampler study", f"\n{table(cells)}\n")
     return 0
 
 
-def train_all(tasks: list[str], folder: Path) -> dict[str, Any]:
-    """Train all variants of which the folder has no file yet; return all that it has."""
+def train_all(tasks: list[str], folder: Path, earlier: list[dict[str, Any]]) -> dict[str, Any]:
+    """Train all variants that are neither in an earlier record nor in the folder; return all that there are."""
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [(task, variant) for task in tasks for variant in VARIANTS]
+    known = {(cell["task"], cell["name"]) for cell in earlier}
+    wanted = [(task, variant) for task in tasks for variant in VARIANTS if (task, variant.name) not in known]
     for task, variant in tqdm(wanted, "variants", disable=None):
         stem = f"{task}-{variant.name}".replace(" ", "_").replace(",", "").replace("=", "")
         file = folder / f"{stem}.json"
@@ -220,22 +230,30 @@ def train_all(tasks: list[str], folder: Path) -> dict[str, Any]:
             )
     names = [variant.name for variant in VARIANTS]
     files = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*-*.json")]
-    found = sorted(files, key=lambda cell: names.index(cell["name"]))
-    return {"cells": compact(found), **environment()}
+    files.sort(key=lambda cell: names.index(cell["name"]))
+    cells = [*earlier, *compact(files, {cell["task"]: cell["budget"] for cell in earlier})]
+    cells.sort(key=lambda cell: (list(SETTINGS).index(cell["task"]), names.index(cell["name"])))
+    return {"cells": cells, **environment()}
 
 
-def compact(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for every cell its losses after all steps, and after the time the fastest variant took for them."""
+def compact(found: list[dict[str, Any]], budgets: dict[str, float]) -> list[dict[str, Any]]:
+    """Return for every cell its losses after all steps, and after the time the fastest variant took for them.
+
+    ``budgets`` are such times that are known.
+    """
     cells = []
     for task in dict.fromkeys(cell["task"] for cell in found):
         of_task = [cell for cell in found if cell["task"] == task]
-        budget = min(statistics.median(run["total_seconds"] for run in cell["runs"]) for cell in of_task)
+        moving = [cell for cell in of_task if cell["k"]] or of_task
+        budget = budgets.get(task) or min(
+            statistics.median(run["total_seconds"] for run in cell["runs"]) for cell in moving
+        )
         for cell in of_task:
             runs, rates = cell["runs"], [float(rate) for rate in cell["searched"]]
             cells.append(
                 {
                     **{key: cell[key] for key in ("task", "sampler", "k", "rest", "name", "rate")},
-                    "edge": cell["rate"] in (min(rates), max(rates)),  # a better rate may be beyond
+                    "edge": len(rates) > 1 and cell["rate"] in (min(rates), max(rates)),  # a better rate may be beyond
                     "losses": [run["final_loss"] for run in runs],
                     "losses_at_equal_time": [_loss_at(run["curves"], budget) for run in runs],
                     "scores": [run["score"] for run in runs],
@@ -264,7 +282,7 @@ def table(cells: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(cell["name"] for cell in cells):
         of_name = {cell["task"]: cell for cell in cells if cell["name"] == name}
         first = next(iter(of_name.values()))
-        row = [first["sampler"], str(first["k"]), first["rest"]]
+        row = [first["sampler"], str(first["k"] or ""), first["rest"]]
         for task in tasks:
             cell = of_name.get(task)
             if cell is None:

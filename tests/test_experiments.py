@@ -195,10 +195,17 @@ def test_the_study_and_the_premise_are_drawn_from_small_runs(tmp_path, module, m
     tasks = module("common.tasks")
     setting = study.Setting(lambda seed: tasks.Copying(5, 4, 12, seed), 16, True, (1e-3,))
     monkeypatch.setattr(study, "SETTINGS", {"copying": setting})
-    monkeypatch.setattr(study, "VARIANTS", [study.Variant(rest=rest) for rest in study.REST])
+    variants = [study.Variant(rest=rest) for rest in study.REST]
+    monkeypatch.setattr(study, "VARIANTS", variants)
     assert study.main(["--out", str(tmp_path)]) == 0
-    cells = recorded(tmp_path / "sampler_study.json")["cells"]
-    assert [cell["rest"] for cell in cells] == list(study.REST)
+    earlier = recorded(tmp_path / "sampler_study.json")["cells"]
+    assert [cell["rest"] for cell in earlier] == list(study.REST)
+    monkeypatch.setattr(study, "VARIANTS", [*variants, study.FROZEN])
+    assert study.main(["--add", str(tmp_path / "sampler_study.json"), "--out", str(tmp_path / "more")]) == 0
+    cells = recorded(tmp_path / "more" / "sampler_study.json")["cells"]
+    assert cells[:-1] == earlier
+    assert cells[-1]["rest"] == "frozen"
+    assert cells[-1]["budget"] == earlier[0]["budget"]
     assert (tmp_path / "sampler_study.png").read_bytes().startswith(b"\x89PNG")
     premise = module("premise")
     assert premise.main(["--steps", "4", "--every", "2", "--hidden", "16", "--out", str(tmp_path)]) == 0

@@ -85,7 +85,7 @@ def study(path: Path, cells: list[dict[str, Any]]) -> None:
     for panel, task in zip(figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0], tasks, strict=True):
         of_task = [cell for cell in cells if cell["task"] == task]
         for cell in of_task:
-            height, colour = names.index(_variant(cell)), "tab:blue" if cell["k"] == 1 else "tab:orange"
+            height, colour = names.index(_variant(cell)), {1: "tab:blue", 4: "tab:orange"}.get(cell["k"], "tab:gray")
             height += -0.14 if cell["k"] == 1 else 0.14
             panel.plot([min(cell["losses"]), max(cell["losses"])], [height] * 2, color=colour, linewidth=1.2)
             panel.plot(median(cell["losses"]), height, "o", color=colour, markersize=5)
@@ -108,7 +108,7 @@ def study(path: Path, cells: list[dict[str, Any]]) -> None:
 
 
 def _variant(cell: dict[str, Any]) -> str:
-    return cell["sampler"] if cell["rest"] == "dropped" else f"{cell['sampler']}, {cell['rest']}"
+    return cell["sampler"] if cell["rest"] == "dropped" else ", ".join(filter(None, (cell["sampler"], cell["rest"])))
 
 
 def premise(path: Path, trainings: list[dict[str, Any]]) -> None:
