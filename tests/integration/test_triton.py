@@ -199,12 +199,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("tile", [16, 256])  # several for a row, and one
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
-@pytest.mark.parametrize("shape", [(21, 21), (2, 40, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(21, 21), (2, 19, 19)], ids=str)
 @pytest.mark.parametrize("kind", [kind for kind, _ in MAPS.values()], ids=MAPS)
 def test_training_with_moments_goes_as_without_kernels(on_gpu, monkeypatch, kind, shape, dtype, make, tile):
     monkeypatch.setattr(gpu, "_TILE", tile)
     monkeypatch.setattr(gpu, "_LONG_TILE", tile)
-    steps, target = 6, kind(1).random(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
+    steps, target = 4, kind(1).random(shape, dtype=dtype, generator=torch.Generator().manual_seed(1))
     found = []
     for fused in (True, False):
         manifold, draw = kind(1), torch.Generator().manual_seed(0)
@@ -233,7 +233,7 @@ def exact_step(kind, x, u, z, rate):
 
 @pytest.mark.parametrize("length", [1e-6, 0.1, 3.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(16, 16), (150, 150), (3, 70, 70), (2, 2, 5, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(16, 16), (70, 70), (3, 20, 20), (2, 2, 5, 5)], ids=str)
 @pytest.mark.parametrize("kind", MAPS)
 def test_a_step_along_a_vector_is_the_exact_map_of_its_part_in_two_columns(on_gpu, kind, shape, dtype, length):
     draw = torch.Generator().manual_seed(0)
@@ -370,7 +370,7 @@ def test_a_weight_trained_with_moments_stays_on_the_manifold(on_gpu, kind, dtype
     manifold, draw = kind(1), torch.Generator().manual_seed(0)
     p = geoopt.ManifoldParameter(manifold.random(24, 24, dtype=dtype, generator=draw), manifold=manifold)
     optimizer = make([p], True)
-    for _ in range(150):
+    for _ in range(60):
         p.grad = torch.randn(24, 24, dtype=dtype, generator=draw)
         optimizer.step()
     assert dense.unitarity_error(p.detach()) <= dense.tolerance(dtype, 24)
