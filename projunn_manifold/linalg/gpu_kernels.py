@@ -84,6 +84,17 @@ def _adjoint_image(tile, real, imaginary, PARTS: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
+def _pull_back(start, target, a, a_i, b, b_i, m, inside, PARTS: tl.constexpr, TILE: tl.constexpr):
+    """Write the products of a block's adjoint with two columns."""
+    for low in range(0, m, TILE):
+        places = low + tl.arange(0, TILE)
+        here = inside[:, None] & (places < m)[None, :]
+        tile = tl.load(start + places[None, :], mask=here, other=0.0)
+        tl.store(target + places, _adjoint_image(tile, a, a_i, PARTS, TILE), mask=places < m)
+        tl.store(target + m + places, _adjoint_image(tile, b, b_i, PARTS, TILE), mask=places < m)
+
+
+@triton.jit
 def sketch(g, z, y, back, n, PARTS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Write y = G z, and of G^H y the part that this block of rows adds."""
     block, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -113,13 +124,7 @@ def tangent(x, b, y, xb, images, gram, n, PARTS: tl.constexpr, ROWS: tl.constexp
     _store(xb + matrix * m, rows, inside, real, imaginary, PARTS)
     y_real, y_imaginary = _column(y + matrix * m, rows, inside, PARTS)
     part = matrix * tl.num_programs(0) + block
-    for low in range(0, m, TILE):
-        places = low + tl.arange(0, TILE)
-        here = inside[:, None] & (places < m)[None, :]
-        tile = tl.load(start + places[None, :], mask=here, other=0.0)
-        target = images + part * 2 * m + places
-        tl.store(target, _adjoint_image(tile, real, imaginary, PARTS, TILE), mask=places < m)
-        tl.store(target + m, _adjoint_image(tile, y_real, y_imaginary, PARTS, TILE), mask=places < m)
+    _pull_back(start, images + part * 2 * m, real, imaginary, y_real, y_imaginary, m, inside, PARTS, TILE)
     u, v = real.to(tl.float64), y_real.to(tl.float64)
     bb, h, yy = u * u, u * v, v * v
     if PARTS == 2:
@@ -318,17 +323,6 @@ def _images(start, q, m, inside, PARTS: tl.constexpr, ROWS: tl.constexpr, TILE: 
             a_i += tl.sum(tile * row_i[None, :], 1)
             b_i += tl.sum(tile * other_i[None, :], 1)
     return a, a_i, b, b_i
-
-
-@triton.jit
-def _pull_back(start, target, a, a_i, b, b_i, m, inside, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """Write the products of a block's adjoint with two columns."""
-    for low in range(0, m, TILE):
-        places = low + tl.arange(0, TILE)
-        here = inside[:, None] & (places < m)[None, :]
-        tile = tl.load(start + places[None, :], mask=here, other=0.0)
-        tl.store(target + places, _adjoint_image(tile, a, a_i, PARTS, TILE), mask=places < m)
-        tl.store(target + m + places, _adjoint_image(tile, b, b_i, PARTS, TILE), mask=places < m)
 
 
 @triton.jit
